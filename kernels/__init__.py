@@ -1,0 +1,13 @@
+"""Two Triton kernels over lists of tensors: `gram` reduces, `combine` streams.
+
+Every rule is the same launch pair with other coefficients. A list of any length and any mix of sizes
+is one launch for each combination of dtypes: the kernels find their tensors through a table of
+addresses (`batch`), sum in fixed slots (`sums`) and compute a rule's coefficients on the device from
+its Python function (`formula`).
+"""
+
+from sago.kernels.batch import Batch
+from sago.kernels.combine import combine
+from sago.kernels.gram import gram
+
+__all__ = ["Batch", "combine", "gram"]

@@ -1,0 +1,180 @@
+"""Where the tensors of a list lie, as tables on their device."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+# CHUNK, BLOCK and WARPS fix the order of every sum: changing one changes the last bits of results.
+# A lane of the sums adds CHUNK / (32 * WARPS) squares in fp32, so magnitudes up to 1e18 stay in range.
+CHUNK = 32768
+BLOCK = 2048
+WARPS = 8
+
+TRITON_DTYPES = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+Signature = tuple[torch.dtype, torch.dtype, torch.dtype]
+
+
+class Launch(NamedTuple):
+    """The tensors of one dtype combination, in the order of the list.
+
+    Attributes:
+        dtypes: Of forget, retain and out.
+        members: Positions in the list.
+        shapes: int64 `[members, 4]`: elements, first chunk in this launch, first slot, row.
+        owner: int32 `[chunks]`: which member a chunk belongs to.
+    """
+
+    dtypes: Signature
+    members: list[int]
+    shapes: Tensor
+    owner: Tensor
+
+
+class Layout:
+    """What follows from sizes, dtypes and rows alone: chunks, slots and their tables.
+
+    A tensor is cut into chunks of `CHUNK` elements. Each chunk owns one slot for its partial sums; the
+    slots of a row are contiguous and ordered as the list is, whatever the dtypes are.
+
+    Attributes:
+        rows: int64 `[rows, 2]`: first slot and number of slots.
+        slots: Their total.
+    """
+
+    def __init__(
+        self,
+        numels: tuple[int, ...],
+        dtypes: tuple[Signature, ...],
+        rows: tuple[int, ...],
+        row_count: int,
+        device: torch.device,
+    ) -> None:
+        chunks = [-(-n // CHUNK) for n in numels]
+        first_slot = [0] * len(numels)
+        row_table = []
+        self.slots = 0
+        members_of: list[list[int]] = [[] for _ in range(row_count)]
+        for i, row in enumerate(rows):
+            members_of[row].append(i)
+        for members in members_of:
+            start = self.slots
+            for i in members:
+                first_slot[i] = self.slots
+                self.slots += chunks[i]
+            row_table.append((start, self.slots - start))
+        self.rows = _upload(row_table, torch.int64, device)
+
+        self.launches = []
+        for signature in dict.fromkeys(dtypes):
+            members = [i for i, s in enumerate(dtypes) if s == signature and numels[i]]
+            shapes, owner, first_chunk = [], [], 0
+            for m, i in enumerate(members):
+                shapes.append((numels[i], first_chunk, first_slot[i], rows[i]))
+                owner += [m] * chunks[i]
+                first_chunk += chunks[i]
+            if members:
+                self.launches.append(
+                    Launch(
+                        signature,
+                        members,
+                        _upload(shapes, torch.int64, device),
+                        _upload(owner, torch.int32, device),
+                    )
+                )
+        self._addresses: OrderedDict[tuple[tuple[int, int, int, int], ...], Tensor] = OrderedDict()
+        self._captured: dict[tuple[tuple[int, int, int, int], ...], Tensor] = {}
+
+    def addresses(self, table: tuple[tuple[int, int, int, int], ...], device: torch.device) -> Tensor:
+        """The table on the device. A table that was seen before is not copied again."""
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        found = self._captured.get(table)
+        if found is None:
+            found = self._addresses.pop(table, None)
+        if found is None:
+            found = _upload(table, torch.int64, device)
+        if capturing:  # the graph reads this memory at every replay
+            self._captured[table] = found
+        else:
+            self._addresses[table] = found
+            if len(self._addresses) > 8:
+                self._addresses.popitem(last=False)
+        return found
+
+
+_layout = lru_cache(maxsize=64)(Layout)
+
+
+class Batch:
+    """Gradient pairs on one device and where their update goes, ready for `gram` and `combine`.
+
+    Args:
+        forget, retain: Tensors or None (a zero gradient), pairwise of one shape and, over dense memory,
+            of one element order. At most one of a pair is None.
+        out: Where `combine` writes; None for a batch that only `gram` reads.
+        rows: The row of the Gram table a pair belongs to.
+        row_count: Rows of the table; a row without elements is zero.
+    """
+
+    def __init__(
+        self,
+        forget: Sequence[Tensor | None],
+        retain: Sequence[Tensor | None],
+        out: Sequence[Tensor],
+        rows: Sequence[int],
+        row_count: int,
+    ) -> None:
+        numels, dtypes, addresses = [], [], []
+        for f, r, o in zip(forget, retain, out, strict=True):
+            dtypes.append(((r if f is None else f).dtype, (f if r is None else r).dtype, o.dtype))  # type: ignore[union-attr]
+            numels.append(o.numel())
+            at = [0 if f is None else f.data_ptr(), 0 if r is None else r.data_ptr(), o.data_ptr()]
+            addresses.append((*at, int((at[0] | at[1] | at[2]) % 16 == 0)))
+        self.device = out[0].device
+        self.row_count = row_count
+        self.layout = _layout(tuple(numels), tuple(dtypes), tuple(rows), row_count, self.device)
+        self.tables = []
+        for launch in self.layout.launches:
+            table = tuple(addresses[i] for i in launch.members)
+            aligned = all(entry[3] for entry in table)
+            self.tables.append((launch, self.layout.addresses(table, self.device), aligned))
+
+    def scratch(self, sums: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Partial sums `[sums, slots]`, the zeroed table `[rows, sums]` and a zeroed counter a row."""
+        partials = torch.empty(sums, self.layout.slots, dtype=torch.float64, device=self.device)
+        zeros = torch.zeros(self.row_count * (sums + 1), dtype=torch.float64, device=self.device)
+        table = zeros[: self.row_count * sums].view(self.row_count, sums)
+        return partials, table, zeros[self.row_count * sums :].view(torch.int32)
+
+
+def compute_dtype(signature: Signature) -> tl.dtype:
+    return tl.float64 if torch.float64 in signature[:2] else tl.float32
+
+
+def vector(signature: Signature) -> int:
+    """Elements in 16 bytes of the narrowest gradient."""
+    return 16 // min(dtype.itemsize for dtype in signature)
+
+
+def _upload(values: Sequence[object], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Pinned, because a pageable copy synchronises and is an error while a CUDA graph is captured.
+    pinned = device.type == "cuda"
+    return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(device, non_blocking=pinned)
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Makes `device` current, as a launch needs."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,0 +1,171 @@
+"""Rules: pure functions from the Gram numbers of a group to the coefficients of its update.
+
+Every rule is one line of the same formula. With `f` the forget and `r` the retain gradient,
+
+    out_i = a_c * f_i + b_c * r_i   where f_i and r_i have strictly opposite signs (gated rules only)
+            a   * f_i + b   * r_i   elsewhere
+
+and a rule gives `(a_c, b_c, a, b)` if it is gated, `(a, b)` if it is not, from `ff = <f,f>`,
+`fr = <f,r>`, `rr = <r,r>` and the weights `gamma` (forget) and `alpha` (retain).
+
+A coefficient function runs in two places: on fp64 tensors of shape `[groups]`, and, recompiled, on
+fp64 scalars inside the combine kernel. It is compiled into the kernel when it is defined in a file,
+without annotations, and uses nothing but arithmetic, comparisons, `where` and functions of the same
+kind. Any other torch code is as good a rule; its coefficients are then computed by torch ops ahead of
+the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Scope = Literal["element", "tensor", "global"]
+
+
+def where(condition, x, y):
+    """`torch.where`, by a name that a coefficient function can also use inside a kernel."""
+    return torch.where(condition, x, y)
+
+
+def ratio(numerator, denominator):
+    """`numerator / denominator`; 0 where the denominator underflowed to 0, NaN where a sum overflowed."""
+    # x / inf would be a silent 0: the last term turns any overflow into NaN and is 0 otherwise.
+    overflow = 0.0 * numerator + 0.0 * denominator
+    return where(denominator > 0.0, numerator / denominator, 0.0) + overflow
+
+
+def scaled(weight, coefficient):
+    """`weight * coefficient`; 0 where the weight is 0, which switches its gradient off altogether."""
+    return where(weight == 0.0, 0.0, weight * coefficient)
+
+
+def _sum(ff, fr, rr, gamma, alpha):
+    return gamma, alpha
+
+
+def _sago(ff, fr, rr, gamma, alpha):
+    return 0.0, alpha, gamma, 0.0
+
+
+def _sago_prefer_retain(ff, fr, rr, gamma, alpha):
+    return 0.0, alpha, gamma, alpha
+
+
+def _pcgrad(ff, fr, rr, gamma, alpha):
+    k = ratio(fr, rr)
+    k = where(k > 0.0, 0.0, k)
+    return gamma, alpha - scaled(gamma, k)
+
+
+def _blur(ff, fr, rr, gamma, alpha):
+    return gamma - scaled(alpha, ratio(fr, ff)), alpha
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the update is made from the forget and the retain gradient.
+
+    Args:
+        name: What reports and error messages call the rule.
+        coefficients: A pure function `(ff, fr, rr, gamma, alpha)` of five fp64 values (tensors of shape
+            `[groups]`, or scalars inside the kernel) that returns `(a_c, b_c, a, b)` for a gated rule,
+            `(a, b)` for an ungated one. A coefficient that is exactly 0 switches its gradient off: not
+            even a NaN or inf of it reaches the update.
+        scope: What the inner products run over: `"tensor"` (each tensor, or each of `groups`) or
+            `"global"` (all tensors). `"element"` says that the rule uses no inner products; `ff`, `fr`
+            and `rr` are then 0.
+        gated: Whether coordinates in conflict take a branch of their own.
+        formula: One line for tables and documentation.
+
+    Example:
+        >>> def a_gem(ff, fr, rr, gamma, alpha):  # arXiv 1812.00420
+        ...     return gamma, -gamma * sago.rules.where(fr < 0.0, sago.rules.ratio(fr, rr), 0.0)
+        >>> sago.synthesize_(forget, retain, rule=sago.Rule("a_gem", a_gem, scope="global"))
+    """
+
+    name: str
+    coefficients: Callable[..., Any]
+    scope: Scope
+    gated: bool = False
+    formula: str = ""
+
+    def __post_init__(self) -> None:
+        if not callable(self.coefficients):
+            raise TypeError(
+                f"Parameter `coefficients` should be a callable. Found {type(self.coefficients).__name__}."
+            )
+        if self.scope not in ("element", "tensor", "global"):
+            raise ValueError(
+                f"Parameter `scope` should be 'element', 'tensor' or 'global'. Found {self.scope!r}."
+            )
+
+
+RULES: dict[str, Rule] = {
+    rule.name: rule
+    for rule in (
+        Rule("sum", _sum, "element", formula="gamma*f + alpha*r"),
+        Rule("sago", _sago, "element", gated=True, formula="alpha*r if f*r < 0 else gamma*f"),
+        Rule(
+            "sago_prefer_retain",
+            _sago_prefer_retain,
+            "element",
+            gated=True,
+            formula="alpha*r if f*r < 0 else gamma*f + alpha*r",
+        ),
+        Rule("pcgrad", _pcgrad, "tensor", formula="gamma*(f - min(0, <f,r>/<r,r>)*r) + alpha*r"),
+        Rule("pcgrad_global", _pcgrad, "global", formula="pcgrad, with <f,r> and <r,r> over all tensors"),
+        Rule("blur", _blur, "global", formula="gamma*f + alpha*(r - <f,r>/<f,f>*f), over all tensors"),
+    )
+}
+
+
+def list_rules() -> list[str]:
+    """The names that `rule=` accepts."""
+    return list(RULES)
+
+
+def evaluate(
+    rule: Rule,
+    gram: Tensor | None,
+    gamma: float | Tensor,
+    alpha: float | Tensor,
+    eps: float,
+    device: torch.device,
+) -> Tensor:
+    """The coefficients `(a_c, b_c, a, b)` as an fp64 tensor `[rows, 4]`.
+
+    `gram` is fp64 `[rows, >= 3]` with `ff, fr, rr` first; None stands for one row of zeros.
+    """
+    zero = torch.zeros(1, dtype=torch.float64, device=device)
+    ff, fr, rr = (zero, zero, zero) if gram is None else gram.unbind(1)[:3]
+    weights = (_as_double(w, device) for w in (gamma, alpha))
+    values = rule.coefficients(ff + eps, fr, rr + eps, *weights)
+    if len(values) != (4 if rule.gated else 2):
+        raise ValueError(
+            f"Rule `{rule.name}` should return {'4 coefficients (gated)' if rule.gated else '2 coefficients'}. "
+            f"Found {len(values)}."
+        )
+    values = values if rule.gated else (*values, *values)
+    return torch.stack([torch.broadcast_to(_as_double(v, device), ff.shape) for v in values], dim=1)
+
+
+def _as_double(value: float | Tensor, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.to(torch.float64)
+    return torch.full((), value, dtype=torch.float64, device=device)
+
+
+def resolve(rule: str | Rule) -> Rule:
+    """The `Rule` of that name, or the rule itself."""
+    if isinstance(rule, Rule):
+        return rule
+    if not isinstance(rule, str):
+        raise TypeError(f"Parameter `rule` should be a name or a sago.Rule. Found {type(rule).__name__}.")
+    if rule not in RULES:
+        raise ValueError(f"Parameter `rule` should be one of {', '.join(RULES)}. Found {rule!r}.")
+    return RULES[rule]

@@ -1,0 +1,9 @@
+from setuptools import setup
+
+# The folder kernels/ is imported as sago.kernels: a top-level package named `kernels`
+# would shadow the Hugging Face distribution of that name, which transformers imports.
+setup(
+    packages=["sago", "sago.kernels"],
+    package_dir={"sago": "sago", "sago.kernels": "kernels"},
+    package_data={"sago": ["py.typed"]},
+)
