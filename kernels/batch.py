@@ -26,6 +26,7 @@ TRITON_DTYPES = {
 }
 
 Signature = tuple[torch.dtype, torch.dtype, torch.dtype]
+Entry = tuple[int, int, int, int]  # addresses of forget, retain and out; whether all are multiples of 16
 
 
 class Launch(NamedTuple):
@@ -95,10 +96,10 @@ class Layout:
                         _upload(owner, torch.int32, device),
                     )
                 )
-        self._addresses: OrderedDict[tuple[tuple[int, int, int, int], ...], Tensor] = OrderedDict()
-        self._captured: dict[tuple[tuple[int, int, int, int], ...], Tensor] = {}
+        self._addresses: OrderedDict[tuple[Entry, ...], Tensor] = OrderedDict()
+        self._captured: dict[tuple[Entry, ...], Tensor] = {}
 
-    def addresses(self, table: tuple[tuple[int, int, int, int], ...], device: torch.device) -> Tensor:
+    def addresses(self, table: tuple[Entry, ...], device: torch.device) -> Tensor:
         """The table on the device. A table that was seen before is not copied again."""
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         found = self._captured.get(table)
@@ -137,13 +138,20 @@ class Batch:
         rows: Sequence[int],
         row_count: int,
     ) -> None:
-        numels, dtypes, addresses = [], [], []
+        numels: list[int] = []
+        dtypes: list[Signature] = []
+        addresses: list[Entry] = []
         for f, r, o in zip(forget, retain, out, strict=True):
             dtypes.append(((r if f is None else f).dtype, (f if r is None else r).dtype, o.dtype))  # type: ignore[union-attr]
             numels.append(o.numel())
-            at = [0 if f is None else f.data_ptr(), 0 if r is None else r.data_ptr(), o.data_ptr()]
-            addresses.append((*at, int((at[0] | at[1] | at[2]) % 16 == 0)))
+            f_at, r_at, o_at = (
+                0 if f is None else f.data_ptr(),
+                0 if r is None else r.data_ptr(),
+                o.data_ptr(),
+            )
+            addresses.append((f_at, r_at, o_at, int((f_at | r_at | o_at) % 16 == 0)))
         self.device = out[0].device
+        self.tensors = (forget, retain, out)  # the tables hold bare addresses
         self.row_count = row_count
         self.layout = _layout(tuple(numels), tuple(dtypes), tuple(rows), row_count, self.device)
         self.tables = []

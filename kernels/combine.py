@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import struct
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from sago.kernels.batch import BLOCK, CHUNK, TRITON_DTYPES, WARPS, Batch, compute_dtype, on, vector
 from sago.kernels.formula import on_device
 from sago.kernels.stream import finish, locate, stream
+from torch import Tensor
+
 from sago.rules import Rule, evaluate
 
 
@@ -38,7 +37,7 @@ def _combine_kernel(
         a_c, b_c, a, b = FORMULA(ff + eps, fr, rr + eps, gamma, alpha)
 
     on fp64 scalars, ff, fr, rr from the row of `gram` (0 unless GRAM). FORMULA None: the four are read
-    from `coefficients`; otherwise they are written there. SUMS = 0: no sums are taken.
+    from `coefficients`. SUMS = 0: no sums are taken.
     """
     forget, retain, out, aligned, start, size, slot, row = locate(addresses, shapes, owner, CHUNK)
     if FORMULA is None:
@@ -65,11 +64,6 @@ def _combine_kernel(
         if not GATED:
             a_c = a
             b_c = b
-        if slot == tl.load(rows + 2 * row):
-            tl.store(coefficients + row * 4, a_c)
-            tl.store(coefficients + row * 4 + 1, b_c)
-            tl.store(coefficients + row * 4 + 2, a)
-            tl.store(coefficients + row * 4 + 3, b)
     sums = stream(
         forget, retain, out, aligned, start, size,
         a_c.to(COMPUTE), b_c.to(COMPUTE), a.to(COMPUTE), b.to(COMPUTE),
@@ -87,40 +81,44 @@ def combine(
     eps: float,
     gram: Tensor | None,
     sums: int,
-) -> tuple[Tensor, Tensor | None]:
-    """Writes the update of every pair to `out`; returns the coefficients, fp64 `[rows, 4]`, and the sums.
+) -> Tensor | None:
+    """Writes the update of every pair to `out`; returns the sums, as `sago.kernels.gram`, or None.
 
     Args:
         batch: The pairs. `out` may be forget or retain themselves.
         rule: Gives the coefficients of a row.
-        gamma, alpha: Floats, or 0-d tensors on the batch's device.
+        gamma, alpha: Floats, or 0-d fp64 tensors on the batch's device.
         eps: Added to ff and rr.
         gram: fp64, its first three columns `ff, fr, rr`, with one row a batch row; a row stride of 0 gives
             all rows the same numbers. None for rules that use no inner products.
-        sums: The number of sums to take on the way, as in `gram`, or 0 for none.
+        sums: The number of sums to take of the inputs on the way, as in `gram`, or 0 for none.
     """
-    coefficients = torch.empty(batch.row_count, 4, dtype=torch.float64, device=batch.device)
     formula = on_device(rule.coefficients)
-    if formula is None:
-        evaluated = evaluate(rule, gram, gamma, alpha, eps, batch.device)
-        coefficients.copy_(evaluated.expand(batch.row_count, 4))
-    partials, table, counters = batch.scratch(sums) if sums else (coefficients, None, coefficients)
+    coefficients = None if formula else _coefficients(batch, rule, gamma, alpha, eps, gram)
+    partials, table, counters = batch.scratch(sums) if sums else (None, None, None)
     with on(batch.device):
         for launch, addresses, aligned in batch.tables:
             forget, retain, out = launch.dtypes
             _combine_kernel[(len(launch.owner),)](
-                addresses, launch.shapes, launch.owner, batch.layout.rows, partials, counters,
-                coefficients if table is None else table, coefficients,
-                coefficients if gram is None else gram,
-                _argument(gamma), _argument(alpha), _argument(eps), batch.layout.slots,
-                0 if gram is None else gram.stride(0),
+                addresses, launch.shapes, launch.owner, batch.layout.rows,
+                partials, counters, table, coefficients, gram,
+                _argument(gamma), _argument(alpha), _argument(eps),
+                batch.layout.slots, 0 if gram is None else gram.stride(0),
                 FORGET=TRITON_DTYPES[forget], RETAIN=TRITON_DTYPES[retain], OUT=TRITON_DTYPES[out],
                 COMPUTE=compute_dtype(launch.dtypes), FORMULA=formula, GATED=rule.gated,
                 GRAM=gram is not None, SUMS=sums,
                 CHUNK=CHUNK, BLOCK=BLOCK, V=vector(launch.dtypes), ALIGNED=aligned,
                 num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
-    return coefficients, table
+    return table
+
+
+def _coefficients(
+    batch: Batch, rule: Rule, gamma: float | Tensor, alpha: float | Tensor, eps: float, gram: Tensor | None
+) -> Tensor:
+    values, _ = evaluate(rule, gram, gamma, alpha, eps, batch.device)
+    both = values if rule.gated else values.repeat(1, 2)
+    return both.expand(batch.row_count, 4).contiguous()
 
 
 def _argument(weight: float | Tensor) -> int | Tensor:

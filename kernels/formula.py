@@ -51,4 +51,3 @@ def on_device(coefficients: Callable[..., Any]) -> Any:
             return None
         names[name] = value
     return triton.jit(FunctionType(coefficients.__code__, names, coefficients.__name__))
-

@@ -2,10 +2,9 @@
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from sago.kernels.batch import BLOCK, CHUNK, TRITON_DTYPES, WARPS, Batch, compute_dtype, on, vector
 from sago.kernels.stream import finish, locate, stream
+from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["slots"])

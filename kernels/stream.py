@@ -29,9 +29,9 @@ def upcast(x, COMPUTE: tl.constexpr):
 @triton.jit
 def downcast(u, OUT: tl.constexpr):
     """One rounding, to nearest even; fp64 goes to 16 bits through fp32, as it does in torch."""
-    if OUT == tl.bfloat16 or OUT == tl.float16:
+    if tl.bfloat16 == OUT or tl.float16 == OUT:
         u = u.to(tl.float32)
-    if INTERPRETED and OUT == tl.bfloat16:
+    if INTERPRETED and tl.bfloat16 == OUT:
         bits = u.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return tl.where(u == u, bits, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)

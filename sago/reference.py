@@ -34,7 +34,7 @@ def sago(ff: float, fr: float, rr: float, gamma: float, alpha: float) -> Coeffic
 
 
 def sago_prefer_retain(ff: float, fr: float, rr: float, gamma: float, alpha: float) -> Coefficients:
-    """`where(conflict, alpha*r, gamma*f + alpha*r)`: the sum, without the forget gradient where it opposes."""
+    """`where(conflict, alpha*r, gamma*f + alpha*r)`: the sum, less the forget gradient where it opposes."""
     return 0.0, alpha, gamma, alpha
 
 
@@ -112,12 +112,16 @@ def synthesize(
     reduce_gram: Callable[[Tensor], Tensor | None] | None = None,
 ) -> tuple[Any, SynthesisReport]:
     """`sago.synthesize` in plain torch: new tensors of retain's dtype, and the report."""
-    like = retain if isinstance(retain, Tensor) else [
-        f if r is None else r for f, r in zip(forget, retain, strict=True)
-    ]
-    out = torch.empty_like(like) if isinstance(like, Tensor) else [
-        None if t is None else torch.empty_like(t) for t in like
-    ]
+    like = (
+        retain
+        if isinstance(retain, Tensor)
+        else [f if r is None else r for f, r in zip(forget, retain, strict=True)]
+    )
+    out = (
+        torch.empty_like(like)
+        if isinstance(like, Tensor)
+        else [None if t is None else torch.empty_like(t) for t in like]
+    )
     return out, synthesize_(forget, retain, rule, gamma, alpha, out, groups, eps, stats, reduce_gram)
 
 
@@ -174,9 +178,9 @@ def _listed(tensors: Any) -> list[Any]:
 
 
 def _with_zeros(f: Tensor | None, r: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    if f is None or r is None:
-        return None if f is r else (torch.zeros_like(r), r) if f is None else (f, torch.zeros_like(f))
-    return f, r
+    if f is None:
+        return None if r is None else (torch.zeros_like(r), r)
+    return f, torch.zeros_like(f) if r is None else r
 
 
 def _plain(rule: Any) -> Callable[..., Coefficients]:
@@ -205,23 +209,26 @@ def _report(
     name: str, rows: list[Hashable], table: Tensor, chosen: list[Coefficients], stats: bool, scope: str
 ) -> SynthesisReport:
     outside, counts, inside, numel = table.split([3, 3, 3, 1], dim=1)
-    sums: dict[str, Tensor] = {}
+    columns: dict[str, Tensor] = {}
     if stats or scope != "element":
-        sums.update(zip(("ff", "fr", "rr"), (outside + inside).unbind(1), strict=True))
+        columns.update(zip(("ff", "fr", "rr"), (outside + inside).unbind(1), strict=True))
+        columns.update(zip(("uu", "uf", "ur"), _of_update(chosen, outside, inside).unbind(1), strict=True))
     if stats:
-        sums.update(zip(("conflicts", "nonfinite_forget", "nonfinite_retain"), counts.unbind(1), strict=True))
+        columns.update(
+            zip(("conflicts", "nonfinite_forget", "nonfinite_retain"), counts.unbind(1), strict=True)
+        )
+    return SynthesisReport(name, rows, numel[:, 0], lambda: columns)
 
-    def products() -> tuple[Tensor, Tensor, Tensor]:
-        """`<u,u>`, `<u,f>` and `<u,r>` of `u = a*f + b*r`, on the conflicting part and on the rest."""
-        total = torch.zeros(len(rows), 3, dtype=torch.float64, device=table.device)
-        for i, (a_c, b_c, a, b) in enumerate(chosen):
-            for (p, q), (ff, fr, rr) in (((a_c, b_c), inside[i]), ((a, b), outside[i])):
-                total[i, 0] += _times(p * p, ff) + _times(2 * p * q, fr) + _times(q * q, rr)
-                total[i, 1] += _times(p, ff) + _times(q, fr)
-                total[i, 2] += _times(p, fr) + _times(q, rr)
-        return total[:, 0], total[:, 1], total[:, 2]
 
-    return SynthesisReport(name, rows, sums, numel[:, 0].long(), products if sums else None)
+def _of_update(chosen: list[Coefficients], outside: Tensor, inside: Tensor) -> Tensor:
+    """`<u,u>`, `<u,f>` and `<u,r>` of `u = a*f + b*r`, from the conflicting part and from the rest."""
+    total = torch.zeros_like(outside)
+    for i, (a_c, b_c, a, b) in enumerate(chosen):
+        for (p, q), (ff, fr, rr) in (((a_c, b_c), inside[i]), ((a, b), outside[i])):
+            total[i, 0] += _times(p * p, ff) + _times(2 * p * q, fr) + _times(q * q, rr)
+            total[i, 1] += _times(p, ff) + _times(q, fr)
+            total[i, 2] += _times(p, fr) + _times(q, rr)
+    return total
 
 
 def _times(coefficient: float, product: Tensor) -> Tensor:

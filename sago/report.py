@@ -7,8 +7,6 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-Update = Callable[[], tuple[Tensor, Tensor, Tensor]]
-
 _COUNTS = ("nonfinite_forget", "nonfinite_retain")
 _FIELDS = (
     "ff",
@@ -59,53 +57,51 @@ class SynthesisReport:
         self,
         rule: str,
         groups: Sequence[Hashable],
-        sums: Mapping[str, Tensor],
         numel: Tensor | Sequence[int],
-        update: Update | None = None,
+        columns: Callable[[], Mapping[str, Tensor]],
     ) -> None:
         self.rule = rule
         self.groups = tuple(groups)
-        self._sums = dict(sums)
         self._numel = numel
-        self._update = update
-        self._update_sums: tuple[Tensor, Tensor, Tensor] | None = None
+        self._columns = columns
+        self._values: Mapping[str, Tensor] | None = None
 
     @property
     def ff(self) -> Tensor | None:
-        return self._sums.get("ff")
+        return self._column("ff")
 
     @property
     def fr(self) -> Tensor | None:
-        return self._sums.get("fr")
+        return self._column("fr")
 
     @property
     def rr(self) -> Tensor | None:
-        return self._sums.get("rr")
+        return self._column("rr")
 
     @property
     def uu(self) -> Tensor | None:
-        return self._from_update(0)
+        return self._column("uu")
 
     @property
     def uf(self) -> Tensor | None:
-        return self._from_update(1)
+        return self._column("uf")
 
     @property
     def ur(self) -> Tensor | None:
-        return self._from_update(2)
+        return self._column("ur")
 
     @property
     def conflict_fraction(self) -> Tensor | None:
-        conflicts = self._sums.get("conflicts")
+        conflicts = self._column("conflicts")
         return None if conflicts is None else conflicts / self.numel.clamp(min=1)
 
     @property
     def nonfinite_forget(self) -> Tensor | None:
-        return self._sums.get("nonfinite_forget")
+        return self._column("nonfinite_forget")
 
     @property
     def nonfinite_retain(self) -> Tensor | None:
-        return self._sums.get("nonfinite_retain")
+        return self._column("nonfinite_retain")
 
     @property
     def cos_forget_retain(self) -> Tensor | None:
@@ -135,9 +131,9 @@ class SynthesisReport:
     def numel(self) -> Tensor:
         """Elements a group, int64."""
         if not isinstance(self._numel, Tensor):
-            device = next((t.device for t in self._sums.values()), torch.device("cpu"))
+            device = next((t.device for t in self._read().values()), torch.device("cpu"))
             self._numel = torch.tensor(self._numel, dtype=torch.int64, device=device)
-        return self._numel
+        return self._numel.to(torch.int64)
 
     @property
     def absent(self) -> tuple[str, ...]:
@@ -145,19 +141,8 @@ class SynthesisReport:
 
     def total(self) -> SynthesisReport:
         """The same report with all groups summed into one row."""
-        update = self._update
-
-        def summed() -> tuple[Tensor, Tensor, Tensor]:
-            uu, uf, ur = (t.sum(0, keepdim=True) for t in (self.uu, self.uf, self.ur) if t is not None)
-            return uu, uf, ur
-
-        return SynthesisReport(
-            self.rule,
-            ("all",),
-            {name: values.sum(0, keepdim=True) for name, values in self._sums.items()},
-            self.numel.sum(0, keepdim=True),
-            None if update is None else summed,
-        )
+        sums = {name: values.sum(0, keepdim=True) for name, values in self._read().items()}
+        return SynthesisReport(self.rule, ("all",), self.numel.sum(0, keepdim=True), lambda: sums)
 
     def to_dict(self) -> dict[str, list[float]]:
         """Every field that was computed, a list with one number a group. Waits for the device."""
@@ -185,7 +170,9 @@ class SynthesisReport:
         lines.append(["total", *(f"{totals[name]:.4g}" for name in columns)])
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
         return "\n".join(
-            "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+            "  ".join(
+                [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]
+            )
             for line in lines
         )
 
@@ -193,12 +180,13 @@ class SynthesisReport:
         absent = f", absent={self.absent}" if self.absent else ""
         return f"SynthesisReport(rule={self.rule!r}, groups={len(self.groups)}{absent})"
 
-    def _from_update(self, i: int) -> Tensor | None:
-        if self._update is None:
-            return None
-        if self._update_sums is None:
-            self._update_sums = self._update()
-        return self._update_sums[i]
+    def _read(self) -> Mapping[str, Tensor]:
+        if self._values is None:
+            self._values = self._columns()
+        return self._values
+
+    def _column(self, name: str) -> Tensor | None:
+        return self._read().get(name)
 
 
 def _root(square: Tensor | None) -> Tensor | None:

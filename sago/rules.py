@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 Scope = Literal["element", "tensor", "global"]
+Term = Literal["zero", "nonzero", "any"]
 
 
 def where(condition, x, y):
@@ -136,22 +137,25 @@ def evaluate(
     alpha: float | Tensor,
     eps: float,
     device: torch.device,
-) -> Tensor:
-    """The coefficients `(a_c, b_c, a, b)` as an fp64 tensor `[rows, 4]`.
+) -> tuple[Tensor, tuple[Term, ...]]:
+    """The coefficients as fp64 `[rows, 4]` (`[rows, 2]` if ungated), and what is known of each for sure.
 
     `gram` is fp64 `[rows, >= 3]` with `ff, fr, rr` first; None stands for one row of zeros.
     """
     zero = torch.zeros(1, dtype=torch.float64, device=device)
     ff, fr, rr = (zero, zero, zero) if gram is None else gram.unbind(1)[:3]
-    weights = (_as_double(w, device) for w in (gamma, alpha))
+    weights = [_as_double(w, device).view(()) for w in (gamma, alpha)]
     values = rule.coefficients(ff + eps, fr, rr + eps, *weights)
     if len(values) != (4 if rule.gated else 2):
         raise ValueError(
-            f"Rule `{rule.name}` should return {'4 coefficients (gated)' if rule.gated else '2 coefficients'}. "
-            f"Found {len(values)}."
+            f"Rule `{rule.name}` should return {4 if rule.gated else 2} coefficients, because it is "
+            f"{'gated' if rule.gated else 'not gated'}. Found {len(values)}."
         )
-    values = values if rule.gated else (*values, *values)
-    return torch.stack([torch.broadcast_to(_as_double(v, device), ff.shape) for v in values], dim=1)
+    # A literal, and a weight that is a float and passed through as it is, are known on the host.
+    known = (gamma if v is weights[0] else alpha if v is weights[1] else v for v in values)
+    terms = tuple("any" if isinstance(v, Tensor) else "nonzero" if v else "zero" for v in known)
+    columns = [torch.broadcast_to(_as_double(v, device), ff.shape) for v in values]
+    return torch.stack(columns, dim=1), terms  # type: ignore[return-value]
 
 
 def _as_double(value: float | Tensor, device: torch.device) -> Tensor:

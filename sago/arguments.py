@@ -1,0 +1,381 @@
+"""What a call was given, checked and put in order before anything is written."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sago.rules import Rule, resolve
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+BACKENDS = ("triton", "compiled", "reference")
+
+NEW = object()  # for `out`: new tensors like retain
+
+Gradients = Tensor | Iterable[Tensor | None]
+Weight = float | Tensor
+
+
+@dataclass
+class Arguments:
+    """A checked call.
+
+    Attributes:
+        forget, retain, out: Local tensors; None for a zero gradient; out is None where both are.
+        updates: `out` as the caller knows it, DTensors whole.
+        rows: The report row of each tensor.
+        keys: The group a row stands for.
+        gamma, alpha: Floats, or 0-d tensors on the gradients' device.
+        backends: For each device in the list, the backend that runs there.
+    """
+
+    forget: list[Tensor | None]
+    retain: list[Tensor | None]
+    out: list[Tensor | None]
+    updates: list[Tensor | None]
+    rule: Rule
+    rows: list[int]
+    keys: list[Hashable]
+    gamma: Weight
+    alpha: Weight
+    eps: float
+    backends: dict[torch.device, str]
+
+
+def check(
+    forget: Gradients,
+    retain: Gradients,
+    rule: str | Rule,
+    gamma: Weight,
+    alpha: Weight,
+    out: Any,
+    groups: Sequence[Hashable] | None,
+    eps: float,
+    reduce_gram: Callable[[Tensor], Tensor | None] | None,
+    backend: str | None,
+) -> Arguments:
+    """Raises ValueError or TypeError for a call that cannot be right. `out` may be `NEW`."""
+    rule = resolve(rule)
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(
+            f"Parameter `backend` should be None or one of {', '.join(BACKENDS)}. Found {backend!r}."
+        )
+    if reduce_gram is not None and not callable(reduce_gram):
+        raise TypeError(f"Parameter `reduce_gram` should be a callable. Found {type(reduce_gram).__name__}.")
+    eps = _non_negative("eps", eps)
+    forget, retain = as_list("forget", forget), as_list("retain", retain)
+    if len(forget) != len(retain):
+        raise ValueError(
+            "Parameters `forget` and `retain` should have the same length. "
+            f"Found {len(forget)} and {len(retain)}."
+        )
+    if not forget:
+        raise ValueError("Parameters `forget` and `retain` should hold at least one gradient. Found none.")
+    rows, keys = _rows(groups, len(forget), rule)
+    allocate = out is NEW
+    out = [None] * len(forget) if allocate else _out(out, forget, retain)
+    for i, tensors in enumerate(zip(forget, retain, out, strict=True)):
+        _check_pair(i, *tensors)
+    if allocate:
+        like = (f if r is None else r for f, r in zip(forget, retain, strict=True))
+        out = [None if t is None else torch.empty_like(t, requires_grad=False) for t in like]
+    _check_shards(forget, retain, out, rule, reduce_gram)
+    local = [[_local(t) for t in tensors] for tensors in (forget, retain, out)]
+    _check_overlap(*local)
+    devices = dict.fromkeys(t.device for t in local[2] if t is not None)
+    return Arguments(
+        forget=local[0],
+        retain=local[1],
+        out=local[2],
+        updates=out,
+        rule=rule,
+        rows=rows,
+        keys=keys,
+        gamma=_weight("gamma", gamma, devices),
+        alpha=_weight("alpha", alpha, devices),
+        eps=eps,
+        backends={device: _backend(backend, device) for device in devices},
+    )
+
+
+def as_list(name: str, tensors: Gradients) -> list[Any]:
+    if isinstance(tensors, Tensor):
+        return [tensors]
+    if isinstance(tensors, (str, bytes)) or not isinstance(tensors, Iterable):
+        raise TypeError(
+            f"Parameter `{name}` should be a tensor or a sequence of tensors. Found {type(tensors).__name__}."
+        )
+    return list(tensors)
+
+
+def _rows(groups: Sequence[Hashable] | None, length: int, rule: Rule) -> tuple[list[int], list[Hashable]]:
+    if groups is None:
+        if rule.scope == "global":
+            return [0] * length, ["all"]
+        return list(range(length)), list(range(length))
+    if isinstance(groups, (str, bytes)) or not isinstance(groups, Iterable):
+        raise TypeError(
+            f"Parameter `groups` should be a sequence with one key a tensor. Found {type(groups).__name__}."
+        )
+    groups = list(groups)
+    if len(groups) != length:
+        raise ValueError(f"Parameter `groups` should have one key a tensor, {length}. Found {len(groups)}.")
+    index: dict[Hashable, int] = {}
+    for i, group in enumerate(groups):
+        if not isinstance(group, Hashable):
+            raise TypeError(f"Parameter `groups[{i}]` should be hashable. Found {type(group).__name__}.")
+        index.setdefault(group, len(index))
+    return [index[group] for group in groups], list(index)
+
+
+def _out(out: Gradients | str | None, forget: list[Any], retain: list[Any]) -> list[Any]:
+    if out is None or (isinstance(out, str) and out == "forget"):
+        name, written = ("retain", retain) if out is None else ("forget", forget)
+        for i, (f, r, o) in enumerate(zip(forget, retain, written, strict=True)):
+            if o is None and f is not r:
+                raise ValueError(
+                    f"Parameter `{name}[{i}]` should be a tensor, because the update is written there. "
+                    "Found None. Pass a tensor for it in `out=`, or use sago.synthesize."
+                )
+        return list(written)
+    if isinstance(out, str):
+        raise ValueError(f"Parameter `out` should be None, 'forget' or a sequence of tensors. Found {out!r}.")
+    out = as_list("out", out)
+    if len(out) != len(forget):
+        raise ValueError(
+            f"Parameter `out` should have one tensor a gradient, {len(forget)}. Found {len(out)}."
+        )
+    for i, (f, r, o) in enumerate(zip(forget, retain, out, strict=True)):
+        if o is None and f is not r:
+            raise ValueError(
+                f"Parameter `out[{i}]` should be a tensor, because the update is written there. Found None."
+            )
+        if f is None and r is None:
+            out[i] = None
+    return out
+
+
+def _check_pair(i: int, f: Any, r: Any, o: Any) -> None:
+    tensors = [(name, t) for name, t in (("forget", f), ("retain", r), ("out", o)) if t is not None]
+    for name, t in tensors:
+        if not isinstance(t, Tensor):
+            raise TypeError(f"Parameter `{name}[{i}]` should be a tensor or None. Found {type(t).__name__}.")
+        if t.layout != torch.strided:
+            raise TypeError(f"Parameter `{name}[{i}]` should be a dense tensor. Found layout {t.layout}.")
+        if t.dtype not in DTYPES:
+            raise TypeError(
+                f"Parameter `{name}[{i}]` should be bfloat16, float16, float32 or float64. Found {t.dtype}."
+            )
+        if t.is_meta:
+            raise ValueError(f"Parameter `{name}[{i}]` should hold data. Found a meta tensor.")
+    if not tensors:
+        return
+    first_name, first = tensors[0]
+    for name, t in tensors[1:]:
+        if t.shape != first.shape:
+            raise ValueError(
+                f"Parameters `{first_name}[{i}]` and `{name}[{i}]` should have the same shape. "
+                f"Found {tuple(first.shape)} and {tuple(t.shape)}."
+            )
+        if t.device != first.device:
+            raise ValueError(
+                f"Parameters `{first_name}[{i}]` and `{name}[{i}]` should be on the same device. "
+                f"Found {first.device} and {t.device}."
+            )
+
+
+def _is_dtensor(t: Any) -> bool:
+    return hasattr(t, "placements") and hasattr(t, "to_local")
+
+
+def _local(t: Any) -> Tensor | None:
+    return t.to_local() if _is_dtensor(t) else t
+
+
+def _check_shards(
+    forget: list[Any],
+    retain: list[Any],
+    out: list[Any],
+    rule: Rule,
+    reduce_gram: Callable[[Tensor], Tensor | None] | None,
+) -> None:
+    for i, tensors in enumerate(zip(forget, retain, out, strict=True)):
+        if not any(_is_dtensor(t) for t in tensors):
+            continue
+        found = [t for t in tensors if t is not None]
+        if not all(_is_dtensor(t) for t in found):
+            raise TypeError(
+                f"Forget, retain and out of gradient {i} should all be DTensors or none. Found both."
+            )
+        first = found[0]
+        for t in found:
+            if t.device_mesh != first.device_mesh or t.placements != first.placements:
+                raise ValueError(
+                    f"Forget, retain and out of gradient {i} should have the same mesh and placements. "
+                    f"Found {first.placements} and {t.placements}."
+                )
+            if any(p.is_partial() for p in t.placements):
+                raise ValueError(
+                    f"Gradient {i} should be reduced before it is synthesized, because no rule but a sum "
+                    f"commutes with the reduction. Found placements {t.placements}."
+                )
+        sharded = any(
+            p.is_shard() and first.device_mesh.size(dim) > 1 for dim, p in enumerate(first.placements)
+        )
+        if sharded and rule.scope != "element" and reduce_gram is None:
+            raise ValueError(
+                f"Rule `{rule.name}` needs inner products over the whole of gradient {i}, of which this rank "
+                f"holds a shard ({first.placements}). Pass `reduce_gram=`, which sums them over the ranks."
+            )
+
+
+def _check_overlap(
+    forget: list[Tensor | None], retain: list[Tensor | None], out: list[Tensor | None]
+) -> None:
+    """Raises where memory would be written twice, or written before it is read for another element."""
+    spans = []
+    for i, (f, r, o) in enumerate(zip(forget, retain, out, strict=True)):
+        if o is None or o.numel() == 0:
+            continue
+        if not is_dense(o) and _overlaps_itself(o):
+            raise ValueError(
+                f"The output for gradient {i} should not overlap itself. "
+                f"Found shape {tuple(o.shape)} with strides {o.stride()}."
+            )
+        spans.append((*_span(o), True, f"the output for gradient {i}", o))
+        for name, t in (("forget", f), ("retain", r)):
+            if t is not None and not _is_alias(t, o):
+                spans.append((*_span(t), False, f"`{name}[{i}]`", t))
+    spans.sort(key=lambda span: span[:3])
+    reads: list[Any] = []
+    writes: list[Any] = []
+    for span in spans:
+        device, start, _, written, name, tensor = span
+        reads = [s for s in reads if s[0] == device and s[2] > start]
+        writes = [s for s in writes if s[0] == device and s[2] > start]
+        for other in writes + reads if written else writes:
+            if _share_memory(tensor, other[5]):
+                raise ValueError(
+                    "Memory that is written should not be shared, unless the output is exactly the forget or "
+                    f"retain gradient of the same index. Found that {name} and {other[4]} share memory."
+                )
+        (writes if written else reads).append(span)
+
+
+def _span(t: Tensor) -> tuple[str, int, int]:
+    start = t.data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return str(t.device), start, start + (last + 1) * t.itemsize
+
+
+def _is_alias(t: Tensor, out: Tensor) -> bool:
+    return t is out or (
+        t.data_ptr() == out.data_ptr()
+        and t.dtype == out.dtype
+        and t.stride() == out.stride()
+        and t.shape == out.shape
+    )
+
+
+def is_dense(t: Tensor) -> bool:
+    """Whether the elements fill a stretch of memory, each once, in any order of dimensions."""
+    if t.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _overlaps_itself(t: Tensor) -> bool:
+    # Enough for every view that slicing, transposing and expanding can make.
+    reach = 0
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += (size - 1) * stride
+    return False
+
+
+def _share_memory(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors whose memory ranges meet have a byte in common, such as columns of one matrix."""
+    if is_dense(x) and is_dense(y):
+        return True
+    first = min(x.data_ptr(), y.data_ptr())
+    marks = torch.zeros(max(_span(x)[2], _span(y)[2]) - first, dtype=torch.bool)
+    _bytes(marks, x, first).fill_(True)
+    return bool(_bytes(marks, y, first).any())
+
+
+def _bytes(marks: Tensor, t: Tensor, first: int) -> Tensor:
+    strides = [stride * t.itemsize for stride in t.stride()]
+    return marks.as_strided((*t.shape, t.itemsize), (*strides, 1), t.data_ptr() - first)
+
+
+def _non_negative(name: str, value: Any) -> float:
+    if not isinstance(value, Real):
+        raise TypeError(f"Parameter `{name}` should be a number. Found {type(value).__name__}.")
+    number = float(value)
+    if not 0.0 <= number < math.inf:
+        raise ValueError(f"Parameter `{name}` should be finite and not negative. Found {value}.")
+    return number
+
+
+def _weight(name: str, weight: Any, devices: dict[torch.device, None]) -> Weight:
+    if isinstance(weight, Tensor):
+        if weight.ndim != 0:
+            raise ValueError(
+                f"Parameter `{name}` should be a float or a 0-d tensor. Found shape {tuple(weight.shape)}."
+            )
+        if weight.is_complex() or weight.dtype == torch.bool or weight.is_meta:
+            raise TypeError(
+                f"Parameter `{name}` should be a real number. Found {weight.dtype} on {weight.device}."
+            )
+        if devices and weight.device.type != "cpu" and weight.device not in devices:
+            raise ValueError(
+                f"Parameter `{name}` should be on a device of the gradients, {', '.join(map(str, devices))}. "
+                f"Found {weight.device}."
+            )
+        return weight.detach().to(torch.float64)
+    if not isinstance(weight, Real):
+        raise TypeError(
+            f"Parameter `{name}` should be a float or a 0-d tensor. Found {type(weight).__name__}."
+        )
+    return float(weight)
+
+
+def _backend(backend: str | None, device: torch.device) -> str:
+    if backend is None:
+        if device.type == "cuda" and has_triton():
+            return "triton"
+        return "compiled" if device.type == "cpu" else "reference"
+    if backend == "triton":
+        if not has_triton():
+            raise ValueError("Backend 'triton' should have Triton to run on. Found no triton package.")
+        if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(
+                "Backend 'triton' should be given tensors on a GPU. Found tensors on the CPU, where only "
+                "Triton's interpreter runs (TRITON_INTERPRET=1)."
+            )
+    if backend == "compiled" and device.type != "cpu":
+        raise ValueError(f"Backend 'compiled' should be given tensors on the CPU. Found tensors on {device}.")
+    return backend
+
+
+@lru_cache(maxsize=1)
+def has_triton() -> bool:
+    return find_spec("triton") is not None

@@ -1,0 +1,232 @@
+"""The CPU path: the work of the two kernels as torch code on flat tensors, compiled by torch.compile.
+
+A gram graph and a combine graph are kept apart: in one graph the sums and the store do not fuse, and it
+runs an order of magnitude slower. Tensors of fewer than `COMPILE_FROM` elements run the same code
+uncompiled, and so does everything where no C++ compiler is found.
+
+Sums are taken over a fixed tree that does not depend on the number of threads: 64 elements a lane in
+fp32 (fp64 for fp64 gradients), the lanes of a block in fp64, then 1024 blocks at a time.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, lru_cache
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sago.rules import Rule, Term, evaluate
+
+COMPILE_FROM = 32768
+_LINE = 64  # bytes: a lane an element of a cache line, so that memory is read in order
+_DEPTH = 64  # elements a lane adds: that many squares of 1e18 stay in the range of fp32
+_FAN_IN = 1024
+_SLICE = 1 << 20  # elements at a time where the code runs uncompiled: bounds its temporaries
+
+
+class Batch(NamedTuple):
+    """Gradient pairs on one device and where their update goes; see `sago.kernels.Batch`."""
+
+    forget: Sequence[Tensor | None]
+    retain: Sequence[Tensor | None]
+    out: Sequence[Tensor]
+    rows: Sequence[int]
+    row_count: int
+
+
+def gram(batch: Batch, sums: int) -> Tensor:
+    """The sums of every row, fp64 `[rows, sums]`, with the columns of `sago.kernels.gram`."""
+    return _table(batch, sums)
+
+
+def _table(batch: Batch, sums: int) -> Tensor:
+    parts: list[list[Tensor]] = [[] for _ in range(batch.row_count)]
+    for f, r, row in zip(batch.forget, batch.retain, batch.rows, strict=True):
+        parts[row].append(_pair_sums(*_flat_pair(f, r), sums))
+    zero = torch.zeros(sums, dtype=torch.float64)
+    return torch.stack([_tree(torch.stack(row, dim=1)) if row else zero for row in parts])
+
+
+def combine(
+    batch: Batch,
+    rule: Rule,
+    gamma: float | Tensor,
+    alpha: float | Tensor,
+    eps: float,
+    gram: Tensor | None,
+    sums: int,
+) -> Tensor | None:
+    """Writes the update of every pair to `out`; see `sago.kernels.combine`. Sums take a pass of their own."""
+    table = _table(batch, sums) if sums else None
+    values, terms = evaluate(rule, gram, gamma, alpha, eps, torch.device("cpu"))
+    rows = values.expand(batch.row_count, -1).unbind(0)
+    graph = _gated_combine if rule.gated else _combine
+    for f, r, out, row in zip(batch.forget, batch.retain, batch.out, batch.rows, strict=True):
+        f, r = _flat_pair(f, r)
+        scalars = rows[row].to(_compute_dtype(f, r)).unbind()
+        for call, pieces in _pieces(graph, terms, f, r, _flat(out)):
+            call(*pieces, *scalars)
+    return table
+
+
+def _gated_combine(
+    f: Tensor, r: Tensor, out: Tensor, a_c: Tensor, b_c: Tensor, a: Tensor, b: Tensor, terms: tuple[Term, ...]
+) -> None:
+    f, r = f.to(a.dtype), r.to(a.dtype)
+    u = torch.where(_conflict(f, r), _weighted(a_c, f, b_c, r, terms[:2]), _weighted(a, f, b, r, terms[2:]))
+    out.copy_(_downcast(u, out.dtype))
+
+
+def _combine(f: Tensor, r: Tensor, out: Tensor, a: Tensor, b: Tensor, terms: tuple[Term, ...]) -> None:
+    out.copy_(_downcast(_weighted(a, f.to(a.dtype), b, r.to(a.dtype), terms), out.dtype))
+
+
+def _conflict(f: Tensor, r: Tensor) -> Tensor:
+    # Signs, never the product: f * r underflows. Nested, this costs the CPU fewer masks than `&` and `|`.
+    return torch.where(f > 0, r, torch.where(f < 0, -r, 0.0)) < 0
+
+
+def _weighted(a: Tensor, f: Tensor, b: Tensor, r: Tensor, terms: tuple[Term, ...]) -> Tensor:
+    """`a*f + b*r`, where a gradient whose coefficient is 0 is left out, be it NaN or inf."""
+    zero = torch.zeros((), dtype=f.dtype)
+    x = zero if terms[0] == "zero" else a * f
+    y = zero if terms[1] == "zero" else b * r
+    if terms[0] == "any":
+        x = torch.where(a == 0, zero, x)
+    if terms[1] == "any":
+        y = torch.where(b == 0, zero, y)
+    if "zero" in terms:
+        return y if terms[0] == "zero" else x
+    u = x + y
+    # x + 0 would turn a -0 into a 0.
+    if terms[0] == "any":
+        u = torch.where(a == 0, y, u)
+    return torch.where(b == 0, x, u) if terms[1] == "any" else u
+
+
+def _downcast(u: Tensor, dtype: torch.dtype) -> Tensor:
+    # fp64 goes to 16 bits through fp32 here as in eager torch, whatever the compiler would choose.
+    return u.to(torch.float32).to(dtype) if dtype.itemsize == 2 else u.to(dtype)
+
+
+def _block_sums(f: Tensor, r: Tensor, sums: int) -> Tensor:
+    """The sums of every block of `_lanes(f, r) * _DEPTH` elements, fp64 `[sums, blocks]`."""
+    f, r = _blocks(f, r)
+    values = [f * f, f * r, r * r]
+    if sums > 3:
+        conflict = _conflict(f, r)
+        outside, inside = ([torch.where(c, p, 0.0) for p in values] for c in (~conflict, conflict))
+        values = [*(outside if sums == 9 else values), conflict.to(f.dtype), *(inside if sums == 9 else [])]
+    return torch.stack([v.sum(1).sum(1, dtype=torch.float64) for v in values])
+
+
+def _blocks(f: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    dtype, shape = _compute_dtype(f, r), (-1, _DEPTH, _lanes(f, r))
+    return f.to(dtype).view(shape), r.to(dtype).view(shape)
+
+
+def _nonfinite(f: Tensor, r: Tensor, partials: Tensor) -> Tensor:
+    """The number of non-finite elements of f and r, fp64 `[2, 1]`.
+
+    Elements are looked at only in blocks with a sum that is not finite: an inf or NaN shows in ff or rr.
+    """
+    suspects = (~partials.isfinite().all(0)).nonzero().squeeze(1)
+    counts = torch.zeros(2, 1, dtype=torch.float64)
+    for some in suspects.split(_SLICE // (_DEPTH * _lanes(f, r))):
+        for count, t in zip(counts, (f, r), strict=True):
+            count += (~t.view(-1, _DEPTH * _lanes(f, r))[some].isfinite()).sum()
+    return counts
+
+
+def _pair_sums(f: Tensor, r: Tensor, sums: int) -> Tensor:
+    block = _lanes(f, r) * _DEPTH
+    whole = f.numel() // block * block
+    partials, nonfinite = [], torch.zeros(2, 1, dtype=torch.float64)
+    pieces = list(_pieces(_block_sums, sums, f[:whole], r[:whole]))
+    if whole < f.numel():
+        padding = (0, whole + block - f.numel())
+        pieces += _pieces(_block_sums, sums, *(torch.nn.functional.pad(t[whole:], padding) for t in (f, r)))
+    for call, tensors in pieces:
+        partials.append(call(*tensors))
+        if sums > 3:
+            nonfinite += _nonfinite(tensors[0], tensors[1], partials[-1])
+    if not partials:
+        return torch.zeros(sums, dtype=torch.float64)
+    total = _tree(torch.cat(partials, dim=1))
+    return torch.cat([total[:4], nonfinite.squeeze(1), total[4:]]) if sums > 3 else total
+
+
+def _tree(partials: Tensor) -> Tensor:
+    """The sum over the last dimension in a fixed order: torch splits a full sum by threads."""
+    while partials.shape[-1] > 1:
+        padding = -partials.shape[-1] % _FAN_IN
+        partials = torch.nn.functional.pad(partials, (0, padding)).unflatten(-1, (-1, _FAN_IN)).sum(-1)
+    return partials.squeeze(-1)
+
+
+def _flat_pair(f: Tensor | None, r: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both gradients flat in memory order, with zeros for None."""
+    if f is None:
+        assert r is not None
+        return torch.zeros((), dtype=r.dtype).expand(r.numel()), _flat(r)
+    return _flat(f), torch.zeros((), dtype=f.dtype).expand(f.numel()) if r is None else _flat(r)
+
+
+def _flat(t: Tensor) -> Tensor:
+    t = t.detach()
+    return t.view(-1) if t.is_contiguous() else t.as_strided((t.numel(),), (1,))
+
+
+def _lanes(f: Tensor, r: Tensor) -> int:
+    return _LINE // max(f.dtype.itemsize, r.dtype.itemsize)
+
+
+def _compute_dtype(f: Tensor, r: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (f.dtype, r.dtype) else torch.float32
+
+
+def _pieces(
+    graph: Any, constant: Any, *tensors: Tensor
+) -> Iterator[tuple[Callable[..., Any], Sequence[Tensor]]]:
+    """What to call on which parts of the tensors: the compiled graph on all, or `graph` on slices.
+
+    `constant` is the last argument of `graph`; the callables take the others.
+    """
+    numel = tensors[0].numel()
+    if numel >= COMPILE_FROM and all(t.is_contiguous() for t in tensors) and _has_compiler():
+        # Storages of their own: torch.compile guards on storages that are shared, and works around them.
+        yield _compiled(graph, constant, *(t.dtype for t in tensors)), [torch.from_dlpack(t) for t in tensors]
+        return
+    for start in range(0, numel, _SLICE):
+        yield _bound(graph, constant), [t[start : start + _SLICE] for t in tensors]
+
+
+def _bound(graph: Any, constant: Any) -> FunctionType:
+    # With a code object of its own: torch.compile limits the variants of one.
+    return FunctionType(graph.__code__.replace(), graph.__globals__, graph.__name__, (constant,))
+
+
+@cache
+def _compiled(graph: Any, constant: Any, *dtypes: torch.dtype) -> Callable[..., Any]:
+    return torch.compile(_bound(graph, constant), dynamic=True, fullgraph=True)
+
+
+@lru_cache(maxsize=1)
+def _has_compiler() -> bool:
+    """Whether torch.compile can build C++ here; if not, says so once."""
+    try:
+        torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(1))
+    except (RuntimeError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        warnings.warn(
+            f"sago: torch.compile found no working C++ compiler ({reason}); "
+            "gradients on the CPU are synthesized by eager torch, which is slower.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
