@@ -12,11 +12,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-# CHUNK, BLOCK and WARPS fix the order of every sum: changing one changes the last bits of results.
-# A lane of the sums adds CHUNK / (32 * WARPS) squares in fp32, so magnitudes up to 1e18 stay in range.
+# CHUNK, BLOCK and THREADS fix the order of every sum: changing one changes the last bits of results.
+# A lane of the sums adds at most CHUNK / THREADS squares in fp32, so magnitudes up to 1e18 stay in range.
 CHUNK = 32768
 BLOCK = 2048
-WARPS = 8
+THREADS = 256
 
 TRITON_DTYPES = {
     torch.bfloat16: tl.bfloat16,
@@ -123,15 +123,17 @@ class Batch:
     """Gradient pairs on one device and where their update goes, ready for `gram` and `combine`.
 
     Args:
+        device: Where all of them are.
         forget, retain: Tensors or None (a zero gradient), pairwise of one shape and, over dense memory,
             of one element order. At most one of a pair is None.
-        out: Where `combine` writes; None for a batch that only `gram` reads.
+        out: Where `combine` writes; may be forget or retain themselves.
         rows: The row of the Gram table a pair belongs to.
         row_count: Rows of the table; a row without elements is zero.
     """
 
     def __init__(
         self,
+        device: torch.device,
         forget: Sequence[Tensor | None],
         retain: Sequence[Tensor | None],
         out: Sequence[Tensor],
@@ -150,7 +152,7 @@ class Batch:
                 o.data_ptr(),
             )
             addresses.append((f_at, r_at, o_at, int((f_at | r_at | o_at) % 16 == 0)))
-        self.device = out[0].device
+        self.device = device
         self.tensors = (forget, retain, out)  # the tables hold bare addresses
         self.row_count = row_count
         self.layout = _layout(tuple(numels), tuple(dtypes), tuple(rows), row_count, self.device)
@@ -163,9 +165,10 @@ class Batch:
     def scratch(self, sums: int) -> tuple[Tensor, Tensor, Tensor]:
         """Partial sums `[sums, slots]`, the zeroed table `[rows, sums]` and a zeroed counter a row."""
         partials = torch.empty(sums, self.layout.slots, dtype=torch.float64, device=self.device)
-        zeros = torch.zeros(self.row_count * (sums + 1), dtype=torch.float64, device=self.device)
-        table = zeros[: self.row_count * sums].view(self.row_count, sums)
-        return partials, table, zeros[self.row_count * sums :].view(torch.int32)
+        counters = -(-self.row_count // 4) * 2  # in doubles; even, which keeps the table aligned
+        zeros = torch.zeros(counters + self.row_count * sums, dtype=torch.float64, device=self.device)
+        table = zeros[counters:].view(self.row_count, sums)
+        return partials, table, zeros[:counters].view(torch.int32)
 
 
 def compute_dtype(signature: Signature) -> tl.dtype:
@@ -181,6 +184,11 @@ def _upload(values: Sequence[object], dtype: torch.dtype, device: torch.device) 
     # Pinned, because a pageable copy synchronises and is an error while a CUDA graph is captured.
     pinned = device.type == "cuda"
     return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(device, non_blocking=pinned)
+
+
+def lanes(device: torch.device) -> int:
+    """Threads of a warp: 64 on AMD's data-centre GPUs."""
+    return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:

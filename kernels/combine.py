@@ -6,7 +6,7 @@ import struct
 
 import triton
 import triton.language as tl
-from sago.kernels.batch import BLOCK, CHUNK, TRITON_DTYPES, WARPS, Batch, compute_dtype, on, vector
+from sago.kernels.batch import BLOCK, CHUNK, THREADS, TRITON_DTYPES, Batch, compute_dtype, lanes, on, vector
 from sago.kernels.formula import on_device
 from sago.kernels.stream import finish, locate, stream
 from torch import Tensor
@@ -20,7 +20,7 @@ def _weight(weight):
     if weight.dtype.is_ptr():
         value = tl.load(weight).to(tl.float64)
     else:
-        value = weight.to(tl.int64).to(tl.float64, bitcast=True)
+        value = (weight ^ 1 << 62).to(tl.float64, bitcast=True)
     return value
 
 
@@ -108,7 +108,7 @@ def combine(
                 COMPUTE=compute_dtype(launch.dtypes), FORMULA=formula, GATED=rule.gated,
                 GRAM=gram is not None, SUMS=sums,
                 CHUNK=CHUNK, BLOCK=BLOCK, V=vector(launch.dtypes), ALIGNED=aligned,
-                num_warps=WARPS, enable_fp_fusion=False,
+                num_warps=THREADS // lanes(batch.device), enable_fp_fusion=False,
             )  # fmt: skip
     return table
 
@@ -122,7 +122,8 @@ def _coefficients(
 
 
 def _argument(weight: float | Tensor) -> int | Tensor:
-    # Triton passes a float argument as fp32; the bits of the fp64 value arrive whole.
+    # Triton passes a float argument as fp32; the bits of the fp64 value arrive whole. One of them is
+    # flipped, because the bits of 0.0 would arrive as a 32-bit integer.
     if isinstance(weight, Tensor):
         return weight
-    return int.from_bytes(struct.pack("<d", weight), "little", signed=True)
+    return int.from_bytes(struct.pack("<d", weight), "little", signed=True) ^ 1 << 62

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import textwrap
 from collections.abc import Callable
 from functools import lru_cache
 from types import FunctionType
@@ -12,6 +14,13 @@ import triton
 import triton.language as tl
 
 from sago import rules
+
+# What means the same on tensors and on Triton scalars.
+_PLAIN = (
+    *(ast.arguments, ast.arg, ast.Expr, ast.Assign, ast.Return, ast.Tuple, ast.Call),
+    *(ast.Name, ast.Load, ast.Store, ast.Constant, ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div),
+    *(ast.UnaryOp, ast.USub, ast.Compare, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq, ast.NotEq),
+)
 
 
 @triton.jit
@@ -24,30 +33,34 @@ def on_device(coefficients: Callable[..., Any]) -> Any:
     """The device function of `coefficients`, or None if it cannot be compiled into a kernel.
 
     It can if it is a plain function from a source file, without defaults or annotations (Triton would
-    evaluate them), whose global names are numbers, `where` of `sago.rules`, or functions of the same kind.
+    evaluate them), made of arithmetic and comparisons, whose only global names are `where` of
+    `sago.rules` and functions of the same kind. A global number is left to torch: here it would be frozen.
     """
     if coefficients is rules.where:
         return _where
-    if not isinstance(coefficients, FunctionType):
-        return None
-    if coefficients.__closure__ or coefficients.__defaults__ or coefficients.__annotations__:
-        return None
-    try:
-        source = inspect.getsource(coefficients)
-    except OSError:
-        return None
-    if not source.lstrip().startswith("def "):
+    if not isinstance(coefficients, FunctionType) or not _is_plain(coefficients):
         return None
     names: dict[str, Any] = {"__name__": coefficients.__module__, "tl": tl}
     for name in coefficients.__code__.co_names:
-        value = coefficients.__globals__.get(name)
-        if isinstance(value, FunctionType):
-            value = on_device(value)
-        elif isinstance(value, (int, float)):
-            value = tl.constexpr(value)
-        else:
-            value = None
-        if value is None:
+        names[name] = on_device(coefficients.__globals__.get(name))  # type: ignore[arg-type]
+        if names[name] is None:
             return None
-        names[name] = value
     return triton.jit(FunctionType(coefficients.__code__, names, coefficients.__name__))
+
+
+def _is_plain(function: FunctionType) -> bool:
+    if function.__closure__ or function.__defaults__ or function.__kwdefaults__ or function.__annotations__:
+        return False
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, SyntaxError):
+        return False
+    (definition,) = tree.body
+    return (
+        isinstance(definition, ast.FunctionDef)
+        and definition.name == function.__name__
+        and not definition.decorator_list
+        and all(
+            isinstance(node, _PLAIN) for child in ast.iter_child_nodes(definition) for node in ast.walk(child)
+        )
+    )

@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from sago.kernels.batch import BLOCK, CHUNK, TRITON_DTYPES, WARPS, Batch, compute_dtype, on, vector
+from sago.kernels.batch import BLOCK, CHUNK, THREADS, TRITON_DTYPES, Batch, compute_dtype, lanes, on, vector
 from sago.kernels.stream import finish, locate, stream
 from torch import Tensor
 
@@ -39,6 +39,6 @@ def gram(batch: Batch, sums: int) -> Tensor:
                 FORGET=TRITON_DTYPES[forget], RETAIN=TRITON_DTYPES[retain],
                 COMPUTE=compute_dtype(launch.dtypes), SUMS=sums,
                 CHUNK=CHUNK, BLOCK=BLOCK, V=vector(launch.dtypes), ALIGNED=aligned,
-                num_warps=WARPS, enable_fp_fusion=False,
+                num_warps=THREADS // lanes(batch.device), enable_fp_fusion=False,
             )  # fmt: skip
     return table

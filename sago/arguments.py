@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
+from importlib import import_module
 from numbers import Real
 from typing import Any
 
@@ -91,7 +92,7 @@ def check(
     _check_shards(forget, retain, out, rule, reduce_gram)
     local = [[_local(t) for t in tensors] for tensors in (forget, retain, out)]
     _check_overlap(*local)
-    devices = dict.fromkeys(t.device for t in local[2] if t is not None)
+    devices = dict.fromkeys(t.device for t in local[2] if t is not None) or {torch.device("cpu"): None}
     return Arguments(
         forget=local[0],
         retain=local[1],
@@ -131,9 +132,10 @@ def _rows(groups: Sequence[Hashable] | None, length: int, rule: Rule) -> tuple[l
         raise ValueError(f"Parameter `groups` should have one key a tensor, {length}. Found {len(groups)}.")
     index: dict[Hashable, int] = {}
     for i, group in enumerate(groups):
-        if not isinstance(group, Hashable):
-            raise TypeError(f"Parameter `groups[{i}]` should be hashable. Found {type(group).__name__}.")
-        index.setdefault(group, len(index))
+        try:
+            index.setdefault(group, len(index))
+        except TypeError as error:
+            raise TypeError(f"Parameter `groups[{i}]` should be hashable. Found {group!r}.") from error
     return [index[group] for group in groups], list(index)
 
 
@@ -360,12 +362,15 @@ def _weight(name: str, weight: Any, devices: dict[torch.device, None]) -> Weight
 
 def _backend(backend: str | None, device: torch.device) -> str:
     if backend is None:
-        if device.type == "cuda" and has_triton():
+        if device.type == "cpu":
+            return "compiled"
+        if device.type == "cuda" and triton_version():
             return "triton"
-        return "compiled" if device.type == "cpu" else "reference"
+        _warn_without_triton(device)
+        return "reference"
     if backend == "triton":
-        if not has_triton():
-            raise ValueError("Backend 'triton' should have Triton to run on. Found no triton package.")
+        if not triton_version():
+            raise ValueError("Backend 'triton' should have Triton 3.4 or newer installed. Found none.")
         if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(
                 "Backend 'triton' should be given tensors on a GPU. Found tensors on the CPU, where only "
@@ -377,5 +382,20 @@ def _backend(backend: str | None, device: torch.device) -> str:
 
 
 @lru_cache(maxsize=1)
-def has_triton() -> bool:
-    return find_spec("triton") is not None
+def triton_version() -> str | None:
+    """The version of the Triton that the kernels can use; None if there is none or it is too old."""
+    try:
+        version: str = import_module("triton").__version__
+    except ImportError:
+        return None
+    major, minor = version.split(".")[:2]
+    return version if (int(major), int(minor)) >= (3, 4) else None
+
+
+@lru_cache(maxsize=1)
+def _warn_without_triton(device: torch.device) -> None:
+    warnings.warn(
+        f"sago: no Triton 3.4 or newer for gradients on {device}; the slow plain torch reference runs.",
+        RuntimeWarning,
+        stacklevel=2,
+    )

@@ -31,6 +31,7 @@ _SLICE = 1 << 20  # elements at a time where the code runs uncompiled: bounds it
 class Batch(NamedTuple):
     """Gradient pairs on one device and where their update goes; see `sago.kernels.Batch`."""
 
+    device: torch.device
     forget: Sequence[Tensor | None]
     retain: Sequence[Tensor | None]
     out: Sequence[Tensor]
@@ -62,7 +63,7 @@ def combine(
 ) -> Tensor | None:
     """Writes the update of every pair to `out`; see `sago.kernels.combine`. Sums take a pass of their own."""
     table = _table(batch, sums) if sums else None
-    values, terms = evaluate(rule, gram, gamma, alpha, eps, torch.device("cpu"))
+    values, terms = evaluate(rule, gram, gamma, alpha, eps, batch.device)
     rows = values.expand(batch.row_count, -1).unbind(0)
     graph = _gated_combine if rule.gated else _combine
     for f, r, out, row in zip(batch.forget, batch.retain, batch.out, batch.rows, strict=True):
@@ -197,7 +198,7 @@ def _pieces(
     `constant` is the last argument of `graph`; the callables take the others.
     """
     numel = tensors[0].numel()
-    if numel >= COMPILE_FROM and all(t.is_contiguous() for t in tensors) and _has_compiler():
+    if numel >= COMPILE_FROM and all(t.is_contiguous() for t in tensors) and has_compiler():
         # Storages of their own: torch.compile guards on storages that are shared, and works around them.
         yield _compiled(graph, constant, *(t.dtype for t in tensors)), [torch.from_dlpack(t) for t in tensors]
         return
@@ -216,7 +217,7 @@ def _compiled(graph: Any, constant: Any, *dtypes: torch.dtype) -> Callable[..., 
 
 
 @lru_cache(maxsize=1)
-def _has_compiler() -> bool:
+def has_compiler() -> bool:
     """Whether torch.compile can build C++ here; if not, says so once."""
     try:
         torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(1))

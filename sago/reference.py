@@ -94,9 +94,9 @@ def weighted(a: float, f: Tensor, b: float, r: Tensor) -> Tensor:
 
 def update(f: Tensor, r: Tensor, coefficients: Coefficients) -> Tensor:
     """The update of one pair, in fp32 (fp64 if either is fp64)."""
-    a_c, b_c, a, b = coefficients
     dtype = torch.float64 if torch.float64 in (f.dtype, r.dtype) else torch.float32
     f, r = f.to(dtype), r.to(dtype)
+    a_c, b_c, a, b = torch.tensor(coefficients, dtype=torch.float64).to(dtype).tolist()
     return torch.where(conflict(f, r), weighted(a_c, f, b_c, r), weighted(a, f, b, r))
 
 
@@ -170,7 +170,8 @@ def synthesize_(
     for target, u in zip(targets, updates, strict=True):
         if u is not None:
             target.copy_(u.float() if target.dtype.itemsize == 2 else u)
-    return _report(name, rows, table, chosen, stats, scope)
+    gated = not isinstance(rule, str) and rule.gated
+    return _report(name, rows, table, chosen, stats, scope, gated)
 
 
 def _listed(tensors: Any) -> list[Any]:
@@ -206,12 +207,19 @@ def _products(f: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _report(
-    name: str, rows: list[Hashable], table: Tensor, chosen: list[Coefficients], stats: bool, scope: str
+    name: str,
+    rows: list[Hashable],
+    table: Tensor,
+    chosen: list[Coefficients],
+    stats: bool,
+    scope: str,
+    gated: bool,
 ) -> SynthesisReport:
     outside, counts, inside, numel = table.split([3, 3, 3, 1], dim=1)
     columns: dict[str, Tensor] = {}
     if stats or scope != "element":
         columns.update(zip(("ff", "fr", "rr"), (outside + inside).unbind(1), strict=True))
+    if stats or (scope != "element" and not gated):
         columns.update(zip(("uu", "uf", "ur"), _of_update(chosen, outside, inside).unbind(1), strict=True))
     if stats:
         columns.update(

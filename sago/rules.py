@@ -10,9 +10,9 @@ and a rule gives `(a_c, b_c, a, b)` if it is gated, `(a, b)` if it is not, from 
 
 A coefficient function runs in two places: on fp64 tensors of shape `[groups]`, and, recompiled, on
 fp64 scalars inside the combine kernel. It is compiled into the kernel when it is defined in a file,
-without annotations, and uses nothing but arithmetic, comparisons, `where` and functions of the same
-kind. Any other torch code is as good a rule; its coefficients are then computed by torch ops ahead of
-the kernel.
+without annotations, and uses nothing but `+ - * /`, comparisons, `where` and functions of the same kind.
+Any other torch code is as good a rule; its coefficients are then computed by torch ops ahead of the
+kernel.
 """
 
 from __future__ import annotations
@@ -104,6 +104,14 @@ class Rule:
             raise ValueError(
                 f"Parameter `scope` should be 'element', 'tensor' or 'global'. Found {self.scope!r}."
             )
+        one = torch.ones(1, dtype=torch.float64)
+        found = self.coefficients(one, one, one, one[0], one[0])
+        expected = 4 if self.gated else 2
+        if not isinstance(found, tuple) or len(found) != expected:
+            raise ValueError(
+                f"Parameter `coefficients` should return a tuple of {expected} numbers, because the rule is "
+                f"{'gated' if self.gated else 'not gated'}. Found {found!r}."
+            )
 
 
 RULES: dict[str, Rule] = {
@@ -146,16 +154,17 @@ def evaluate(
     ff, fr, rr = (zero, zero, zero) if gram is None else gram.unbind(1)[:3]
     weights = [_as_double(w, device).view(()) for w in (gamma, alpha)]
     values = rule.coefficients(ff + eps, fr, rr + eps, *weights)
-    if len(values) != (4 if rule.gated else 2):
-        raise ValueError(
-            f"Rule `{rule.name}` should return {4 if rule.gated else 2} coefficients, because it is "
-            f"{'gated' if rule.gated else 'not gated'}. Found {len(values)}."
-        )
     # A literal, and a weight that is a float and passed through as it is, are known on the host.
     known = (gamma if v is weights[0] else alpha if v is weights[1] else v for v in values)
-    terms = tuple("any" if isinstance(v, Tensor) else "nonzero" if v else "zero" for v in known)
+    terms = tuple(_term(v) for v in known)
     columns = [torch.broadcast_to(_as_double(v, device), ff.shape) for v in values]
     return torch.stack(columns, dim=1), terms  # type: ignore[return-value]
+
+
+def _term(value: float | Tensor) -> Term:
+    if isinstance(value, Tensor) or 0.0 < abs(value) < torch.finfo(torch.float32).tiny:  # may be 0 in fp32
+        return "any"
+    return "zero" if value == 0.0 else "nonzero"
 
 
 def _as_double(value: float | Tensor, device: torch.device) -> Tensor:

@@ -102,8 +102,9 @@ class _Part(NamedTuple):
 
 
 @torch.no_grad()
-def _synthesize(call: Arguments, stats: bool, reduce_gram: ReduceGram | None) -> SynthesisReport:
+def _synthesize(call: Arguments, stats: bool, reduction: ReduceGram | None) -> SynthesisReport:
     rule = call.rule
+    reduce_gram = None if reduction is None else _checked(reduction)
     if "reference" in call.backends.values():
         return reference.synthesize_(
             call.forget,
@@ -166,20 +167,20 @@ def _part(call: Arguments, device: torch.device, backend: str) -> _Part:
         if o is None or o.device != device or o.numel() == 0:
             continue
         tensors = [t for t in (f, r, o) if t is not None]
-        if any(t.stride() != o.stride() for t in tensors) or not all(is_dense(t) for t in tensors):
-            target, o = o, o.contiguous()
-            f, r = (None if t is None else o if t is target else t.contiguous() for t in (f, r))
+        if any(t.stride() != o.stride() or t.is_neg() or not is_dense(t) for t in tensors):
+            target, o = o, o.resolve_neg().contiguous()
+            f, r = (t if t is None else o if t is target else t.resolve_neg().contiguous() for t in (f, r))
             if o is not target:
                 copies.append((target, o))
         forget.append(f)
         retain.append(r)
         out.append(o)
         rows.append(row)
-    return _Part(module, module.Batch(forget, retain, out, rows, len(call.keys)), device, copies)
+    return _Part(module, module.Batch(device, forget, retain, out, rows, len(call.keys)), device, copies)
 
 
 def _reduced(
-    tables: list[Tensor], numel: list[int], reduce_gram: ReduceGram | None
+    tables: list[Tensor], numel: list[int], reduce_gram: Callable[[Tensor], Tensor] | None
 ) -> tuple[Tensor, Tensor | list[int]]:
     """The tables of all devices and, through `reduce_gram`, of all ranks added up; elements a row."""
     table = tables[0]
@@ -188,17 +189,26 @@ def _reduced(
     if reduce_gram is None:
         return table, numel
     elements = torch.tensor(numel, dtype=table.dtype, device=table.device)
-    table = torch.cat([table, elements[:, None]], dim=1)
-    reduced = reduce_gram(table)
-    if reduced is not None:
+    table = reduce_gram(torch.cat([table, elements[:, None]], dim=1))
+    return table[:, :-1], table[:, -1]
+
+
+def _checked(reduce_gram: ReduceGram) -> Callable[[Tensor], Tensor]:
+    """`reduce_gram`, returning its table also where it works in place."""
+
+    def reduce(table: Tensor) -> Tensor:
+        reduced = reduce_gram(table)
+        if reduced is None:
+            return table
         if not isinstance(reduced, Tensor) or reduced.shape != table.shape:
             found = tuple(reduced.shape) if isinstance(reduced, Tensor) else type(reduced).__name__
             raise ValueError(
                 f"Parameter `reduce_gram` should return None or a tensor of shape {tuple(table.shape)}. "
                 f"Found {found}."
             )
-        table = reduced.to(table)
-    return table[:, :-1], table[:, -1]
+        return reduced.to(table)
+
+    return reduce
 
 
 def _columns(
