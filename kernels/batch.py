@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -29,6 +29,13 @@ Signature = tuple[torch.dtype, torch.dtype, torch.dtype]
 Entry = tuple[int, int, int, int]  # addresses of forget, retain and out; whether all are multiples of 16
 
 
+class Uploaded(NamedTuple):
+    """A table on the device, and the host memory that a captured copy reads at every replay."""
+
+    tensor: Tensor
+    source: Tensor
+
+
 class Launch(NamedTuple):
     """The tensors of one dtype combination, in the order of the list.
 
@@ -41,8 +48,8 @@ class Launch(NamedTuple):
 
     dtypes: Signature
     members: list[int]
-    shapes: Tensor
-    owner: Tensor
+    shapes: Uploaded
+    owner: Uploaded
 
 
 class Layout:
@@ -96,27 +103,41 @@ class Layout:
                         _upload(owner, torch.int32, device),
                     )
                 )
-        self._addresses: OrderedDict[tuple[Entry, ...], Tensor] = OrderedDict()
-        self._captured: dict[tuple[Entry, ...], Tensor] = {}
 
-    def addresses(self, table: tuple[Entry, ...], device: torch.device) -> Tensor:
-        """The table on the device. A table that was seen before is not copied again."""
+
+class Cache:
+    """Device tables by what they were made from, the least recently used dropped first.
+
+    What a CUDA graph captures is replayed on the same memory, so it is kept for good; and what is made
+    during a capture is not filled before the first replay, so it is not shared.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._found: OrderedDict[Hashable, Any] = OrderedDict()
+        self._kept: list[Any] = []
+
+    def get(self, key: Hashable, device: torch.device, make: Callable[[], Any]) -> Any:
+        # A copy to the device is ordered by its stream only, and so is the reuse of memory.
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        found = self._captured.get(table)
+        key = (key, stream)
+        found = self._found.get(key)
         if found is None:
-            found = self._addresses.pop(table, None)
-        if found is None:
-            found = _upload(table, torch.int64, device)
-        if capturing:  # the graph reads this memory at every replay
-            self._captured[table] = found
+            found = make()
+            if not capturing:
+                self._found[key] = found
+                if len(self._found) > self._size:
+                    self._found.popitem(last=False)
         else:
-            self._addresses[table] = found
-            if len(self._addresses) > 8:
-                self._addresses.popitem(last=False)
+            self._found.move_to_end(key)
+        if capturing:
+            self._kept.append(found)
         return found
 
 
-_layout = lru_cache(maxsize=64)(Layout)
+_layouts = Cache(64)
+_addresses = Cache(256)
 
 
 class Batch:
@@ -155,12 +176,16 @@ class Batch:
         self.device = device
         self.tensors = (forget, retain, out)  # the tables hold bare addresses
         self.row_count = row_count
-        self.layout = _layout(tuple(numels), tuple(dtypes), tuple(rows), row_count, self.device)
+        key = (tuple(numels), tuple(dtypes), tuple(rows), row_count, device)
+        self.layout: Layout = _layouts.get(key, device, lambda: Layout(*key))
         self.tables = []
         for launch in self.layout.launches:
             table = tuple(addresses[i] for i in launch.members)
             aligned = all(entry[3] for entry in table)
-            self.tables.append((launch, self.layout.addresses(table, self.device), aligned))
+            uploaded: Uploaded = _addresses.get(
+                (table, device), device, partial(_upload, table, torch.int64, device)
+            )
+            self.tables.append((launch, uploaded.tensor, aligned))
 
     def scratch(self, sums: int) -> tuple[Tensor, Tensor, Tensor]:
         """Partial sums `[sums, slots]`, the zeroed table `[rows, sums]` and a zeroed counter a row."""
@@ -180,15 +205,25 @@ def vector(signature: Signature) -> int:
     return 16 // min(dtype.itemsize for dtype in signature)
 
 
-def _upload(values: Sequence[object], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _upload(values: Sequence[object], dtype: torch.dtype, device: torch.device) -> Uploaded:
     # Pinned, because a pageable copy synchronises and is an error while a CUDA graph is captured.
     pinned = device.type == "cuda"
-    return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(device, non_blocking=pinned)
+    source = torch.tensor(values, dtype=dtype, pin_memory=pinned)
+    return Uploaded(source.to(device, non_blocking=pinned), source)
 
 
 def lanes(device: torch.device) -> int:
     """Threads of a warp: 64 on AMD's data-centre GPUs."""
     return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
+
+
+def options(device: torch.device, aligned: bool) -> dict[str, int | bool]:
+    """Compiler options of a launch."""
+    found: dict[str, int | bool] = {"num_warps": THREADS // lanes(device), "enable_fp_fusion": False}
+    if not aligned and device.type == "cuda" and torch.version.hip is None:
+        # With two paths in one kernel, ptxas spills a little to fit in one more block, unless told not to.
+        found["maxnreg"] = 255
+    return found
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:

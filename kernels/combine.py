@@ -6,7 +6,7 @@ import struct
 
 import triton
 import triton.language as tl
-from sago.kernels.batch import BLOCK, CHUNK, THREADS, TRITON_DTYPES, Batch, compute_dtype, lanes, on, vector
+from sago.kernels.batch import BLOCK, CHUNK, TRITON_DTYPES, Batch, compute_dtype, on, options, vector
 from sago.kernels.formula import on_device
 from sago.kernels.stream import finish, locate, stream
 from torch import Tensor
@@ -39,7 +39,8 @@ def _combine_kernel(
     on fp64 scalars, ff, fr, rr from the row of `gram` (0 unless GRAM). FORMULA None: the four are read
     from `coefficients`. SUMS = 0: no sums are taken.
     """
-    forget, retain, out, aligned, start, size, slot, row = locate(addresses, shapes, owner, CHUNK)
+    forget, retain, out, aligned, start, size, shape = locate(addresses, shapes, owner, CHUNK)
+    row = tl.load(shape + 3)
     if FORMULA is None:
         a_c = tl.load(coefficients + row * 4)
         b_c = tl.load(coefficients + row * 4 + 1)
@@ -70,7 +71,7 @@ def _combine_kernel(
         FORGET, RETAIN, OUT, COMPUTE, GATED, SUMS, BLOCK, V, ALIGNED,
     )  # fmt: skip
     if SUMS > 0:
-        finish(sums, partials, counters, table, rows, slots, slot, row, SUMS, BLOCK)
+        finish(sums, shape, partials, counters, table, rows, slots, SUMS, BLOCK)
 
 
 def combine(
@@ -99,8 +100,8 @@ def combine(
     with on(batch.device):
         for launch, addresses, aligned in batch.tables:
             forget, retain, out = launch.dtypes
-            _combine_kernel[(len(launch.owner),)](
-                addresses, launch.shapes, launch.owner, batch.layout.rows,
+            _combine_kernel[(len(launch.owner.tensor),)](
+                addresses, launch.shapes.tensor, launch.owner.tensor, batch.layout.rows.tensor,
                 partials, counters, table, coefficients, gram,
                 _argument(gamma), _argument(alpha), _argument(eps),
                 batch.layout.slots, 0 if gram is None else gram.stride(0),
@@ -108,7 +109,7 @@ def combine(
                 COMPUTE=compute_dtype(launch.dtypes), FORMULA=formula, GATED=rule.gated,
                 GRAM=gram is not None, SUMS=sums,
                 CHUNK=CHUNK, BLOCK=BLOCK, V=vector(launch.dtypes), ALIGNED=aligned,
-                num_warps=THREADS // lanes(batch.device), enable_fp_fusion=False,
+                **options(batch.device, aligned),
             )  # fmt: skip
     return table
 

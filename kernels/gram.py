@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from sago.kernels.batch import BLOCK, CHUNK, THREADS, TRITON_DTYPES, Batch, compute_dtype, lanes, on, vector
+from sago.kernels.batch import BLOCK, CHUNK, TRITON_DTYPES, Batch, compute_dtype, on, options, vector
 from sago.kernels.stream import finish, locate, stream
 from torch import Tensor
 
@@ -14,12 +14,12 @@ def _gram_kernel(
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """table[row] = sums over the row's elements; `accumulate` says which."""
-    forget, retain, out, aligned, start, size, slot, row = locate(addresses, shapes, owner, CHUNK)
+    forget, retain, out, aligned, start, size, shape = locate(addresses, shapes, owner, CHUNK)
     sums = stream(
         forget, retain, out, aligned, start, size, 0.0, 0.0, 0.0, 0.0,
         FORGET, RETAIN, None, COMPUTE, False, SUMS, BLOCK, V, ALIGNED,
     )  # fmt: skip
-    finish(sums, partials, counters, table, rows, slots, slot, row, SUMS, BLOCK)
+    finish(sums, shape, partials, counters, table, rows, slots, SUMS, BLOCK)
 
 
 def gram(batch: Batch, sums: int) -> Tensor:
@@ -33,12 +33,12 @@ def gram(batch: Batch, sums: int) -> Tensor:
     with on(batch.device):
         for launch, addresses, aligned in batch.tables:
             forget, retain, _ = launch.dtypes
-            _gram_kernel[(len(launch.owner),)](
-                addresses, launch.shapes, launch.owner, batch.layout.rows, partials, counters, table,
-                batch.layout.slots,
+            _gram_kernel[(len(launch.owner.tensor),)](
+                addresses, launch.shapes.tensor, launch.owner.tensor, batch.layout.rows.tensor,
+                partials, counters, table, batch.layout.slots,
                 FORGET=TRITON_DTYPES[forget], RETAIN=TRITON_DTYPES[retain],
                 COMPUTE=compute_dtype(launch.dtypes), SUMS=sums,
                 CHUNK=CHUNK, BLOCK=BLOCK, V=vector(launch.dtypes), ALIGNED=aligned,
-                num_warps=THREADS // lanes(batch.device), enable_fp_fusion=False,
+                **options(batch.device, aligned),
             )  # fmt: skip
     return table

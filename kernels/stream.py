@@ -84,7 +84,7 @@ def accumulate(f, r, s0, s1, s2, s3, s4, s5, s6, s7, s8, SUMS: tl.constexpr, V: 
 
 @triton.jit
 def locate(addresses, shapes, owner, CHUNK: tl.constexpr):
-    """The tensors of this program's chunk, where it starts in them, its elements, slot and row."""
+    """The tensors of this program's chunk, its start in them, its elements, and its entry of `shapes`."""
     chunk = tl.program_id(0)
     member = tl.load(owner + chunk)
     entry = addresses + member * 4
@@ -97,7 +97,7 @@ def locate(addresses, shapes, owner, CHUNK: tl.constexpr):
     index = chunk - tl.load(shape + 1)  # int64, and so is every offset into a tensor
     start = index * CHUNK
     size = tl.minimum(numel - start, CHUNK).to(tl.int32)
-    return forget, retain, out, aligned, start, size, tl.load(shape + 2) + index, tl.load(shape + 3)
+    return forget, retain, out, aligned, start, size, shape
 
 
 @triton.jit
@@ -197,8 +197,10 @@ def across(x, tail):
 
 
 @triton.jit
-def finish(sums, partials, counters, table, rows, slots, slot, row, SUMS: tl.constexpr, WIDTH: tl.constexpr):
+def finish(sums, shape, partials, counters, table, rows, slots, SUMS: tl.constexpr, WIDTH: tl.constexpr):
     """Stores a chunk's sums in its slot; the last chunk of the row adds the row's slots into the table."""
+    slot = tl.program_id(0) - tl.load(shape + 1) + tl.load(shape + 2)
+    row = tl.load(shape + 3)
     for k in tl.static_range(SUMS):
         tl.store(partials + k * slots + slot, sums[k])
     # The barrier orders the stores of the whole block before the release.

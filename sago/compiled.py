@@ -45,11 +45,25 @@ def gram(batch: Batch, sums: int) -> Tensor:
 
 
 def _table(batch: Batch, sums: int) -> Tensor:
-    parts: list[list[Tensor]] = [[] for _ in range(batch.row_count)]
-    for f, r, row in zip(batch.forget, batch.retain, batch.rows, strict=True):
-        parts[row].append(_pair_sums(*_flat_pair(f, r), sums))
-    zero = torch.zeros(sums, dtype=torch.float64)
-    return torch.stack([_tree(torch.stack(row, dim=1)) if row else zero for row in parts])
+    pairs = [_flat_pair(f, r) for f, r in zip(batch.forget, batch.retain, strict=True)]
+    members: list[list[Tensor]] = [[] for _ in range(batch.row_count)]
+    for pair, row in zip(pairs, batch.rows, strict=True):
+        members[row].append(_pair_sums(*pair, sums))
+    zero = torch.zeros(3 if sums == 3 else sums - 2, dtype=torch.float64)
+    table = torch.stack([_tree(torch.stack(row, dim=1)) if row else zero for row in members])
+    if sums == 3:
+        return table
+    # An inf or NaN shows in ff or rr: elements are looked at only in rows with a sum that is not finite.
+    nonfinite = torch.zeros(batch.row_count, 2, dtype=torch.float64)
+    suspects = set((~table.isfinite().all(1)).nonzero().flatten().tolist())
+    for pair, row in zip(pairs, batch.rows, strict=True):
+        if row in suspects:
+            nonfinite[row] += torch.stack([_count_nonfinite(t) for t in pair])
+    return torch.cat([table[:, :4], nonfinite, table[:, 4:]], dim=1)
+
+
+def _count_nonfinite(t: Tensor) -> Tensor:
+    return torch.stack([(~piece.isfinite()).sum() for piece in t.split(_SLICE)]).sum()
 
 
 def combine(
@@ -64,11 +78,11 @@ def combine(
     """Writes the update of every pair to `out`; see `sago.kernels.combine`. Sums take a pass of their own."""
     table = _table(batch, sums) if sums else None
     values, terms = evaluate(rule, gram, gamma, alpha, eps, batch.device)
-    rows = values.expand(batch.row_count, -1).unbind(0)
+    rows = {t: values.to(t).expand(batch.row_count, -1).unbind(0) for t in (torch.float32, torch.float64)}
     graph = _gated_combine if rule.gated else _combine
     for f, r, out, row in zip(batch.forget, batch.retain, batch.out, batch.rows, strict=True):
         f, r = _flat_pair(f, r)
-        scalars = rows[row].to(_compute_dtype(f, r)).unbind()
+        scalars = rows[_compute_dtype(f, r)][row].unbind()
         for call, pieces in _pieces(graph, terms, f, r, _flat(out)):
             call(*pieces, *scalars)
     return table
@@ -114,9 +128,19 @@ def _downcast(u: Tensor, dtype: torch.dtype) -> Tensor:
     return u.to(torch.float32).to(dtype) if dtype.itemsize == 2 else u.to(dtype)
 
 
+def _partial_sums(f: Tensor, r: Tensor, sums: int) -> Tensor:
+    """Sums of every block of `lanes * _DEPTH` elements, fp64 `[k, blocks]`, without the non-finite counts."""
+    dtype = _compute_dtype(f, r)
+    lanes = _LINE // max(f.dtype.itemsize, r.dtype.itemsize)
+    block = lanes * _DEPTH
+    whole = f.numel() // block * block
+    padding = (0, whole + block - f.numel())
+    body = [t[:whole].to(dtype).view(-1, _DEPTH, lanes) for t in (f, r)]
+    rest = [torch.nn.functional.pad(t[whole:], padding).to(dtype).view(-1, _DEPTH, lanes) for t in (f, r)]
+    return torch.cat([_block_sums(body[0], body[1], sums), _block_sums(rest[0], rest[1], sums)], dim=1)
+
+
 def _block_sums(f: Tensor, r: Tensor, sums: int) -> Tensor:
-    """The sums of every block of `_lanes(f, r) * _DEPTH` elements, fp64 `[sums, blocks]`."""
-    f, r = _blocks(f, r)
     values = [f * f, f * r, r * r]
     if sums > 3:
         conflict = _conflict(f, r)
@@ -125,40 +149,9 @@ def _block_sums(f: Tensor, r: Tensor, sums: int) -> Tensor:
     return torch.stack([v.sum(1).sum(1, dtype=torch.float64) for v in values])
 
 
-def _blocks(f: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    dtype, shape = _compute_dtype(f, r), (-1, _DEPTH, _lanes(f, r))
-    return f.to(dtype).view(shape), r.to(dtype).view(shape)
-
-
-def _nonfinite(f: Tensor, r: Tensor, partials: Tensor) -> Tensor:
-    """The number of non-finite elements of f and r, fp64 `[2, 1]`.
-
-    Elements are looked at only in blocks with a sum that is not finite: an inf or NaN shows in ff or rr.
-    """
-    suspects = (~partials.isfinite().all(0)).nonzero().squeeze(1)
-    counts = torch.zeros(2, 1, dtype=torch.float64)
-    for some in suspects.split(_SLICE // (_DEPTH * _lanes(f, r))):
-        for count, t in zip(counts, (f, r), strict=True):
-            count += (~t.view(-1, _DEPTH * _lanes(f, r))[some].isfinite()).sum()
-    return counts
-
-
 def _pair_sums(f: Tensor, r: Tensor, sums: int) -> Tensor:
-    block = _lanes(f, r) * _DEPTH
-    whole = f.numel() // block * block
-    partials, nonfinite = [], torch.zeros(2, 1, dtype=torch.float64)
-    pieces = list(_pieces(_block_sums, sums, f[:whole], r[:whole]))
-    if whole < f.numel():
-        padding = (0, whole + block - f.numel())
-        pieces += _pieces(_block_sums, sums, *(torch.nn.functional.pad(t[whole:], padding) for t in (f, r)))
-    for call, tensors in pieces:
-        partials.append(call(*tensors))
-        if sums > 3:
-            nonfinite += _nonfinite(tensors[0], tensors[1], partials[-1])
-    if not partials:
-        return torch.zeros(sums, dtype=torch.float64)
-    total = _tree(torch.cat(partials, dim=1))
-    return torch.cat([total[:4], nonfinite.squeeze(1), total[4:]]) if sums > 3 else total
+    partials = [call(*tensors) for call, tensors in _pieces(_partial_sums, sums, f, r)]
+    return _tree(partials[0] if len(partials) == 1 else torch.cat(partials, dim=1))
 
 
 def _tree(partials: Tensor) -> Tensor:
@@ -180,10 +173,6 @@ def _flat_pair(f: Tensor | None, r: Tensor | None) -> tuple[Tensor, Tensor]:
 def _flat(t: Tensor) -> Tensor:
     t = t.detach()
     return t.view(-1) if t.is_contiguous() else t.as_strided((t.numel(),), (1,))
-
-
-def _lanes(f: Tensor, r: Tensor) -> int:
-    return _LINE // max(f.dtype.itemsize, r.dtype.itemsize)
 
 
 def _compute_dtype(f: Tensor, r: Tensor) -> torch.dtype:
@@ -220,9 +209,11 @@ def _compiled(graph: Any, constant: Any, *dtypes: torch.dtype) -> Callable[..., 
 def has_compiler() -> bool:
     """Whether torch.compile can build C++ here; if not, says so once."""
     try:
-        torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(1))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, at its imports
+            torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(1))
     except (RuntimeError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split())[:200]
         warnings.warn(
             f"sago: torch.compile found no working C++ compiler ({reason}); "
             "gradients on the CPU are synthesized by eager torch, which is slower.",
