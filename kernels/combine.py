@@ -109,7 +109,7 @@ def combine(
                 COMPUTE=compute_dtype(launch.dtypes), FORMULA=formula, GATED=rule.gated,
                 GRAM=gram is not None, SUMS=sums,
                 CHUNK=CHUNK, BLOCK=BLOCK, V=vector(launch.dtypes), ALIGNED=aligned,
-                **options(batch.device, aligned),
+                **options(batch.device, aligned, launch.dtypes),
             )  # fmt: skip
     return table
 

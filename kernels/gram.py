@@ -39,6 +39,6 @@ def gram(batch: Batch, sums: int) -> Tensor:
                 FORGET=TRITON_DTYPES[forget], RETAIN=TRITON_DTYPES[retain],
                 COMPUTE=compute_dtype(launch.dtypes), SUMS=sums,
                 CHUNK=CHUNK, BLOCK=BLOCK, V=vector(launch.dtypes), ALIGNED=aligned,
-                **options(batch.device, aligned),
+                **options(batch.device, aligned, launch.dtypes),
             )  # fmt: skip
     return table

@@ -1,0 +1,1 @@
+"""Runnable examples of the library on a small language model."""
