@@ -128,30 +128,35 @@ def _downcast(u: Tensor, dtype: torch.dtype) -> Tensor:
     return u.to(torch.float32).to(dtype) if dtype.itemsize == 2 else u.to(dtype)
 
 
-def _partial_sums(f: Tensor, r: Tensor, sums: int) -> Tensor:
-    """Sums of every block of `lanes * _DEPTH` elements, fp64 `[k, blocks]`, without the non-finite counts."""
-    dtype = _compute_dtype(f, r)
-    lanes = _LINE // max(f.dtype.itemsize, r.dtype.itemsize)
-    block = lanes * _DEPTH
-    whole = f.numel() // block * block
-    padding = (0, whole + block - f.numel())
-    body = [t[:whole].to(dtype).view(-1, _DEPTH, lanes) for t in (f, r)]
-    rest = [torch.nn.functional.pad(t[whole:], padding).to(dtype).view(-1, _DEPTH, lanes) for t in (f, r)]
-    return torch.cat([_block_sums(body[0], body[1], sums), _block_sums(rest[0], rest[1], sums)], dim=1)
-
-
 def _block_sums(f: Tensor, r: Tensor, sums: int) -> Tensor:
-    values = [f * f, f * r, r * r]
-    if sums > 3:
+    """Sums of every block, fp64 `[k, blocks]`, without the non-finite counts."""
+    shape, dtype = (-1, _DEPTH, _lanes(f, r)), _compute_dtype(f, r)
+    f, r = f.to(dtype).view(shape), r.to(dtype).view(shape)
+    if sums == 3:
+        values = _products(f, r)
+    elif sums == 6:
+        values = [*_products(f, r), _conflict(f, r).to(dtype)]
+    else:
         conflict = _conflict(f, r)
-        outside, inside = ([torch.where(c, p, 0.0) for p in values] for c in (~conflict, conflict))
-        values = [*(outside if sums == 9 else values), conflict.to(f.dtype), *(inside if sums == 9 else [])]
+        outside = _products(torch.where(conflict, 0.0, f), torch.where(conflict, 0.0, r))
+        inside = _products(torch.where(conflict, f, 0.0), torch.where(conflict, r, 0.0))
+        values = [*outside, conflict.to(dtype), *inside]
     return torch.stack([v.sum(1).sum(1, dtype=torch.float64) for v in values])
 
 
+def _products(f: Tensor, r: Tensor) -> list[Tensor]:
+    return [f * f, f * r, r * r]
+
+
 def _pair_sums(f: Tensor, r: Tensor, sums: int) -> Tensor:
-    partials = [call(*tensors) for call, tensors in _pieces(_partial_sums, sums, f, r)]
-    return _tree(partials[0] if len(partials) == 1 else torch.cat(partials, dim=1))
+    block = _DEPTH * _lanes(f, r)
+    whole = f.numel() // block * block
+    calls = list(_pieces(_block_sums, sums, f[:whole], r[:whole]))
+    if whole < f.numel():
+        padding = (0, whole + block - f.numel())
+        call = calls[-1][0] if calls else _bound(_block_sums, sums)
+        calls.append((call, [torch.nn.functional.pad(t[whole:], padding) for t in (f, r)]))
+    return _tree(torch.cat([call(*tensors) for call, tensors in calls], dim=1))
 
 
 def _tree(partials: Tensor) -> Tensor:
@@ -173,6 +178,10 @@ def _flat_pair(f: Tensor | None, r: Tensor | None) -> tuple[Tensor, Tensor]:
 def _flat(t: Tensor) -> Tensor:
     t = t.detach()
     return t.view(-1) if t.is_contiguous() else t.as_strided((t.numel(),), (1,))
+
+
+def _lanes(f: Tensor, r: Tensor) -> int:
+    return _LINE // max(f.dtype.itemsize, r.dtype.itemsize)
 
 
 def _compute_dtype(f: Tensor, r: Tensor) -> torch.dtype:
