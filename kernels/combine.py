@@ -20,7 +20,7 @@ def _weight(weight):
     if weight.dtype.is_ptr():
         value = tl.load(weight).to(tl.float64)
     else:
-        value = (weight ^ 1 << 62).to(tl.float64, bitcast=True)
+        value = weight.to(tl.int64).to(tl.float64, bitcast=True)  # the bits of 0.0 arrive as an int32
     return value
 
 
@@ -123,8 +123,7 @@ def _coefficients(
 
 
 def _argument(weight: float | Tensor) -> int | Tensor:
-    # Triton passes a float argument as fp32; the bits of the fp64 value arrive whole. One of them is
-    # flipped, because the bits of 0.0 would arrive as a 32-bit integer.
+    # Triton passes a float argument as fp32; the bits of the fp64 value arrive whole.
     if isinstance(weight, Tensor):
         return weight
-    return int.from_bytes(struct.pack("<d", weight), "little", signed=True) ^ 1 << 62
+    return int.from_bytes(struct.pack("<d", weight), "little", signed=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable
 from functools import lru_cache
 from types import FunctionType
 from typing import Any
@@ -28,8 +27,7 @@ def _where(condition, x, y):
     return tl.where(condition, x, y)
 
 
-@lru_cache(maxsize=256)
-def on_device(coefficients: Callable[..., Any]) -> Any:
+def on_device(coefficients: Any) -> Any:
     """The device function of `coefficients`, or None if it cannot be compiled into a kernel.
 
     It can if it is a plain function from a source file, without defaults or annotations (Triton would
@@ -38,21 +36,26 @@ def on_device(coefficients: Callable[..., Any]) -> Any:
     """
     if coefficients is rules.where:
         return _where
-    if not isinstance(coefficients, FunctionType) or not _is_plain(coefficients):
+    return _compiled(coefficients) if isinstance(coefficients, FunctionType) else None
+
+
+@lru_cache(maxsize=256)
+def _compiled(function: FunctionType) -> Any:
+    if not _is_plain(function):
         return None
-    names: dict[str, Any] = {"__name__": coefficients.__module__, "tl": tl}
-    for name in coefficients.__code__.co_names:
-        names[name] = on_device(coefficients.__globals__.get(name))  # type: ignore[arg-type]
+    names: dict[str, Any] = {"__name__": function.__module__, "tl": tl}
+    for name in function.__code__.co_names:
+        names[name] = on_device(function.__globals__.get(name))
         if names[name] is None:
             return None
-    return triton.jit(FunctionType(coefficients.__code__, names, coefficients.__name__))
+    return triton.jit(FunctionType(function.__code__, names, function.__name__))
 
 
 def _is_plain(function: FunctionType) -> bool:
     if function.__closure__ or function.__defaults__ or function.__kwdefaults__ or function.__annotations__:
         return False
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function.__code__)))
     except (OSError, SyntaxError):
         return False
     (definition,) = tree.body

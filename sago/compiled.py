@@ -4,7 +4,7 @@ A gram graph and a combine graph are kept apart: in one graph the sums and the s
 runs an order of magnitude slower. Tensors of fewer than `COMPILE_FROM` elements run the same code
 uncompiled, and so does everything where no C++ compiler is found.
 
-Sums are taken over a fixed tree that does not depend on the number of threads: 64 elements a lane in
+Sums are taken over a fixed tree that does not depend on the number of threads: 128 elements a lane in
 fp32 (fp64 for fp64 gradients), the lanes of a block in fp64, then 1024 blocks at a time.
 """
 
@@ -23,9 +23,12 @@ from sago.rules import Rule, Term, evaluate
 
 COMPILE_FROM = 32768
 _LINE = 64  # bytes: a lane an element of a cache line, so that memory is read in order
-_DEPTH = 64  # elements a lane adds: that many squares of 1e18 stay in the range of fp32
+_DEPTH = 128  # elements a lane adds: that many squares of 1e18 stay in the range of fp32
 _FAN_IN = 1024
-_SLICE = 1 << 20  # elements at a time where the code runs uncompiled: bounds its temporaries
+# Elements at a time, which bounds what is allocated: partial sums of less than 1 MiB where the code is
+# compiled, a dozen temporaries where it is not.
+_SUMMED = {torch.float32: 1 << 22, torch.float64: 1 << 21}
+_EAGER = 1 << 18
 
 
 class Batch(NamedTuple):
@@ -63,7 +66,7 @@ def _table(batch: Batch, sums: int) -> Tensor:
 
 
 def _count_nonfinite(t: Tensor) -> Tensor:
-    return torch.stack([(~piece.isfinite()).sum() for piece in t.split(_SLICE)]).sum()
+    return torch.stack([(~piece.isfinite()).sum() for piece in t.split(_EAGER)]).sum()
 
 
 def combine(
@@ -151,12 +154,12 @@ def _products(f: Tensor, r: Tensor) -> list[Tensor]:
 def _pair_sums(f: Tensor, r: Tensor, sums: int) -> Tensor:
     block = _DEPTH * _lanes(f, r)
     whole = f.numel() // block * block
-    calls = list(_pieces(_block_sums, sums, f[:whole], r[:whole]))
+    calls = list(_pieces(_block_sums, sums, f[:whole], r[:whole], length=_SUMMED[_compute_dtype(f, r)]))
     if whole < f.numel():
         padding = (0, whole + block - f.numel())
         call = calls[-1][0] if calls else _bound(_block_sums, sums)
         calls.append((call, [torch.nn.functional.pad(t[whole:], padding) for t in (f, r)]))
-    return _tree(torch.cat([call(*tensors) for call, tensors in calls], dim=1))
+    return _tree(torch.stack([_tree(call(*tensors)) for call, tensors in calls], dim=1))
 
 
 def _tree(partials: Tensor) -> Tensor:
@@ -189,19 +192,23 @@ def _compute_dtype(f: Tensor, r: Tensor) -> torch.dtype:
 
 
 def _pieces(
-    graph: Any, constant: Any, *tensors: Tensor
+    graph: Any, constant: Any, *tensors: Tensor, length: int | None = None
 ) -> Iterator[tuple[Callable[..., Any], Sequence[Tensor]]]:
-    """What to call on which parts of the tensors: the compiled graph on all, or `graph` on slices.
+    """What to call on which parts of the tensors, at most `length` elements at a time.
 
     `constant` is the last argument of `graph`; the callables take the others.
     """
     numel = tensors[0].numel()
-    if numel >= COMPILE_FROM and all(t.is_contiguous() for t in tensors) and has_compiler():
-        # Storages of their own: torch.compile guards on storages that are shared, and works around them.
-        yield _compiled(graph, constant, *(t.dtype for t in tensors)), [torch.from_dlpack(t) for t in tensors]
+    if numel == 0:
         return
-    for start in range(0, numel, _SLICE):
-        yield _bound(graph, constant), [t[start : start + _SLICE] for t in tensors]
+    if numel < COMPILE_FROM or not all(t.is_contiguous() for t in tensors) or not has_compiler():
+        for pieces in zip(*(t.split(_EAGER) for t in tensors), strict=True):
+            yield _bound(graph, constant), pieces
+        return
+    call = _compiled(graph, constant, *(t.dtype for t in tensors))
+    for pieces in zip(*(t.split(length or numel) for t in tensors), strict=True):
+        # Storages of their own: torch.compile guards on storages that are shared, and works around them.
+        yield call, [torch.from_dlpack(t) for t in pieces]
 
 
 def _bound(graph: Any, constant: Any) -> FunctionType:
