@@ -1,0 +1,74 @@
+"""Where a synthesis runs, as a callable that hides nothing: outputs are poisoned and fenced."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import sago
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+RULES = ("sum", "sago", "sago_prefer_retain", "pcgrad", "pcgrad_global", "blur")
+ELEMENTWISE = RULES[:3]
+GRAM = RULES[3:]
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+_FENCE = 64  # elements on both sides of an output; a multiple of 16 bytes in every dtype
+
+
+def has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+class Backend(NamedTuple):
+    """`backend(forget, retain, rule, ...)` is `sago.synthesize_` into new outputs, on CPU copies or views.
+
+    Returns the updates and the report. `dtypes` are those of the outputs, retain's unless given.
+    """
+
+    name: str
+    device: str
+
+    def __call__(
+        self, forget: Any, retain: Any, rule: Any = "sago", dtypes: Any = None, **options: Any
+    ) -> tuple[list[Tensor | None], sago.SynthesisReport]:
+        forget, retain = ([t if t is None else self.place(t) for t in side] for side in (forget, retain))
+        like = [f if r is None else r for f, r in zip(forget, retain, strict=True)]
+        dtypes = [None if t is None else t.dtype for t in like] if dtypes is None else dtypes
+        out = [None if t is None else poisoned(t, d) for t, d in zip(like, dtypes, strict=True)]
+        report = sago.synthesize_(forget, retain, rule=rule, out=out, backend=self.name, **options)
+        for t in out:
+            assert t is None or fence_holds(t), "written outside of an output"
+        return [None if t is None else t.cpu() for t in out], report
+
+    def place(self, t: Tensor) -> Tensor:
+        return t if self.device == "cpu" else on_device(t, self.device)
+
+
+def on_device(t: Tensor, device: str) -> Tensor:
+    """A copy with the same strides and the same misalignment; overlapping elements become separate."""
+    if any(stride == 0 and size > 1 for stride, size in zip(t.stride(), t.shape, strict=True)):
+        return t.to(device)
+    offset = t.storage_offset() % 16
+    extent = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) + 1
+    memory = torch.zeros(offset + max(extent, 0), dtype=t.dtype, device=device)
+    return memory.as_strided(t.shape, t.stride(), offset).copy_(t)
+
+
+def poisoned(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """NaN, of `like`'s shape and element order, inside of a longer stretch of NaN."""
+    strides = torch.empty_like(like, device="meta").stride()
+    memory = torch.full(
+        (like.numel() + 2 * _FENCE,), torch.nan, dtype=dtype or like.dtype, device=like.device
+    )
+    return memory.as_strided(like.shape, strides, _FENCE)
+
+
+def fence_holds(out: Tensor) -> bool:
+    memory = out._base
+    assert memory is not None
+    return bool(memory[:_FENCE].isnan().all() and memory[_FENCE + out.numel() :].isnan().all())

@@ -1,0 +1,110 @@
+"""The rows and fields of the CPU benchmark, and that it refuses to report a wrong result. No timings."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import cpu
+from benchmarks.__main__ import main
+
+# Raised inside of torch when torch.compile is first used.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+
+ELEMENTS = 4096 * 3
+
+
+@pytest.fixture(scope="module")
+def record():
+    return cpu.run(ELEMENTS, tensors=3, repeats=3)
+
+
+def test_every_contender_has_a_row_for_each_dtype(record):
+    for dtype in ("bfloat16", "float32"):
+        names = [(row["contender"], row["in_place"]) for row in record["rows"] if row["dtype"] == dtype]
+        assert names == [(c.name, c.in_place) for c in cpu.CONTENDERS]
+    assert len(record["rows"]) == 2 * len(cpu.CONTENDERS)
+
+
+def test_rows_hold_what_the_table_shows(record):
+    for row in record["rows"]:
+        assert tuple(row) == cpu.COLUMNS
+        assert 0 < row["p20"] <= row["ms"] <= row["p80"]
+        assert row["ratio_to_add"] > 0
+        assert (row["target"] is None) == (row["met"] is None)
+    by_name = {(row["dtype"], row["contender"]): row for row in record["rows"]}
+    assert by_name["float32", "torch.add(f, r, out=r)"]["ratio_to_add"] == 1
+    assert by_name["float32", "torch.add(f, r, out=r)"]["faster_than_released"] is None
+    assert by_name["float32", "released pcgrad"]["faster_than_released"] == 1
+    assert by_name["float32", "sago"]["target"] == "ratio_to_add <= 1.5"
+    assert by_name["bfloat16", "sago"]["target"] == "ratio_to_add <= 1.5; faster_than_released >= 50"
+    assert by_name["bfloat16", "sago"]["met"].count(";") == 1
+
+
+def test_the_record_says_where_it_comes_from(record):
+    assert record["elements"] == ELEMENTS
+    assert record["shape"] == [4096, 1]
+    assert all(record[key] for key in ("cpu", "threads", "torch", "python", "source"))
+    json.dumps(record)
+
+
+def test_inputs_conflict_and_are_the_same_each_time():
+    (f,), (r,) = cpu.inputs(1 << 16, 1, torch.float32)
+    assert 0.5 < (f * r < 0).float().mean() < 0.8
+    assert all(map(torch.equal, cpu.inputs(1 << 16, 1, torch.float32)[0], [f]))
+    assert all(t.shape == (50,) for some in cpu.inputs(100, 2, torch.bfloat16) for t in some)
+
+
+def sloppy(forget, retain, gamma, alpha):
+    return [
+        torch.where(f * r <= 0, alpha * r, gamma * f).mul_(1.01) for f, r in zip(forget, retain, strict=True)
+    ]
+
+
+def swapped(forget, retain, gamma, alpha):
+    return cpu.peers.where(forget, retain, alpha, gamma)
+
+
+def without_the_last(forget, retain, gamma, alpha):
+    updates = cpu.peers.where(forget, retain, gamma, alpha)
+    updates[-1].view(-1)[-1] = float("nan")
+    return updates
+
+
+@pytest.mark.parametrize("wrong", [sloppy, swapped, without_the_last])
+@pytest.mark.parametrize("tolerance", [cpu.EXACT, cpu.ROUNDING])
+def test_a_wrong_contender_is_refused(wrong, tolerance):
+    contenders = (cpu.Contender("wrong", "sago", False, wrong, tolerance),)
+    with pytest.raises(cpu.WrongResult, match=r"wrong \(into a new tensor, bfloat16\) is not `sago`"):
+        cpu.run(ELEMENTS, 3, 1, contenders=contenders)
+
+
+def test_an_update_that_was_not_written_is_refused():
+    contenders = (cpu.Contender("idle", "pcgrad", True, lambda f, r, gamma, alpha: r, cpu.RELEASED),)
+    with pytest.raises(cpu.WrongResult, match=r"idle \(in place"):
+        cpu.run(ELEMENTS, 1, 1, contenders=contenders)
+
+
+def test_a_wrong_contender_ends_the_command_without_a_table(monkeypatch, capsys, tmp_path):
+    wrong = cpu.Contender("wrong", "sago", False, swapped, cpu.EXACT)
+    monkeypatch.setattr(cpu.run, "__defaults__", (*cpu.run.__defaults__[:-1], (wrong,)))
+    assert main(["cpu", "--elements", "100", "--json", str(tmp_path / "record.json")]) == 1
+    assert capsys.readouterr().out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_accuracy_command(capsys, tmp_path):
+    file = tmp_path / "record.json"
+    assert main(["cpu", "--accuracy", "--elements", "100000", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert {row["dtype"] for row in rows} == {"bfloat16", "float16", "float32", "float64"}
+    assert {row["backend"] for row in rows} == {"compiled", "compiled, no compiler", "reference"}
+    for row in rows:
+        assert row["met"], row
+        assert max(row["ff"], row["fr"], row["rr"]) <= 1e-6
+    assert "compiled, no compiler" in capsys.readouterr().out
+
+
+def test_percentiles():
+    assert cpu._percentile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert cpu._percentile([0.0, 10.0], 0.2) == pytest.approx(2.0)

@@ -1,0 +1,205 @@
+"""Which rules are compiled into the kernel, and that the others give the same result."""
+
+import functools
+import inspect
+
+import pytest
+import torch
+
+from sago import rules
+from sago.rules import RULES, Rule, ratio, where
+from tests import inputs, properties
+from tests.backends import Backend
+
+formula = pytest.importorskip("sago.kernels.formula", reason="needs Triton")
+
+REFERENCE = Backend("reference", "cpu")
+FORGET = [inputs.normal(20, seed).float() for seed in (0, 1)]
+RETAIN = [inputs.normal(20, seed).float() for seed in (2, 3)]
+RHO = 0.5
+TENSOR = torch.tensor(0.5)
+
+
+def arithmetic(ff, fr, rr, gamma, alpha):
+    """A docstring."""
+    c = fr / (ff + rr)
+    return gamma * (1 - c), -alpha * (2.0 + c)
+
+
+def with_where(ff, fr, rr, gamma, alpha):
+    return where(fr < 0.0, gamma, 0.0), where(fr >= 0.0, where(ff == rr, 1, 2), alpha)
+
+
+def with_helpers(ff, fr, rr, gamma, alpha):
+    return rules.scaled(gamma, 1.0), alpha - ratio(fr, rr)
+
+
+def with_plain_helpers(ff, fr, rr, gamma, alpha):
+    return gamma, alpha - ratio(fr, rr)
+
+
+def literals(ff, fr, rr, gamma, alpha):
+    return 1, 0
+
+
+def power(ff, fr, rr, gamma, alpha):
+    return gamma * ff**0.5, alpha * rr**-1
+
+
+def floor(ff, fr, rr, gamma, alpha):
+    return gamma * (ff // 2.0), +alpha
+
+
+def method(ff, fr, rr, gamma, alpha):
+    return gamma * ff.sqrt(), alpha
+
+
+def torch_function(ff, fr, rr, gamma, alpha):
+    return gamma * torch.tanh(fr), torch.maximum(alpha, rr)
+
+
+def builtin(ff, fr, rr, gamma, alpha):
+    return gamma * abs(fr), alpha
+
+
+def masks(ff, fr, rr, gamma, alpha):
+    return where((fr < 0.0) & ~(rr > 20.0), gamma, 0.25), alpha
+
+
+def global_number(ff, fr, rr, gamma, alpha):
+    return gamma * RHO, alpha
+
+
+def global_tensor(ff, fr, rr, gamma, alpha):
+    return gamma * TENSOR, alpha
+
+
+def default(ff, fr, rr, gamma, alpha, k=2.0):
+    return gamma * k, alpha
+
+
+def keyword_default(ff, fr, rr, gamma, alpha, *, k=2.0):
+    return gamma * k, alpha
+
+
+def annotated(ff, fr, rr, gamma: float, alpha: float):
+    return gamma, alpha
+
+
+def variadic(*numbers):
+    return numbers[3] * 2.0, numbers[4]
+
+
+def assertion(ff, fr, rr, gamma, alpha):
+    assert ff is not None
+    return gamma, alpha
+
+
+@functools.wraps(arithmetic)
+def wrapped(*numbers):
+    a, b = arithmetic(*numbers)
+    return 2 * a, b
+
+
+def made(k): return lambda ff, fr, rr, gamma, alpha: (gamma * 3.0, alpha)  # fmt: skip
+
+
+def nested():
+    def inner(ff, fr, rr, gamma, alpha):
+        return gamma, alpha * 2.0
+
+    return inner
+
+
+def closure():
+    k = 3.0
+
+    def inner(ff, fr, rr, gamma, alpha):
+        return gamma * k, alpha
+
+    return inner
+
+
+class Object:
+    def __call__(self, ff, fr, rr, gamma, alpha):
+        return gamma, alpha * 2.0
+
+    def bound(self, ff, fr, rr, gamma, alpha):
+        return gamma, alpha * 3.0
+
+
+namespace: dict = {}
+exec("def from_a_string(ff, fr, rr, gamma, alpha):\n    return gamma, alpha * 2.0", namespace)
+
+COMPILED = [arithmetic, with_where, with_plain_helpers, literals, nested()]
+FALLBACKS = {
+    **{f.__name__: f for f in (power, floor, method, torch_function, builtin, masks, global_number)},
+    **{f.__name__: f for f in (global_tensor, default, keyword_default, annotated, variadic, assertion)},
+    "with_helpers": with_helpers,
+    "wrapped": wrapped,
+    "lambda": lambda ff, fr, rr, gamma, alpha: (gamma, alpha - fr / rr),
+    "lambda on a line of def": made(1),
+    "closure": closure(),
+    "object": Object(),
+    "method of an object": Object().bound,
+    "partial": functools.partial(default, k=4.0),
+    "from a string": namespace["from_a_string"],
+}
+
+
+def assert_as_reference(backend, function, gated=False):
+    """Against the table of coefficients that torch computes, rounded once: to a few units of fp32."""
+    rule = Rule("mine", function, "tensor", gated=gated)
+    expected, _ = REFERENCE(FORGET, RETAIN, rule, gamma=0.75, alpha=1.5)
+    found, _ = backend(FORGET, RETAIN, rule, gamma=0.75, alpha=1.5, stats=False)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_rules_are_compiled_into_the_kernel(rule):
+    assert formula.on_device(RULES[rule].coefficients) is not None
+
+
+@pytest.mark.parametrize("function", COMPILED)
+def test_plain_functions_are_compiled_into_the_kernel(fast_backend, function):
+    assert formula.on_device(function) is not None
+    assert_as_reference(fast_backend, function)
+
+
+@pytest.mark.parametrize("name", FALLBACKS)
+def test_other_functions_are_left_to_torch(fast_backend, name):
+    assert formula.on_device(FALLBACKS[name]) is None
+    assert_as_reference(fast_backend, FALLBACKS[name])
+
+
+def gated(ff, fr, rr, gamma, alpha):
+    return 0.0, alpha, gamma, ratio(fr, rr)
+
+
+def test_gated_rules(fast_backend):
+    assert formula.on_device(gated) is not None
+    assert_as_reference(fast_backend, gated, gated=True)
+    assert_as_reference(fast_backend, lambda *numbers: gated(*numbers), gated=True)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_formula_and_torch_give_the_same_bits(fast_backend, rule):
+    """Coefficients are fp64 either way."""
+    rule = RULES[rule]
+    by_torch = Rule(rule.name, lambda *numbers: rule.coefficients(*numbers), rule.scope, rule.gated)
+    options = {"gamma": 0.75, "alpha": 1.5, "eps": 0.25}
+    properties.assert_equal_bits(*(fast_backend(FORGET, RETAIN, x, **options)[0] for x in (rule, by_torch)))
+
+
+def test_a_global_number_is_read_at_every_call(fast_backend, monkeypatch):
+    for value in (0.5, 4.0):
+        monkeypatch.setitem(globals(), "RHO", value)
+        (update, _), _ = fast_backend(FORGET, RETAIN, Rule("mine", global_number, "tensor"), alpha=0.0)
+        properties.assert_equal_bits([update], [value * FORGET[0]])
+
+
+def test_every_function_here_is_what_it_says():
+    assert inspect.getsource(made(1)).startswith("def made")
+    assert closure().__closure__
+    assert not nested().__closure__

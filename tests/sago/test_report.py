@@ -1,0 +1,208 @@
+"""The report: its numbers against the oracle, its absence, and that nothing is read before it is.
+
+Sums to 1e-6 of the magnitudes that are added up, cosines and norms as they follow from the sums.
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sago
+from tests import inputs, properties
+from tests.backends import GRAM, RULES
+
+BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
+FIELDS = (
+    *("ff", "fr", "rr", "uu", "uf", "ur", "conflict_fraction", "nonfinite_forget", "nonfinite_retain"),
+    *(
+        "cos_forget_retain",
+        "cos_update_forget",
+        "cos_update_retain",
+        "norm_forget",
+        "norm_retain",
+        "norm_update",
+    ),
+)
+
+
+class NoReading(TorchDispatchMode):
+    """Fails where a tensor's value is asked for on the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "item", "equal", "is_nonzero"), f"{name} reads a value"
+        return func(*args, **(kwargs or {}))
+
+
+def tensor(*values):
+    return torch.tensor(values, dtype=FP64)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtypes", [(FP32, FP32), (BF16, FP32), (FP64, FP64)], ids=str)
+def test_against_the_oracle(backend, rule, dtypes):
+    for name in ("scale_1", "antiparallel", "missing", "scale_1e-18"):
+        forget, retain = inputs.IN_RANGE[name](*dtypes)
+        _, report = backend(forget, retain, rule, gamma=0.75, alpha=1.5)
+        properties.assert_report(report, forget, retain, rule, gamma=0.75, alpha=1.5)
+
+
+@pytest.mark.parametrize("rule", ["sago", "blur"])
+def test_over_blocks_and_chunks(fast_backend, rule):
+    forget, retain = inputs.around_a_chunk(BF16, BF16)
+    forget, retain = forget[2:3], retain[2:3]
+    _, report = fast_backend(forget, retain, rule)
+    properties.assert_report(report, forget, retain, rule)
+    forget, retain = inputs.unaligned(FP32, FP32)
+    _, report = fast_backend(forget, retain, rule)
+    properties.assert_report(report, forget, retain, rule)
+
+
+def test_by_hand(backend):
+    # sago: u = (-4, 0, 1): in conflict at 0.
+    _, report = backend([tensor(3.0, 0.0, 1.0)], [tensor(-4.0, 3.0, 0.0)], "sago")
+    assert report.groups == (0,)
+    found = report.summary()
+    assert set(found) == set(FIELDS)
+    expected = {
+        "ff": 10,
+        "fr": -12,
+        "rr": 25,
+        "uu": 17,
+        "uf": -11,
+        "ur": 16,
+        "conflict_fraction": 1 / 3,
+        "nonfinite_forget": 0,
+        "nonfinite_retain": 0,
+        "norm_forget": 10**0.5,
+        "norm_retain": 5,
+        "norm_update": 17**0.5,
+        "cos_forget_retain": -12 / 250**0.5,
+        "cos_update_forget": -11 / 170**0.5,
+        "cos_update_retain": 16 / (17 * 25) ** 0.5,
+    }
+    assert found == pytest.approx(expected, rel=1e-14)
+
+
+def test_one_row_a_group_and_their_total(backend):
+    forget, retain = (
+        [tensor(1.0, 2.0), tensor(2.0), tensor(-1.0)],
+        [tensor(1.0, -2.0), tensor(2.0), tensor(3.0)],
+    )
+    _, report = backend(forget, retain, "pcgrad", groups=["x", "y", "x"])
+    columns = report.to_dict()
+    assert list(columns) == list(FIELDS)
+    assert columns["ff"] == [6.0, 4.0]
+    assert columns["fr"] == [-6.0, 4.0]
+    assert columns["conflict_fraction"] == pytest.approx([2 / 3, 0.0])
+    assert all(report.ff.shape == getattr(report, name).shape == (2,) for name in FIELDS)
+    assert all(getattr(report, name).device.type == backend.device for name in FIELDS)
+    total = report.summary()
+    assert total["ff"] == 10.0
+    assert total["conflict_fraction"] == pytest.approx(2 / 4)
+    assert total["norm_forget"] == pytest.approx(math.sqrt(10))
+    assert total["cos_forget_retain"] == pytest.approx(-2 / math.sqrt(10 * 18))
+
+
+def test_the_table_is_text(backend):
+    _, report = backend(
+        [tensor(3.0, 4.0)] * 2, [tensor(-3.0, 4.0)] * 2, "sago", groups=["layer.0", "layer.1"]
+    )
+    lines = report.table().splitlines()
+    assert [line.split()[0] for line in lines] == ["group", "layer.0", "layer.1", "total"]
+    assert len({len(line) for line in lines}) == 1
+    header = lines[0].split()
+    row, total = (dict(zip(header, line.split(), strict=True)) for line in lines[2:])
+    assert float(row["norm_forget"]) == 5
+    assert float(row["cos_forget_retain"]) == pytest.approx(7 / 25, rel=1e-3)
+    assert float(total["conflict_fraction"]) == 0.5
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_non_finite_elements_are_counted(backend, rule):
+    f = torch.tensor([1.0, torch.inf, torch.nan, -torch.inf, 2.0, torch.inf])
+    r = torch.tensor([1.0, -1.0, 1.0, torch.nan, torch.inf, -torch.inf])
+    forget, retain = [f, torch.ones(3), None], [r, torch.ones(3), r]
+    _, report = backend(forget, retain, rule)
+    found = report.to_dict()
+    rows = [
+        sum(found[name]) if rule in ("pcgrad_global", "blur") else found[name] for name in properties.COUNTS
+    ]
+    assert rows == ([4, 6] if rule in ("pcgrad_global", "blur") else [[4, 0, 0], [3, 0, 3]])
+    assert report.summary()["conflict_fraction"] == pytest.approx(2 / 15)
+    assert not math.isfinite(report.summary()["ff"])
+
+
+def test_large_finite_elements_are_not_counted(backend):
+    """Their squares overflow; they do not."""
+    f = torch.full((40,), 3e38)
+    _, report = backend([f], [-f], "sago")
+    assert [report.nonfinite_forget.item(), report.nonfinite_retain.item()] == [0, 0]
+    assert report.conflict_fraction.item() == 1
+
+
+def test_a_hidden_inf_is_counted(backend):
+    """In conflict it leaves no trace in the update."""
+    f = torch.tensor([torch.inf, 1.0])
+    (update,), report = backend([f], [torch.tensor([-1.0, 1.0])], "sago")
+    assert update.isfinite().all()
+    assert report.nonfinite_forget.item() == 1
+    assert math.isfinite(report.uu.item())
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_absent_fields_without_stats(backend, rule):
+    _, report = backend([tensor(1.0, -1.0)], [tensor(1.0, 2.0)], rule, stats=False)
+    present = set(FIELDS) - set(report.absent)
+    assert present == (set(FIELDS) - {"conflict_fraction", *properties.COUNTS} if rule in GRAM else set())
+    assert set(report.to_dict()) == set(report.summary()) == present
+    assert all(getattr(report, name) is None for name in report.absent)
+    assert str(report.absent) in repr(report) or not report.absent
+    assert report.table().splitlines()[0].startswith("group")
+
+
+def test_backends_agree_on_what_is_absent(backend):
+    rule = sago.Rule(
+        "gated", lambda ff, fr, rr, gamma, alpha: (0.0, alpha, gamma, fr / rr), "tensor", gated=True
+    )
+    _, report = backend([tensor(1.0, -1.0)], [tensor(1.0, 2.0)], rule, stats=False)
+    uses_update = ("uu", "uf", "ur", "cos_update_forget", "cos_update_retain", "norm_update")
+    assert set(report.absent) == {"conflict_fraction", *properties.COUNTS, *uses_update}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_nothing_is_read_before_the_report(fast_backend, rule):
+    options = {
+        "rule": rule,
+        "backend": fast_backend.name,
+        "gamma": torch.tensor(0.5, device=fast_backend.device),
+    }
+    forget, retain = ([t.to(fast_backend.device)] for t in inputs.pair(100))
+    for stats in (True, False):
+        with NoReading():
+            report = sago.synthesize_(forget, retain, stats=stats, reduce_gram=lambda table: None, **options)
+            values = [getattr(report, name) for name in FIELDS]
+        assert [v is None for v in values] == [name in report.absent for name in FIELDS]
+    with NoReading(), pytest.raises(AssertionError, match="reads a value"):
+        report.numel.sum().item()
+
+
+def test_a_late_reading_is_of_the_call(backend):
+    """The gradients and the weight have moved on."""
+    forget, retain = ([t.to(backend.device)] for t in inputs.pair(50))
+    f, r = forget[0].clone(), retain[0].clone()
+    gamma = torch.tensor(0.5, dtype=FP64, device=backend.device)
+    report = sago.synthesize_(forget, retain, "pcgrad", gamma=gamma, backend=backend.name)
+    for t in (*forget, *retain, gamma):
+        t.fill_(torch.nan)
+    properties.assert_report(report, [f], [r], "pcgrad", gamma=0.5)
+
+
+def test_numel(backend):
+    for stats, rule in itertools.product((True, False), ("sago", "pcgrad")):
+        _, report = backend([tensor(1.0, 2.0), tensor(1.0)], [tensor(1.0, 2.0), None], rule, stats=stats)
+        assert report.numel.tolist() == [2, 1]
+        assert report.numel.dtype == torch.int64

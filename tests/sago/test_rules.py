@@ -1,0 +1,162 @@
+"""Rules by value: small enough to check by hand, the same on every backend."""
+
+import pytest
+import torch
+
+import sago
+from sago.rules import RULES, evaluate, ratio
+from tests import backends, inputs, properties
+
+DOUBLE = torch.float64
+
+
+def tensors(*rows):
+    return [torch.tensor(row, dtype=DOUBLE) for row in rows]
+
+
+# f = (3, -2, 0, 1), r = (-4, 1, 2, 0): conflicts at 0 and 1, <f,f> = 14, <f,r> = -14, <r,r> = 21.
+# g = (1, 1), s = (1, 0): no conflict, <g,g> = 2, <g,s> = 1, <s,s> = 1. In all: 16, -13, 22.
+FORGET = tensors([3.0, -2.0, 0.0, 1.0], [1.0, 1.0])
+RETAIN = tensors([-4.0, 1.0, 2.0, 0.0], [1.0, 0.0])
+GOLDEN = {
+    "sum": [[-5.0, 0.0, 4.0, 1.0], [3.0, 1.0]],  # f + 2r
+    "sago": [[-8.0, 2.0, 0.0, 1.0], [1.0, 1.0]],  # 2r where in conflict, else f
+    "sago_prefer_retain": [[-8.0, 2.0, 4.0, 1.0], [3.0, 1.0]],  # 2r where in conflict, else f + 2r
+    "pcgrad": [  # k = -14/21 and 0: f + 8/3 r, g + 2s
+        [3 - 32 / 3, -2 + 8 / 3, 16 / 3, 1.0],
+        [3.0, 1.0],
+    ],
+    "pcgrad_global": [  # k = -13/22: f + 57/22 r
+        [3 - 4 * 57 / 22, -2 + 57 / 22, 2 * 57 / 22, 1.0],
+        [1 + 57 / 22, 1.0],
+    ],
+    "blur": [  # k = -13/16: (1 + 26/16) f + 2r
+        [3 * 2.625 - 8, -2 * 2.625 + 2, 4.0, 2.625],
+        [2.625 + 2, 2.625],
+    ],
+}
+
+
+def test_there_are_six_rules():
+    assert sago.list_rules() == list(GOLDEN) == list(backends.RULES)
+
+
+@pytest.mark.parametrize("rule", GOLDEN)
+def test_golden_values(backend, rule):
+    updates, _ = backend(FORGET, RETAIN, rule, alpha=2.0)
+    for update, row in zip(updates, GOLDEN[rule], strict=True):
+        torch.testing.assert_close(update, torch.tensor(row, dtype=DOUBLE), rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("s", [1.0, 1e-6, 1e-8])
+def test_pcgrad_projects_at_every_scale(backend, s):
+    # k = -s*s / (2*s*s): f + r/2 + r = (s - 3s/2, 3s/2)
+    (update,), _ = backend(tensors([s, 0.0]), tensors([-s, s]), "pcgrad")
+    torch.testing.assert_close(update, torch.tensor([-s / 2, 3 * s / 2], dtype=DOUBLE), rtol=1e-14, atol=0)
+
+
+def test_conflict_is_by_sign_not_by_product(backend):
+    for dtype, small in ((torch.float32, 1e-30), (torch.float16, 1e-5), (DOUBLE, 1e-200)):
+        f, r = torch.full((3,), small, dtype=dtype), torch.full((3,), -small, dtype=dtype)
+        (update,), _ = backend([f], [r], "sago", alpha=2.0)
+        properties.assert_equal_bits([update], [2 * r])
+
+
+def test_zeros_and_nan_do_not_conflict(backend):
+    f = torch.tensor([0.0, -0.0, 1.0, -1.0, torch.nan, -1.0])
+    r = torch.tensor([-1.0, 1.0, 0.0, 0.0, -1.0, torch.nan])
+    (update,), report = backend([f], [r], "sago", gamma=2.0)
+    properties.assert_equal_bits([update], [2 * f])
+    assert report.conflict_fraction.item() == 0
+
+
+@pytest.mark.parametrize("rule", ["pcgrad", "pcgrad_global", "blur"])
+def test_no_projection_where_the_square_underflows(backend, rule):
+    # 1e-30 squared is below what fp32 and, for 1e-170, fp64 hold.
+    f, r = torch.full((4,), 1e-170, dtype=DOUBLE), torch.full((4,), -1e-170, dtype=DOUBLE)
+    (update,), _ = backend([f], [r], rule, gamma=3.0)
+    properties.assert_equal_bits([update], [3 * f + r])
+
+
+@pytest.mark.parametrize("rule", ["pcgrad", "pcgrad_global", "blur"])
+@pytest.mark.parametrize("large", [1e170, torch.inf, torch.nan])
+def test_a_sum_that_overflows_is_seen(backend, rule, large):
+    f = torch.tensor([large, 1.0, 1.0, -1.0], dtype=DOUBLE)
+    r = torch.tensor([-large, 1.0, -1.0, 1.0], dtype=DOUBLE)
+    (update,), _ = backend([f], [r], rule)
+    assert update.isnan().all()
+
+
+def test_no_projection_with_weight_zero_even_of_nan(backend):
+    f, r = torch.tensor([torch.nan, torch.inf]), torch.tensor([1.0, -2.0])
+    for rule in ("sum", "sago_prefer_retain", "pcgrad", "pcgrad_global"):
+        (update,), _ = backend([f], [r], rule, gamma=0.0)
+        assert torch.equal(update, r)
+    (update,), _ = backend([r], [f], "blur", alpha=0.0)
+    assert torch.equal(update, r)
+
+
+def test_eps_is_added_to_the_squares(backend):
+    f, r = tensors([2.0, 0.0]), tensors([-1.0, 1.0])
+    (update,), _ = backend(f, r, "pcgrad", eps=2.0)  # k = -2 / (2 + 2)
+    torch.testing.assert_close(update, torch.tensor([0.5, 1.5], dtype=DOUBLE), rtol=1e-15, atol=0)
+    (update,), _ = backend(f, r, "blur", eps=4.0)  # k = -2 / (4 + 4)
+    torch.testing.assert_close(update, torch.tensor([1.5, 1.0], dtype=DOUBLE), rtol=1e-15, atol=0)
+
+
+def test_a_rule_of_ones_own():
+    def a_gem(ff, fr, rr, gamma, alpha):
+        return gamma, -gamma * sago.rules.where(fr < 0.0, ratio(fr, rr), 0.0)
+
+    rule = sago.Rule("a_gem", a_gem, scope="global", formula="f - min(0, fr/rr) r")
+    updates, report = sago.synthesize(tensors([1.0, 0.0]), tensors([-1.0, 1.0]), rule)
+    torch.testing.assert_close(updates[0], torch.tensor([0.5, 0.5], dtype=DOUBLE))
+    assert report.rule == "a_gem"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "finding"),
+    [
+        ({"coefficients": 3, "scope": "tensor"}, TypeError, "`coefficients`.*Found int"),
+        ({"coefficients": lambda *x: x[3:], "scope": "layer"}, ValueError, "`scope`.*Found 'layer'"),
+    ],
+)
+def test_a_rule_checks_what_it_is_made_of(arguments, error, finding):
+    with pytest.raises(error, match=finding):
+        sago.Rule("mine", **arguments)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_rule_with_the_wrong_number_of_coefficients(gated):
+    with pytest.raises(
+        ValueError,
+        match=r"`coefficients`.*" + ("4 numbers.*is gated" if gated else "2 numbers.*is not gated"),
+    ):
+        sago.Rule("mine", lambda ff, fr, rr, gamma, alpha: (gamma, alpha, alpha), "tensor", gated=gated)
+
+
+def test_rules_are_values():
+    rule = RULES["sago"]
+    assert rule == sago.Rule("sago", rule.coefficients, "element", gated=True, formula=rule.formula)
+    assert all(rule.formula for rule in RULES.values())
+
+
+def test_what_is_known_of_coefficients():
+    """The CPU path leaves out what a literal or a weight says is zero."""
+    cpu = torch.device("cpu")
+    _, terms = evaluate(RULES["sago"], None, 2.0, 0.0, 0.0, cpu)
+    assert terms == ("zero", "zero", "nonzero", "zero")
+    _, terms = evaluate(RULES["sago"], None, torch.tensor(2.0), 1.0, 0.0, cpu)
+    assert terms == ("zero", "nonzero", "any", "zero")
+    _, terms = evaluate(RULES["sum"], None, 1e-50, 1.0, 0.0, cpu)  # 0 in fp32
+    assert terms == ("any", "nonzero")
+
+
+@pytest.mark.parametrize("rule", backends.GRAM)
+@pytest.mark.parametrize("family", inputs.IN_RANGE)
+def test_gram_rules_of_float64_against_the_oracle(rule, family):
+    """In fp64 the reference has to agree to the last few bits."""
+    forget, retain = inputs.IN_RANGE[family](DOUBLE, DOUBLE)
+    properties.assert_as_oracle(
+        backends.Backend("reference", "cpu"), forget, retain, rule, gamma=0.75, alpha=1.5
+    )

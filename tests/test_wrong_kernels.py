@@ -1,0 +1,379 @@
+"""Kernels that are wrong on purpose: each is a change of a few characters, and a property has to notice.
+
+A mutant replaces text in the source of a real function and runs in the real launch. `CHECKS` are the
+assertions of the other tests; all of them pass on what is not mutated.
+"""
+
+import inspect
+import sys
+import textwrap
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from sago import compiled, synthesis
+from sago.rules import Rule
+from tests import inputs, oracle, properties
+from tests.backends import INTERPRETED, Backend
+
+if not INTERPRETED:
+    pytest.skip("mutants are interpreted", allow_module_level=True)
+kernels = pytest.importorskip("sago.kernels", reason="needs Triton")
+
+# The names of the package are taken by its functions.
+stream, combine, gram, batch = (
+    sys.modules[f"sago.kernels.{name}"] for name in ("stream", "combine", "gram", "batch")
+)
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+WEIGHTS = {"gamma": 0.75, "alpha": 1.5}
+
+
+def specials(run):
+    for rule in ("sago", "sum"):
+        properties.assert_as_reference(run, *inputs.specials(FP32, FP32), rule, stats=False, **WEIGHTS)
+
+
+def subnormals(run):
+    properties.assert_as_reference(run, *inputs.subnormals(FP16, FP16), "sago", stats=False)
+    properties.assert_as_reference(run, *inputs.subnormals(FP32, FP32), "sago", stats=False)
+
+
+def weights_of_zero(run):
+    for kind in (float, torch.tensor):
+        for gamma, alpha in ((0.0, 0.0), (0.0, 1.0), (1.0, 0.0)):
+            options = {"gamma": kind(gamma), "alpha": kind(alpha), "stats": False}
+            properties.assert_as_reference(run, *inputs.specials(FP32, FP32), "sum", **options)
+
+
+def rounding(run):
+    for dtypes in ((BF16, BF16), (FP32, FP16), (FP64, BF16)):
+        properties.assert_as_reference(
+            run, *inputs.IN_RANGE["scale_1"](*dtypes), "sum", stats=False, **WEIGHTS
+        )
+
+
+def weights(run):
+    f, r = inputs.pair(20)
+    properties.assert_as_reference(run, [f], [r], "sum", gamma=1 / 3, alpha=0.1, stats=False)
+
+
+def tails(run):
+    properties.assert_as_reference(run, *inputs.tails(FP32, FP32), "sago", stats=False)
+
+
+def unaligned(run):
+    properties.assert_as_reference(run, *inputs.unaligned(FP32, FP32), "sago", stats=False)
+
+
+def missing(run):
+    properties.assert_as_reference(run, *inputs.missing(FP32, FP32), "sum", stats=False, **WEIGHTS)
+
+
+def signed_zeros(run):
+    properties.assert_as_reference(run, *inputs.signed_zeros(FP32, FP32), "sum", gamma=0.0, stats=False)
+
+
+def chunks(run):
+    f, r = inputs.pair(inputs.CHUNK + 20)
+    properties.assert_as_reference(run, [f.float()], [r.float()], "sago", stats=False)
+
+
+def products(run):
+    for rule, eps in (("pcgrad", 0.0), ("pcgrad", 3.0), ("blur", 3.0)):
+        properties.assert_as_oracle(run, *inputs.tails(FP32, FP32), rule, eps=eps, stats=False, **WEIGHTS)
+
+
+def products_of_bf16(run):
+    forget, retain = inputs.tails(BF16, BF16)
+    dtypes = [FP32] * len(forget)  # bf16 would hide it
+    properties.assert_as_oracle(run, forget, retain, "pcgrad", stats=False, dtypes=dtypes)
+
+
+def products_over_blocks(run):
+    f, r = inputs.pair(3000)
+    properties.assert_as_oracle(run, [f.float()], [r.float()], "pcgrad", stats=False)
+
+
+def products_over_chunks(run):
+    f, r = inputs.pair(2 * inputs.CHUNK + 20)
+    properties.assert_as_oracle(run, [f.float()], [r.float()], "pcgrad", stats=False)
+
+
+def range_(run):
+    for scale in (1e-18, 1e18):
+        f = torch.full((3000,), scale)
+        properties.assert_as_oracle(run, [f], [-f], "pcgrad", stats=False)
+
+
+def groups(run):
+    forget, retain = inputs.tails(FP32, FP32)
+    for rule in ("pcgrad", "pcgrad_global"):
+        keys = [i % 3 for i in range(len(forget))]
+        updates, report = run(forget, retain, rule, groups=keys, **WEIGHTS)
+        properties.assert_updates(updates, forget, retain, rule, groups=keys, **WEIGHTS)
+        properties.assert_report(report, forget, retain, rule, groups=keys, **WEIGHTS)
+
+
+def report(run):
+    for rule, dtype in (("sago", FP32), ("pcgrad", BF16)):
+        forget, retain = inputs.tails(dtype, dtype)
+        _, found = run(forget, retain, rule, **WEIGHTS)
+        properties.assert_report(found, forget, retain, rule, **WEIGHTS)
+
+
+def counts(run):
+    forget, retain = inputs.specials(FP32, FP32)
+    _, found = run(forget, retain, "sago")
+    expected = oracle.expect(forget, retain, "sago").sums
+    for name in properties.COUNTS:
+        assert getattr(found, name).item() == expected[name][0]
+    assert found.conflict_fraction.item() == expected["conflicts"][0] / expected["numel"][0]
+
+
+def addresses(run):
+    kept = []  # so that no memory is used again
+    for seed in range(3):
+        forget, retain = ([t.float()] for t in inputs.pair(20, seed))
+        kept.append((forget, retain, run(forget, retain, "sago", stats=False)))
+        properties.assert_as_reference(run, forget, retain, "sago", stats=False)
+
+
+def company(run):
+    forget, retain = inputs.flat_views(BF16, BF16)
+    properties.assert_independent_of_company(run, forget[:5], retain[:5], "pcgrad")
+
+
+def switched_off(run):
+    forget, retain = ([t.float()] for t in inputs.pair(20))
+    for rule, weight in (("sum", "gamma"), ("sum", "alpha"), ("pcgrad", "gamma")):
+        properties.assert_switched_off(run, forget, retain, rule, weight)
+
+
+def gated(run):
+    """A rule of inner products with a branch for conflicts: the products are over both branches."""
+    rule = Rule("gated", lambda ff, fr, rr, gamma, alpha: (0.0, ff / rr, fr / rr, 0.0), "tensor", gated=True)
+    forget, retain = inputs.tails(FP32, FP32)
+    updates, _ = run(forget, retain, rule)
+    expected, _ = Backend("reference", "cpu")(forget, retain, rule)
+    for found, right in zip(updates, expected, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
+
+
+CHECKS = [
+    *(
+        specials,
+        subnormals,
+        signed_zeros,
+        weights_of_zero,
+        rounding,
+        weights,
+        tails,
+        unaligned,
+        missing,
+        chunks,
+        products,
+        products_of_bf16,
+    ),
+    *(products_over_chunks, range_, groups, report, counts, addresses, company, switched_off, gated),
+]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("backend", ["triton", "compiled"])
+def test_the_right_kernels_pass(check, backend):
+    check(Backend(backend, "cpu"))
+
+
+class Mutant(NamedTuple):
+    module: object
+    function: str
+    old: str
+    new: str
+    check: object
+
+
+SIGNS = "((f > 0) & (r < 0)) | ((f < 0) & (r > 0))"
+ROW, SLOT = "row = tl.load(shape + 3)", "slot = tl.program_id(0) - tl.load(shape + 1) + tl.load(shape + 2)"
+KERNELS = {
+    (stream, "in_conflict"): {
+        "product instead of signs": (SIGNS, "f * r < 0", subnormals),
+        "zeros conflict": ("(f > 0) & (r < 0)", "(f >= 0) & (r < 0)", specials),
+        "NaN conflicts": (SIGNS, "(f > 0) != (r > 0)", specials),
+        "one sign of conflict": ("| ((f < 0) & (r > 0))", "", tails),
+    },
+    (stream, "store"): {
+        "swapped branches": ("= in_conflict(f, r)", "= ~in_conflict(f, r)", tails),
+        "a of the wrong branch": ("tl.where(conflict, a_c, a)", "a", tails),
+        "swapped gradients": ("u = weighted(a, f, b, r)", "u = weighted(a, r, b, f)", specials),
+        "rounded twice": (
+            "u = weighted(a, f, b, r)",
+            "u = upcast(downcast(a * f, OUT), a.dtype) + b * r",
+            rounding,
+        ),
+    },
+    (combine, "_combine_kernel"): {
+        "swapped weights": ("        a, b = FORMULA", "        b, a = FORMULA", missing),
+        "weights in fp32": (
+            "b = zero + b\n    ",
+            "b = (zero + b).to(tl.float32).to(tl.float64)\n    ",
+            weights,
+        ),
+        "coefficients of the first group": (ROW, ROW + " * 0", groups),
+        "eps added to fr": ("gram_stride + 1)", "gram_stride + 1) + _weight(eps)", products),
+        "eps left out of rr": ("+ 2) + _weight(eps)", "+ 2)", products),
+        "eps left out of ff": ("row * gram_stride) + _weight(eps)", "row * gram_stride)", products),
+    },
+    (stream, "weighted"): {
+        "retain without its weight": ("y = b * r", "y = r", specials),
+        "0 * NaN of forget": ("x = tl.where(a == 0, 0.0, a * f)", "x = a * f", weights_of_zero),
+        "0 * NaN of retain": ("tl.where(b == 0, x, ", "tl.where(b != b, x, ", weights_of_zero),
+        "-0 becomes 0": ("tl.where(a == 0, y, x + y)", "x + y", signed_zeros),
+    },
+    (stream, "downcast"): {
+        "truncated": ("(bits + 0x7FFF + ((bits >> 16) & 1))", "bits", rounding),
+        "ties away from zero": ("((bits >> 16) & 1)", "1", rounding),
+    },
+    (batch, "compute_dtype"): {
+        "computed in fp32": ("tl.float64 if", "tl.float32 if", weights),
+    },
+    (stream, "_stream"): {
+        "unwritten tail": ("store(out + at, at < size,", "store(out + at, at < body,", tails),
+        "one element too many": ("out + at, at < size,", "out + at, at < size + 1,", tails),
+        "body past its end": ("out + at, at < body,", "out + at, at < size + 16,", tails),
+    },
+    (stream, "locate"): {
+        "offsets that wrap": ("start = index * CHUNK", "start = index * CHUNK & 0x7FFF", chunks),
+        "half a chunk": ("numel - start, CHUNK)", "numel - start, CHUNK // 2)", chunks),
+        "forget for retain": ("retain = tl.load(entry + 1)", "retain = tl.load(entry)", missing),
+    },
+    (batch, "Cache.get"): {
+        "stale addresses": ("key = (key, stream)", "key = (len(key[0]), stream)", addresses),
+    },
+    (stream, "across"): {
+        "tail left out of the sums": (" + tl.sum(tail.to(tl.float64))", "", products),
+    },
+    (stream, "finish"): {
+        "sums to the first group": (ROW, ROW + " * 0", groups),
+        "chunk number for slot": (SLOT, "slot = tl.program_id(0)", groups),
+        "slots of another row": ("partials + k * slots + first", "partials + k * slots", groups),
+        "last chunk left out": ("at < count, other", "at < count - 1, other", products_over_chunks),
+        "added up by the first": ("done == count - 1", "done == 0", products_over_chunks),
+        "the last chunk alone": ("k * slots + first", "k * slots + slot", products_over_chunks),
+    },
+    (stream, "accumulate"): {
+        "products rounded to bf16": (
+            "fr = f * r",
+            "fr = upcast(downcast(f * r, tl.bfloat16), f.dtype)",
+            products_of_bf16,
+        ),
+        "not squared": ("rr = r * r", "rr = tl.abs(r)", products),
+        "squared in fp16": ("ff = f * f", "ff = (f * f).to(tl.float16).to(f.dtype)", report),
+        "out of range on the way": ("fr = f * r", "fr = f * r * 1e3 * 1e-3", range_),
+        "inf not counted": ("(f - f != 0)", "(f != f)", counts),
+        "not counted beside NaN": ("(r - r != 0)", "((r - r != 0) & (f == f))", counts),
+        "conflicts by the product": ("= in_conflict(f, r)", "= f * r < 0", counts),
+        "the other branch": ("tl.where(conflict, 0.0, ff)", "tl.where(conflict, ff, 0.0)", report),
+        "both branches": ("rr = tl.where(conflict, 0.0, rr)", "rr = rr", report),
+    },
+}
+ON_THE_CPU = {
+    (compiled, "_conflict"): {
+        "product instead of signs": (
+            "torch.where(f > 0, r, torch.where(f < 0, -r, 0.0)) < 0",
+            "f * r < 0",
+            subnormals,
+        ),
+        "zeros conflict": ("f > 0", "f >= 0", specials),
+        "NaN conflicts": ("torch.where(f < 0, -r, 0.0)", "-r", specials),
+    },
+    (compiled, "_gated_combine"): {
+        "swapped branches": ("where(_conflict(f, r)", "where(~_conflict(f, r)", tails),
+    },
+    (compiled, "_combine"): {
+        "swapped gradients": (
+            "_weighted(a, f.to(a.dtype), b, r.",
+            "_weighted(b, f.to(a.dtype), a, r.",
+            missing,
+        ),
+    },
+    (compiled, "_weighted"): {
+        "0 * NaN of retain": ('y = zero if terms[1] == "zero" else b * r', "y = b * r", weights_of_zero),
+        "0 * NaN of forget": ("torch.where(a == 0, y, u)", "u", weights_of_zero),
+        "-0 becomes 0": ('if "zero" in terms', "if False", signed_zeros),
+    },
+    (compiled, "_pair_sums"): {
+        "end left out of the sums": ("if whole < f.numel()", "if False", products_over_blocks),
+    },
+    (compiled, "_products"): {
+        "products rounded to bf16": ("f * r,", "(f * r).bfloat16().to(f.dtype),", products_of_bf16),
+    },
+    (compiled, "_block_sums"): {
+        "products of both branches": ("torch.where(conflict, 0.0, r)", "r", report),
+    },
+    (compiled, "_count_nonfinite"): {
+        "inf not counted": ("~piece.isfinite()", "piece.isnan()", counts),
+    },
+    (compiled, "_tree"): {
+        "the first blocks alone": (".sum(-1)", "[..., :1].sum(-1)", products_over_chunks),
+    },
+}
+ON_BOTH = {
+    (synthesis, "_synthesize"): {
+        "products of a group for a global rule": (".sum(0, keepdim=True).expand(", "[:1].expand(", groups),
+        "products of one branch": ("table[:, 0:3] + table[:, 6:9]", "table[:, 0:3]", gated),
+    },
+    (synthesis, "_columns"): {
+        "update of the wrong branch": ("_products(a_c, b_c, inside)", "_products(a, b, inside)", report),
+        "counts of conflicts for inf": ("table[:, 3:6]", "table[:, 3:4].expand(-1, 3)", counts),
+    },
+}
+MUTANTS = [
+    pytest.param(Mutant(*place, *mutant), backend, id=f"{backend}: {name}")
+    for backend, table in (
+        *(("triton", KERNELS), ("triton", ON_BOTH), ("compiled", ON_THE_CPU), ("compiled", ON_BOTH)),
+    )
+    for place, mutants in table.items()
+    for name, mutant in mutants.items()
+]
+
+
+@pytest.fixture
+def mutate(monkeypatch, tmp_path):
+    def mutate(mutant):
+        owner, name = mutant.module, mutant.function
+        while "." in name:
+            outer, name = name.split(".")
+            owner = getattr(owner, outer)
+        original = getattr(owner, name)
+        source = textwrap.dedent(inspect.getsource(getattr(original, "fn", original)))
+        assert source.count(mutant.old) == 1, f"{mutant.old!r} is not once in {mutant.function}"
+        path = tmp_path / f"{name}.py"  # from where Triton reads the source
+        path.write_text(source.replace(mutant.old, mutant.new))
+        namespace = {}
+        exec(compile(path.read_text(), str(path), "exec"), vars(mutant.module), namespace)
+        users = [
+            m for m in (stream, gram, combine, batch, compiled, synthesis) if vars(m).get(name) is original
+        ]
+        for user in users or [owner]:
+            monkeypatch.setattr(user, name, namespace[name])
+
+    # What was computed before must not be found again: tables, and sums in memory that is not initialised.
+    monkeypatch.setattr(batch, "_layouts", batch.Cache(64))
+    monkeypatch.setattr(batch, "_addresses", batch.Cache(64))
+    scratch = batch.Batch.scratch
+
+    def poisoned(self, sums):
+        partials, *others = scratch(self, sums)
+        return partials.fill_(torch.nan), *others
+
+    monkeypatch.setattr(batch.Batch, "scratch", poisoned)
+    return mutate
+
+
+@pytest.mark.parametrize(("mutant", "backend"), MUTANTS)
+def test_every_mutant_is_caught(mutant, backend, mutate):
+    mutate(mutant)
+    with pytest.raises(AssertionError) as caught:
+        mutant.check(Backend(backend, "cpu"))
+    assert "is not once in" not in str(caught.value)
