@@ -114,23 +114,23 @@ class Cache:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._found: OrderedDict[Hashable, Any] = OrderedDict()
+        self._found: OrderedDict[Hashable, tuple[int, Any]] = OrderedDict()
         self._kept: list[Any] = []
 
     def get(self, key: Hashable, device: torch.device, make: Callable[[], Any]) -> Any:
-        # A copy to the device is ordered by its stream only, and so is the reuse of memory.
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        # A copy to the device is ordered by its stream only, and so is the reuse of memory. A capture
+        # starts behind everything, and must not pin memory if it can be helped.
+        current = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        key = (key, stream)
-        found = self._found.get(key)
-        if found is None:
+        stream, found = self._found.get(key, (current, None))
+        if found is not None and (stream == current or capturing):
+            self._found.move_to_end(key)
+        else:
             found = make()
             if not capturing:
-                self._found[key] = found
+                self._found[key] = current, found
                 if len(self._found) > self._size:
                     self._found.popitem(last=False)
-        else:
-            self._found.move_to_end(key)
         if capturing:
             self._kept.append(found)
         return found

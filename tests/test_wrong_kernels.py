@@ -247,8 +247,8 @@ KERNELS = {
         "half a chunk": ("numel - start, CHUNK)", "numel - start, CHUNK // 2)", chunks),
         "forget for retain": ("retain = tl.load(entry + 1)", "retain = tl.load(entry)", missing),
     },
-    (batch, "Cache.get"): {
-        "stale addresses": ("key = (key, stream)", "key = (len(key[0]), stream)", addresses),
+    (batch, "Batch.__init__"): {
+        "stale addresses": ("(table, device), ", "(len(table), device), ", addresses),
     },
     (stream, "across"): {
         "tail left out of the sums": (" + tl.sum(tail.to(tl.float64))", "", products),

@@ -20,6 +20,18 @@ RHO = 0.5
 TENSOR = torch.tensor(0.5)
 
 
+class Half:
+    """A number that cannot be hashed."""
+
+    __hash__ = None
+
+    def __rmul__(self, other):
+        return 0.5 * other
+
+
+HALF = Half()
+
+
 def arithmetic(ff, fr, rr, gamma, alpha):
     """A docstring."""
     c = fr / (ff + rr)
@@ -68,6 +80,10 @@ def masks(ff, fr, rr, gamma, alpha):
 
 def global_number(ff, fr, rr, gamma, alpha):
     return gamma * RHO, alpha
+
+
+def global_object(ff, fr, rr, gamma, alpha):
+    return gamma * HALF, alpha
 
 
 def global_tensor(ff, fr, rr, gamma, alpha):
@@ -134,7 +150,10 @@ exec("def from_a_string(ff, fr, rr, gamma, alpha):\n    return gamma, alpha * 2.
 COMPILED = [arithmetic, with_where, with_plain_helpers, literals, nested()]
 FALLBACKS = {
     **{f.__name__: f for f in (power, floor, method, torch_function, builtin, masks, global_number)},
-    **{f.__name__: f for f in (global_tensor, default, keyword_default, annotated, variadic, assertion)},
+    **{
+        f.__name__: f
+        for f in (global_object, global_tensor, default, keyword_default, annotated, variadic, assertion)
+    },
     "with_helpers": with_helpers,
     "wrapped": wrapped,
     "lambda": lambda ff, fr, rr, gamma, alpha: (gamma, alpha - fr / rr),
