@@ -8,7 +8,6 @@ each update against `sago.reference`, and prints one table. Exits with 1 if a ch
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import json
 import math
@@ -39,6 +38,7 @@ from examples.people import (
     make_people,
     split_people,
 )
+from sago.arguments import triton_version
 
 Batch = dict[str, Tensor]
 Case = str | tuple[str, bool]
@@ -162,7 +162,7 @@ def gradients(model: LlamaForCausalLM, batch: Batch, weight: float) -> list[Tens
 def backends_of(device: torch.device) -> list[str]:
     if device.type == "cpu":
         return ["compiled", "reference"]
-    return ["triton", "reference"] if importlib.util.find_spec("triton") else ["reference"]
+    return ["triton", "reference"] if triton_version() else ["reference"]
 
 
 def median_ms(

@@ -2,7 +2,7 @@
 
 Every rule is the same launch pair with other coefficients. A list of any length and any mix of sizes
 is one launch for each combination of dtypes: the kernels find their tensors through a table of
-addresses (`batch`), sum in fixed slots (`sums`) and compute a rule's coefficients on the device from
+addresses (`batch`), sum in fixed slots (`stream`) and compute a rule's coefficients on the device from
 its Python function (`formula`).
 """
 

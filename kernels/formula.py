@@ -22,6 +22,9 @@ _PLAIN = (
 )
 
 
+_NUMBERED: list[FunctionType] = []
+
+
 @triton.jit
 def _where(condition, x, y):
     return tl.where(condition, x, y)
@@ -48,7 +51,11 @@ def _compiled(function: FunctionType) -> Any:
         names[name] = on_device(function.__globals__.get(name))
         if names[name] is None:
             return None
-    return triton.jit(FunctionType(function.__code__, names, function.__name__))
+    device = FunctionType(function.__code__, names, function.__name__)
+    # Triton up to 3.8 tells functions in constexpr arguments apart by name only.
+    device.__qualname__ = f"{function.__qualname__}_{len(_NUMBERED)}"
+    _NUMBERED.append(device)
+    return triton.jit(device)
 
 
 def _is_plain(function: FunctionType) -> bool:
@@ -58,9 +65,10 @@ def _is_plain(function: FunctionType) -> bool:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function.__code__)))
     except (OSError, SyntaxError):
         return False
-    (definition,) = tree.body
+    definition = tree.body[0]
     return (
-        isinstance(definition, ast.FunctionDef)
+        len(tree.body) == 1
+        and isinstance(definition, ast.FunctionDef)
         and definition.name == function.__name__
         and not definition.decorator_list
         and all(

@@ -33,7 +33,12 @@ def lines() -> list[tuple[str, str]]:
         found.append((f"cuda:{i}", f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB"))
     if torch.cuda.is_available():
         found.append(("cuda backend", "triton" if triton_version() else "reference"))
-        found.append(("cuda driver runs", torch.version.cuda or f"ROCm {torch.version.hip}"))
+        found.append(
+            (
+                "torch built for",
+                f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}",
+            )
+        )
     if os.environ.get("TRITON_INTERPRET") == "1":
         found.append(("TRITON_INTERPRET", "1: kernels are interpreted"))
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -91,6 +91,10 @@ def check(
         out = [None if t is None else torch.empty_like(t, requires_grad=False) for t in like]
     _check_shards(forget, retain, out, rule, reduce_gram)
     local = [[_local(t) for t in tensors] for tensors in (forget, retain, out)]
+    for name, side in zip(("forget", "retain", "out"), local, strict=True):
+        for i, t in enumerate(side):
+            if t is not None and not _holds_data(t):
+                raise TypeError(f"Parameter `{name}[{i}]` should hold data. Found {type(t).__name__}.")
     _check_overlap(*local)
     devices = dict.fromkeys(t.device for t in local[2] if t is not None) or {torch.device("cpu"): None}
     return Arguments(
@@ -111,7 +115,8 @@ def check(
 def as_list(name: str, tensors: Gradients) -> list[Any]:
     if isinstance(tensors, Tensor):
         return [tensors]
-    if isinstance(tensors, (str, bytes)) or not isinstance(tensors, Iterable):
+    unordered = isinstance(tensors, (str, bytes, Mapping, Set)) or hasattr(tensors, "__array__")
+    if unordered or not isinstance(tensors, Iterable):
         raise TypeError(
             f"Parameter `{name}` should be a tensor or a sequence of tensors. Found {type(tensors).__name__}."
         )
@@ -123,7 +128,7 @@ def _rows(groups: Sequence[Hashable] | None, length: int, rule: Rule) -> tuple[l
         if rule.scope == "global":
             return [0] * length, ["all"]
         return list(range(length)), list(range(length))
-    if isinstance(groups, (str, bytes)) or not isinstance(groups, Iterable):
+    if isinstance(groups, (str, bytes)) or not isinstance(groups, Sequence):
         raise TypeError(
             f"Parameter `groups` should be a sequence with one key a tensor. Found {type(groups).__name__}."
         )
@@ -201,6 +206,13 @@ def _is_dtensor(t: Any) -> bool:
 
 def _local(t: Any) -> Tensor | None:
     return t.to_local() if _is_dtensor(t) else t
+
+
+def _holds_data(t: Tensor) -> bool:
+    try:
+        return t.numel() == 0 or t.data_ptr() != 0
+    except RuntimeError:  # tensors that are traced, faked or batched by a transform
+        return False
 
 
 def _check_shards(
@@ -314,13 +326,37 @@ def _overlaps_itself(t: Tensor) -> bool:
 
 
 def _share_memory(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors whose memory ranges meet have a byte in common, such as columns of one matrix."""
-    if is_dense(x) and is_dense(y):
+    """Whether two tensors whose memory ranges meet have a byte in common; columns of one matrix do not.
+
+    Both are runs of bytes that repeat with a common period. Runs that stay apart within the period never
+    meet. What this does not settle is looked at byte by byte while it is small, and else taken to overlap.
+    """
+    (run_x, strides_x), (run_y, strides_y) = _runs(x), _runs(y)
+    period = math.gcd(*strides_x, *strides_y)
+    if period == 0:  # one stretch each
         return True
+    shift = (y.data_ptr() - x.data_ptr()) % period
+    if run_x <= shift and shift + run_y <= period:
+        return False
     first = min(x.data_ptr(), y.data_ptr())
-    marks = torch.zeros(max(_span(x)[2], _span(y)[2]) - first, dtype=torch.bool)
+    length = max(_span(x)[2], _span(y)[2]) - first
+    if length > 1 << 16:
+        return True
+    marks = torch.zeros(length, dtype=torch.bool)
     _bytes(marks, x, first).fill_(True)
     return bool(_bytes(marks, y, first).any())
+
+
+def _runs(t: Tensor) -> tuple[int, list[int]]:
+    """Length in bytes of the stretches that `t` fills, and the strides in bytes between them."""
+    run = t.itemsize
+    strides: list[int] = []
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size > 1 and stride * t.itemsize == run and not strides:
+            run *= size
+        elif size > 1:
+            strides.append(stride * t.itemsize)
+    return run, strides
 
 
 def _bytes(marks: Tensor, t: Tensor, first: int) -> Tensor:
@@ -352,6 +388,9 @@ def _weight(name: str, weight: Any, devices: dict[torch.device, None]) -> Weight
                 f"Parameter `{name}` should be on a device of the gradients, {', '.join(map(str, devices))}. "
                 f"Found {weight.device}."
             )
+        # Gradients on a GPU need not wait for a weight on the CPU.
+        if weight.device.type == "cpu" and all(device.type != "cpu" for device in devices):
+            return float(weight)
         return weight.detach().to(torch.float64)
     if not isinstance(weight, Real):
         raise TypeError(

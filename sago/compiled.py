@@ -53,7 +53,7 @@ def _table(batch: Batch, sums: int) -> Tensor:
     for pair, row in zip(pairs, batch.rows, strict=True):
         members[row].append(_pair_sums(*pair, sums))
     zero = torch.zeros(3 if sums == 3 else sums - 2, dtype=torch.float64)
-    table = torch.stack([_tree(torch.stack(row, dim=1)) if row else zero for row in members])
+    table = torch.stack([_total(row) if row else zero for row in members])
     if sums == 3:
         return table
     # An inf or NaN shows in ff or rr: elements are looked at only in rows with a sum that is not finite.
@@ -159,23 +159,26 @@ def _pair_sums(f: Tensor, r: Tensor, sums: int) -> Tensor:
         padding = (0, whole + block - f.numel())
         call = calls[-1][0] if calls else _bound(_block_sums, sums)
         calls.append((call, [torch.nn.functional.pad(t[whole:], padding) for t in (f, r)]))
-    return _tree(torch.stack([_tree(call(*tensors)) for call, tensors in calls], dim=1))
+    return _total([_tree(call(*tensors)) for call, tensors in calls])
+
+
+def _total(sums: list[Tensor]) -> Tensor:
+    return sums[0] if len(sums) == 1 else _tree(torch.stack(sums, dim=1))
 
 
 def _tree(partials: Tensor) -> Tensor:
-    """The sum over the last dimension in a fixed order: torch splits a full sum by threads."""
-    while partials.shape[-1] > 1:
+    """The sum over the last dimension in a fixed order: torch splits a long sum by threads."""
+    while partials.shape[-1] > _FAN_IN:
         padding = -partials.shape[-1] % _FAN_IN
         partials = torch.nn.functional.pad(partials, (0, padding)).unflatten(-1, (-1, _FAN_IN)).sum(-1)
-    return partials.squeeze(-1)
+    return partials.sum(-1) if partials.shape[-1] > 1 else partials.squeeze(-1)
 
 
 def _flat_pair(f: Tensor | None, r: Tensor | None) -> tuple[Tensor, Tensor]:
     """Both gradients flat in memory order, with zeros for None."""
-    if f is None:
-        assert r is not None
-        return torch.zeros((), dtype=r.dtype).expand(r.numel()), _flat(r)
-    return _flat(f), torch.zeros((), dtype=f.dtype).expand(f.numel()) if r is None else _flat(r)
+    flat = [None if t is None else _flat(t) for t in (f, r)]
+    zeros = next(torch.zeros((), dtype=t.dtype).expand_as(t) for t in flat if t is not None)
+    return zeros if flat[0] is None else flat[0], zeros if flat[1] is None else flat[1]
 
 
 def _flat(t: Tensor) -> Tensor:
@@ -202,23 +205,26 @@ def _pieces(
     if numel == 0:
         return
     if numel < COMPILE_FROM or not all(t.is_contiguous() for t in tensors) or not has_compiler():
-        for pieces in zip(*(t.split(_EAGER) for t in tensors), strict=True):
+        for pieces in [tensors] if numel <= _EAGER else zip(*(t.split(_EAGER) for t in tensors), strict=True):
             yield _bound(graph, constant), pieces
         return
     call = _compiled(graph, constant, *(t.dtype for t in tensors))
-    for pieces in zip(*(t.split(length or numel) for t in tensors), strict=True):
+    whole = length is None or numel <= length
+    for pieces in [tensors] if whole else zip(*(t.split(length) for t in tensors), strict=True):
         # Storages of their own: torch.compile guards on storages that are shared, and works around them.
         yield call, [torch.from_dlpack(t) for t in pieces]
 
 
+@cache
 def _bound(graph: Any, constant: Any) -> FunctionType:
-    # With a code object of its own: torch.compile limits the variants of one.
-    return FunctionType(graph.__code__.replace(), graph.__globals__, graph.__name__, (constant,))
+    return FunctionType(graph.__code__, graph.__globals__, graph.__name__, (constant,))
 
 
 @cache
 def _compiled(graph: Any, constant: Any, *dtypes: torch.dtype) -> Callable[..., Any]:
-    return torch.compile(_bound(graph, constant), dynamic=True, fullgraph=True)
+    # With a code object of its own: torch.compile limits the variants of one.
+    own = FunctionType(graph.__code__.replace(), graph.__globals__, graph.__name__, (constant,))
+    return torch.compile(own, dynamic=True, fullgraph=True)
 
 
 @lru_cache(maxsize=1)

@@ -4,6 +4,8 @@ Autograd-free, and no code shared with the fast paths. Arithmetic on elements is
 where a gradient is fp64) and rounded once at the end, as the kernels do, so that the elementwise rules
 can be compared bit for bit. Inner products are summed in float64.
 
+Called directly, it checks little of what `sago.synthesize_` checks.
+
 `f` is the gradient of the forget loss as minimised, `r` the gradient of the retain loss. Each rule
 below returns `(a_c, b_c, a, b)`: the update is `a_c*f + b_c*r` where the two conflict, `a*f + b*r`
 elsewhere.
@@ -142,7 +144,11 @@ def synthesize_(
     forget, retain = _listed(forget), _listed(retain)
     targets = retain if out is None else forget if isinstance(out, str) else _listed(out)
     gamma, alpha = float(gamma), float(alpha)
+    if isinstance(out, str) and out != "forget":
+        raise ValueError(f"Parameter `out` should be None, 'forget' or tensors. Found {out!r}.")
     if isinstance(rule, str):
+        if rule not in RULES:
+            raise ValueError(f"Parameter `rule` should be one of {', '.join(RULES)}. Found {rule!r}.")
         name, (coefficients, scope) = rule, RULES[rule]
     else:
         name, coefficients, scope = rule.name, _plain(rule), rule.scope
@@ -151,6 +157,10 @@ def synthesize_(
         groups = ["all"] * len(forget) if scope == "global" else list(range(len(forget)))
     rows = list(dict.fromkeys(groups))
     pairs = [_with_zeros(f, r) for f, r in zip(forget, retain, strict=True)]
+
+    for i, (target, pair) in enumerate(zip(targets, pairs, strict=True)):
+        if pair and (target is None or any(t.shape != target.shape for t in pair)):
+            raise ValueError(f"Gradients and output {i} should be tensors of one shape. Found {target!r}.")
 
     # A row: ff, fr, rr out of conflict | conflicts, non-finite in f, in r | ff, fr, rr in conflict | elements
     device = next((p[0].device for p in pairs if p), torch.device("cpu"))

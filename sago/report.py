@@ -8,22 +8,18 @@ import torch
 from torch import Tensor
 
 _COUNTS = ("nonfinite_forget", "nonfinite_retain")
-_FIELDS = (
-    "ff",
-    "fr",
-    "rr",
-    "uu",
-    "uf",
-    "ur",
-    "conflict_fraction",
-    *_COUNTS,
-    "cos_forget_retain",
-    "cos_update_forget",
-    "cos_update_retain",
-    "norm_forget",
-    "norm_retain",
-    "norm_update",
-)
+# What can be read, and the columns that it is made of.
+_FIELDS = {
+    **{name: (name,) for name in ("ff", "fr", "rr", "uu", "uf", "ur")},
+    "conflict_fraction": ("conflicts",),
+    **{name: (name,) for name in _COUNTS},
+    "cos_forget_retain": ("fr", "ff", "rr"),
+    "cos_update_forget": ("uf", "uu", "ff"),
+    "cos_update_retain": ("ur", "uu", "rr"),
+    "norm_forget": ("ff",),
+    "norm_retain": ("rr",),
+    "norm_update": ("uu",),
+}
 
 
 class SynthesisReport:
@@ -39,13 +35,15 @@ class SynthesisReport:
     `nonfinite_forget`   number of NaN and inf elements of `f`
     `nonfinite_retain`   number of NaN and inf elements of `r`
     `cos_forget_retain`  `fr / (ff*rr).sqrt()`, and so on for `cos_update_forget`
-                         and `cos_update_retain`; NaN where a norm is 0
+                         and `cos_update_retain`; NaN where a norm is 0 or
+                         not finite
     `norm_forget`        `ff.sqrt()`, and so on for `norm_retain`, `norm_update`
     ==================== =========================================================
 
     A field that was not computed (`stats=False`) is None and its name stands in `absent`. Reading a
     field enqueues at most a few operations on `[groups]` values; only `summary`, `table` and `to_dict`
-    wait for the device.
+    wait for the device. The first read fixes the values. For sharded gradients the numbers are this
+    rank's, unless the synthesis was given `reduce_gram`.
 
     Attributes:
         rule: The rule's name.
@@ -132,12 +130,15 @@ class SynthesisReport:
         """Elements a group, int64."""
         if not isinstance(self._numel, Tensor):
             device = next((t.device for t in self._read().values()), torch.device("cpu"))
-            self._numel = torch.tensor(self._numel, dtype=torch.int64, device=device)
+            pinned = device.type == "cuda"  # a copy from pageable memory would wait for the device
+            numel = torch.tensor(self._numel, dtype=torch.int64, pin_memory=pinned)
+            self._numel = numel.to(device, non_blocking=pinned)
         return self._numel.to(torch.int64)
 
     @property
     def absent(self) -> tuple[str, ...]:
-        return tuple(name for name in _FIELDS if getattr(self, name) is None)
+        present = self._read()
+        return tuple(name for name, columns in _FIELDS.items() if any(c not in present for c in columns))
 
     def total(self) -> SynthesisReport:
         """The same report with all groups summed into one row."""
@@ -196,5 +197,7 @@ def _root(square: Tensor | None) -> Tensor | None:
 def _cosine(product: Tensor | None, square: Tensor | None, other: Tensor | None) -> Tensor | None:
     if product is None or square is None or other is None:
         return None
+    # Squares that left the range of the sums say nothing about a direction.
+    known = (square > 0) & (other > 0) & square.isfinite() & other.isfinite()
     # The roots are taken apart: the product of two squares leaves the range before a root does.
-    return product / (square.sqrt() * other.sqrt())
+    return torch.where(known, product / (square.sqrt() * other.sqrt()), torch.nan)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -104,10 +105,22 @@ class Rule:
             raise ValueError(
                 f"Parameter `scope` should be 'element', 'tensor' or 'global'. Found {self.scope!r}."
             )
-        one = torch.ones(1, dtype=torch.float64)
-        found = self.coefficients(one, one, one, one[0], one[0])
+        if not isinstance(self.name, str):
+            raise TypeError(f"Parameter `name` should be a str. Found {type(self.name).__name__}.")
+        ones = torch.ones(2, dtype=torch.float64)
+        try:
+            found = self.coefficients(ones, ones, ones, ones[0], ones[0])
+        except Exception as error:
+            raise ValueError(
+                "Parameter `coefficients` should take `(ff, fr, rr, gamma, alpha)` as tensors, with "
+                f"`sago.rules.where` in the place of `if`. Found that it raises {error!r}."
+            ) from error
         expected = 4 if self.gated else 2
-        if not isinstance(found, tuple) or len(found) != expected:
+        if not (
+            isinstance(found, tuple)
+            and len(found) == expected
+            and all(isinstance(value, (Real, Tensor)) for value in found)
+        ):
             raise ValueError(
                 f"Parameter `coefficients` should return a tuple of {expected} numbers, because the rule is "
                 f"{'gated' if self.gated else 'not gated'}. Found {found!r}."
@@ -118,13 +131,13 @@ RULES: dict[str, Rule] = {
     rule.name: rule
     for rule in (
         Rule("sum", _sum, "element", formula="gamma*f + alpha*r"),
-        Rule("sago", _sago, "element", gated=True, formula="alpha*r if f*r < 0 else gamma*f"),
+        Rule("sago", _sago, "element", gated=True, formula="alpha*r in conflict, else gamma*f"),
         Rule(
             "sago_prefer_retain",
             _sago_prefer_retain,
             "element",
             gated=True,
-            formula="alpha*r if f*r < 0 else gamma*f + alpha*r",
+            formula="alpha*r in conflict, else gamma*f + alpha*r",
         ),
         Rule("pcgrad", _pcgrad, "tensor", formula="gamma*(f - min(0, <f,r>/<r,r>)*r) + alpha*r"),
         Rule("pcgrad_global", _pcgrad, "global", formula="pcgrad, with <f,r> and <r,r> over all tensors"),

@@ -128,8 +128,11 @@ def _synthesize(call: Arguments, stats: bool, reduction: ReduceGram | None) -> S
     table: Tensor | None = None
     gram: Tensor | None = None
     elements: Tensor | list[int] = numel
-    if from_gram:
+    # Sums that go through `reduce_gram` are taken ahead of the update: it may raise.
+    ahead = from_gram or (sums > 0 and reduce_gram is not None)
+    if ahead:
         table, elements = _reduced([part.module.gram(part.batch, sums) for part in parts], numel, reduce_gram)
+    if from_gram and table is not None:
         gram = table[:, 0:3] + table[:, 6:9] if sums == 9 else table
         if rule.scope == "global" and len(call.keys) > 1:
             gram = gram.sum(0, keepdim=True).expand(len(call.keys), -1)
@@ -139,14 +142,12 @@ def _synthesize(call: Arguments, stats: bool, reduction: ReduceGram | None) -> S
             x.to(part.device) if isinstance(x, Tensor) else x for x in (call.gamma, call.alpha, gram)
         )
         taken.append(
-            part.module.combine(
-                part.batch, rule, gamma, alpha, call.eps, local_gram, 0 if from_gram else sums
-            )
+            part.module.combine(part.batch, rule, gamma, alpha, call.eps, local_gram, 0 if ahead else sums)
         )
         for target, copy in part.copies:
             target.copy_(copy)
-    if sums and not from_gram:
-        table, elements = _reduced(taken, numel, reduce_gram)
+    if sums and not ahead:
+        table, elements = _reduced(taken, numel, None)
     for o in call.updates:
         if o is not None and not o.is_inference():
             torch.autograd.graph.increment_version(o)
@@ -168,8 +169,9 @@ def _part(call: Arguments, device: torch.device, backend: str) -> _Part:
             continue
         tensors = [t for t in (f, r, o) if t is not None]
         if any(t.stride() != o.stride() or t.is_neg() or not is_dense(t) for t in tensors):
-            target, o = o, o.resolve_neg().contiguous()
-            f, r = (t if t is None else o if t is target else t.resolve_neg().contiguous() for t in (f, r))
+            target = o
+            f, r = (t if t is None else t.resolve_neg().contiguous() for t in (f, r))
+            o = torch.empty_like(o, memory_format=torch.contiguous_format)
             if o is not target:
                 copies.append((target, o))
         forget.append(f)
@@ -206,7 +208,7 @@ def _checked(reduce_gram: ReduceGram) -> Callable[[Tensor], Tensor]:
                 f"Parameter `reduce_gram` should return None or a tensor of shape {tuple(table.shape)}. "
                 f"Found {found}."
             )
-        return reduced.to(table)
+        return reduced.to(table).contiguous()
 
     return reduce
 
