@@ -63,8 +63,9 @@ def _theirs(rule: str, forget: Tensors, retain: Tensors, gamma: float, alpha: fl
 
 
 EXACT = {torch.bfloat16: 0.0, torch.float32: 0.0}
-# The coefficient may differ in its last bit, and with it the rounding of the update.
-ROUNDING = {torch.bfloat16: 2**-8, torch.float32: 2**-22}
+# The coefficient may differ in its last bits, and the update, of at most 1.5 * (|f| + |r|) here, be rounded
+# the other way: one step of bf16 is 2^-7 of its value.
+ROUNDING = {torch.bfloat16: 1.5 * 2**-7, torch.float32: 2**-22}
 # The released pcgrad rounds each of its steps, and its inner products, to the dtype of the gradients.
 RELEASED = {torch.bfloat16: 2**-6, torch.float32: 2**-20}
 

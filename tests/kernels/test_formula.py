@@ -222,3 +222,19 @@ def test_every_function_here_is_what_it_says():
     assert inspect.getsource(made(1)).startswith("def made")
     assert closure().__closure__
     assert not nested().__closure__
+
+
+def first(ff, fr, rr, gamma, alpha):
+    return gamma, alpha
+
+
+def second(ff, fr, rr, gamma, alpha):
+    return alpha, gamma
+
+
+def test_rules_of_one_name_are_told_apart():
+    """Triton before 3.9 tells functions in constexpr arguments apart by the names that they print."""
+    first.__qualname__ = second.__qualname__ = "rule"
+    found = [formula.on_device(f).fn.__qualname__ for f in (first, second)]
+    assert found[0] != found[1]
+    assert all(name.startswith("rule_") for name in found)

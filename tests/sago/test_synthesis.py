@@ -427,3 +427,31 @@ def test_defaults():
     properties.assert_equal_bits([r], expected)
     assert report.rule == "sago"
     assert report.absent == ()
+
+
+@pytest.mark.parametrize("rule", ["sago", "pcgrad", "pcgrad_global"])
+def test_reduce_gram_may_return_any_strides(fast_backend, rule):
+    forget, retain = ([t[:9].clone(), t[9:].clone()] for t in inputs.pair(40))
+    expected, report = fast_backend(forget, retain, rule)
+    updates, reduced = fast_backend(forget, retain, rule, reduce_gram=lambda t: t.t().contiguous().t())
+    properties.assert_equal_bits(updates, expected)
+    assert reduced.to_dict() == report.to_dict()
+
+
+@pytest.mark.parametrize("rule", ["sum", "sago", "pcgrad"])
+def test_a_reduction_that_goes_wrong_leaves_everything_as_it_was(rule):
+    forget, retain = ([t.float()] for t in inputs.pair(40))
+    before = retain[0].clone()
+    with pytest.raises(ValueError, match="reduce_gram"):
+        sago.synthesize_(forget, retain, rule, reduce_gram=lambda table: table[:, :2])
+    assert torch.equal(retain[0], before)
+
+
+def test_columns_of_one_matrix_do_not_share_memory():
+    forget, retain = torch.randn(64, 96), torch.randn(64, 96)
+    expected, _ = sago.synthesize(forget, retain, "sago")
+    columns = [[m[:, i : i + 32] for i in (0, 32, 64)] for m in (forget, retain)]
+    sago.synthesize_(*columns, "sago")
+    assert torch.equal(retain, expected)
+    with pytest.raises(ValueError, match="share memory"):
+        sago.synthesize_([forget[:, :33], forget[:, 32:65]], [retain[:, :33], retain[:, 32:65]])
