@@ -315,7 +315,11 @@ ON_THE_CPU = {
         "inf not counted": ("~piece.isfinite()", "piece.isnan()", counts),
     },
     (compiled, "_tree"): {
-        "the first blocks alone": (".sum(-1)", "[..., :1].sum(-1)", products_over_chunks),
+        "the first block alone": (
+            "return partials.sum(-1)",
+            "return partials[..., :1].sum(-1)",
+            products_over_chunks,
+        ),
     },
 }
 ON_BOTH = {
