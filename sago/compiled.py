@@ -5,7 +5,8 @@ runs an order of magnitude slower. Tensors of fewer than `COMPILE_FROM` elements
 uncompiled, and so does everything where no C++ compiler is found.
 
 Sums are taken over a fixed tree that does not depend on the number of threads: 128 elements a lane in
-fp32 (fp64 for fp64 gradients), the lanes of a block in fp64, then 1024 blocks at a time.
+fp32 (fp64 for fp64 gradients), the lanes of a block in fp64, then 1024 blocks at a time, in slices of 4 Mi
+elements (2 Mi in fp64), then the slices.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ class Rule:
         ones = torch.ones(2, dtype=torch.float64)
         try:
             found = self.coefficients(ones, ones, ones, ones[0], ones[0])
-        except Exception as error:  # it is the caller's function: anything can come
+        except (RuntimeError, TypeError) as error:
             raise ValueError(
                 "Parameter `coefficients` should take `(ff, fr, rr, gamma, alpha)` as tensors, with "
                 f"`sago.rules.where` in the place of `if`. Found that it raises {error!r}."

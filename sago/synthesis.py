@@ -172,8 +172,7 @@ def _part(call: Arguments, device: torch.device, backend: str) -> _Part:
             target = o
             f, r = (t if t is None else t.resolve_neg().contiguous() for t in (f, r))
             o = torch.empty_like(o, memory_format=torch.contiguous_format)
-            if o is not target:
-                copies.append((target, o))
+            copies.append((target, o))
         forget.append(f)
         retain.append(r)
         out.append(o)
