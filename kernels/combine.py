@@ -11,7 +11,7 @@ from sago.kernels.formula import on_device
 from sago.kernels.stream import finish, locate, stream
 from torch import Tensor
 
-from sago.rules import Rule, evaluate
+from sago.rules import Coefficients, Rule, evaluate
 
 
 @triton.jit
@@ -29,15 +29,15 @@ def _combine_kernel(
     addresses, shapes, owner, rows, partials, counters, table, coefficients, gram,
     gamma, alpha, eps, slots, gram_stride,
     FORGET: tl.constexpr, RETAIN: tl.constexpr, OUT: tl.constexpr, COMPUTE: tl.constexpr,
-    FORMULA: tl.constexpr, GATED: tl.constexpr, GRAM: tl.constexpr, SUMS: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr,
+    FORMULA: tl.constexpr, GATED: tl.constexpr, PROPAGATE: tl.constexpr, GRAM: tl.constexpr,
+    SUMS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """out_i = a_c * f_i + b_c * r_i if GATED and f_i, r_i in conflict else a * f_i + b * r_i, with
 
         a_c, b_c, a, b = FORMULA(ff + eps, fr, rr + eps, gamma, alpha)
 
     on fp64 scalars, ff, fr, rr from the row of `gram` (0 unless GRAM). FORMULA None: the four are read
-    from `coefficients`. SUMS = 0: no sums are taken.
+    from `coefficients`. PROPAGATE: out_i = NaN where f_i or r_i is NaN or inf. SUMS = 0: no sums are taken.
     """
     forget, retain, out, aligned, start, size, shape = locate(addresses, shapes, owner, CHUNK)
     row = tl.load(shape + 3)
@@ -68,7 +68,7 @@ def _combine_kernel(
     sums = stream(
         forget, retain, out, aligned, start, size,
         a_c.to(COMPUTE), b_c.to(COMPUTE), a.to(COMPUTE), b.to(COMPUTE),
-        FORGET, RETAIN, OUT, COMPUTE, GATED, SUMS, BLOCK, V, ALIGNED,
+        FORGET, RETAIN, OUT, COMPUTE, GATED, PROPAGATE, SUMS, BLOCK, V, ALIGNED,
     )  # fmt: skip
     if SUMS > 0:
         finish(sums, shape, partials, counters, table, rows, slots, SUMS, BLOCK)
@@ -82,6 +82,8 @@ def combine(
     eps: float,
     gram: Tensor | None,
     sums: int,
+    coefficients: Coefficients | None = None,
+    propagate: bool = False,
 ) -> Tensor | None:
     """Writes the update of every pair to `out`; returns the sums, as `sago.kernels.gram`, or None.
 
@@ -93,20 +95,25 @@ def combine(
         gram: fp64, its first three columns `ff, fr, rr`, with one row a batch row; a row stride of 0 gives
             all rows the same numbers. None for rules that use no inner products.
         sums: The number of sums to take of the inputs on the way, as in `gram`, or 0 for none.
+        coefficients: Used instead of what the rule makes of `gram`, `gamma`, `alpha` and `eps`.
+        propagate: Whether NaN and inf of either gradient make NaN of the update's element.
     """
-    formula = on_device(rule.coefficients)
-    coefficients = None if formula else _coefficients(batch, rule, gamma, alpha, eps, gram)
+    formula = None if coefficients else on_device(rule.coefficients)
+    values = None
+    if formula is None:
+        coefficients = coefficients or evaluate(rule, gram, gamma, alpha, eps, batch.device)
+        values = _table(batch, rule, coefficients.values)
     partials, table, counters = batch.scratch(sums) if sums else (None, None, None)
     with on(batch.device):
         for launch, addresses, aligned in batch.tables:
             forget, retain, out = launch.dtypes
             _combine_kernel[(len(launch.owner.tensor),)](
                 addresses, launch.shapes.tensor, launch.owner.tensor, batch.layout.rows.tensor,
-                partials, counters, table, coefficients, gram,
+                partials, counters, table, values, gram,
                 _argument(gamma), _argument(alpha), _argument(eps),
                 batch.layout.slots, 0 if gram is None else gram.stride(0),
                 FORGET=TRITON_DTYPES[forget], RETAIN=TRITON_DTYPES[retain], OUT=TRITON_DTYPES[out],
-                COMPUTE=compute_dtype(launch.dtypes), FORMULA=formula, GATED=rule.gated,
+                COMPUTE=compute_dtype(launch.dtypes), FORMULA=formula, GATED=rule.gated, PROPAGATE=propagate,
                 GRAM=gram is not None, SUMS=sums,
                 CHUNK=CHUNK, BLOCK=BLOCK, V=vector(launch.dtypes), ALIGNED=aligned,
                 **options(batch.device, aligned, launch.dtypes),
@@ -114,10 +121,8 @@ def combine(
     return table
 
 
-def _coefficients(
-    batch: Batch, rule: Rule, gamma: float | Tensor, alpha: float | Tensor, eps: float, gram: Tensor | None
-) -> Tensor:
-    values, _ = evaluate(rule, gram, gamma, alpha, eps, batch.device)
+def _table(batch: Batch, rule: Rule, values: Tensor) -> Tensor:
+    """All four coefficients of every row."""
     both = values if rule.gated else values.repeat(1, 2)
     return both.expand(batch.row_count, 4).contiguous()
 

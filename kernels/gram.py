@@ -17,7 +17,7 @@ def _gram_kernel(
     forget, retain, out, aligned, start, size, shape = locate(addresses, shapes, owner, CHUNK)
     sums = stream(
         forget, retain, out, aligned, start, size, 0.0, 0.0, 0.0, 0.0,
-        FORGET, RETAIN, None, COMPUTE, False, SUMS, BLOCK, V, ALIGNED,
+        FORGET, RETAIN, None, COMPUTE, False, False, SUMS, BLOCK, V, ALIGNED,
     )  # fmt: skip
     finish(sums, shape, partials, counters, table, rows, slots, SUMS, BLOCK)
 

@@ -47,6 +47,11 @@ def weighted(a, f, b, r):
 
 
 @triton.jit
+def is_finite(x):
+    return x - x == 0  # NaN for NaN and inf
+
+
+@triton.jit
 def fold(x, V: tl.constexpr):
     """Adds what one thread holds of one vector load: an accumulator then costs 1/V of the registers."""
     return tl.sum(tl.reshape(x, (x.shape[0] // V, V)), axis=1)
@@ -65,9 +70,8 @@ def accumulate(f, r, s0, s1, s2, s3, s4, s5, s6, s7, s8, SUMS: tl.constexpr, V: 
     if SUMS > 3:
         conflict = in_conflict(f, r)
         s3 += fold(conflict.to(f.dtype), V)
-        # x - x is 0 for a finite x and NaN for NaN and inf.
-        s4 += fold((f - f != 0).to(f.dtype), V)
-        s5 += fold((r - r != 0).to(f.dtype), V)
+        s4 += fold((~is_finite(f)).to(f.dtype), V)
+        s5 += fold((~is_finite(r)).to(f.dtype), V)
     if SUMS == 9:
         s6 += fold(tl.where(conflict, ff, 0.0), V)
         s7 += fold(tl.where(conflict, fr, 0.0), V)
@@ -111,30 +115,32 @@ def pointer(address, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 def stream(
     forget, retain, out, aligned, start, size, a_c, b_c, a, b,
     FORGET: tl.constexpr, RETAIN: tl.constexpr, OUT: tl.constexpr, COMPUTE: tl.constexpr,
-    GATED: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr,
+    GATED: tl.constexpr, PROPAGATE: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr,
+    V: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Reads `size` elements of both gradients once, returns their sums and, unless OUT is None, writes
 
         out_i = a_c * f_i + b_c * r_i if GATED and f_i, r_i in conflict else a * f_i + b * r_i
 
-    An address of 0 is a zero gradient. Loads are upcast to COMPUTE, one rounding at the store. ALIGNED
-    says that every address of the launch is a multiple of 16; otherwise `aligned` says it of this one.
+    or, if PROPAGATE, NaN where f_i or r_i is NaN or inf. An address of 0 is a zero gradient. Loads are
+    upcast to COMPUTE, one rounding at the store. ALIGNED says that every address of the launch is a
+    multiple of 16; otherwise `aligned` says it of this one.
     """
     if ALIGNED:
         sums = _stream(
             forget, retain, out, start, size, a_c, b_c, a, b,
-            FORGET, RETAIN, OUT, COMPUTE, GATED, SUMS, BLOCK, V, True,
+            FORGET, RETAIN, OUT, COMPUTE, GATED, PROPAGATE, SUMS, BLOCK, V, True,
         )  # fmt: skip
     else:
         if aligned != 0:
             sums = _stream(
                 forget, retain, out, start, size, a_c, b_c, a, b,
-                FORGET, RETAIN, OUT, COMPUTE, GATED, SUMS, BLOCK, V, True,
+                FORGET, RETAIN, OUT, COMPUTE, GATED, PROPAGATE, SUMS, BLOCK, V, True,
             )  # fmt: skip
         else:
             sums = _stream(
                 forget, retain, out, start, size, a_c, b_c, a, b,
-                FORGET, RETAIN, OUT, COMPUTE, GATED, SUMS, BLOCK // 2, V // 2, False,
+                FORGET, RETAIN, OUT, COMPUTE, GATED, PROPAGATE, SUMS, BLOCK // 2, V // 2, False,
             )  # fmt: skip
     return sums
 
@@ -143,7 +149,8 @@ def stream(
 def _stream(
     forget, retain, out, start, size, a_c, b_c, a, b,
     FORGET: tl.constexpr, RETAIN: tl.constexpr, OUT: tl.constexpr, COMPUTE: tl.constexpr,
-    GATED: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr, V: tl.constexpr, VECTOR: tl.constexpr,
+    GATED: tl.constexpr, PROPAGATE: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr,
+    V: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     forget_size = tl.where(forget == 0, 0, size)
     retain_size = tl.where(retain == 0, 0, size)
@@ -167,14 +174,14 @@ def _stream(
         r = upcast(tl.load(retain + at, mask=at < retain_body, other=0.0), COMPUTE)
         s0, s1, s2, s3, s4, s5, s6, s7, s8 = accumulate(f, r, s0, s1, s2, s3, s4, s5, s6, s7, s8, SUMS, V)
         if OUT is not None:
-            store(out + at, at < body, f, r, a_c, b_c, a, b, OUT, GATED)
+            store(out + at, at < body, f, r, a_c, b_c, a, b, OUT, GATED, PROPAGATE)
     if VECTOR:
         at = body + tl.arange(0, 16)
         f = upcast(tl.load(forget + at, mask=at < forget_size, other=0.0), COMPUTE)
         r = upcast(tl.load(retain + at, mask=at < retain_size, other=0.0), COMPUTE)
         t0, t1, t2, t3, t4, t5, t6, t7, t8 = accumulate(f, r, t0, t1, t2, t3, t4, t5, t6, t7, t8, SUMS, 1)
         if OUT is not None:
-            store(out + at, at < size, f, r, a_c, b_c, a, b, OUT, GATED)
+            store(out + at, at < size, f, r, a_c, b_c, a, b, OUT, GATED, PROPAGATE)
     return (
         across(s0, t0), across(s1, t1), across(s2, t2), across(s3, t3), across(s4, t4),
         across(s5, t5), across(s6, t6), across(s7, t7), across(s8, t8),
@@ -182,12 +189,16 @@ def _stream(
 
 
 @triton.jit
-def store(at, mask, f, r, a_c, b_c, a, b, OUT: tl.constexpr, GATED: tl.constexpr):
+def store(
+    at, mask, f, r, a_c, b_c, a, b, OUT: tl.constexpr, GATED: tl.constexpr, PROPAGATE: tl.constexpr
+):  # fmt: skip
     if GATED:
         conflict = in_conflict(f, r)
         u = weighted(tl.where(conflict, a_c, a), f, tl.where(conflict, b_c, b), r)
     else:
         u = weighted(a, f, b, r)
+    if PROPAGATE:
+        u = tl.where(is_finite(f) & is_finite(r), u, float("nan"))
     tl.store(at, downcast(u, OUT), mask=mask)
 
 

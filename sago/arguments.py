@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -26,16 +26,18 @@ Gradients = Tensor | Iterable[Tensor | None]
 Weight = float | Tensor
 
 
+ReduceGram = Callable[[Tensor], Tensor | None]
+
+
 @dataclass
-class Arguments:
-    """A checked call.
+class Pairs:
+    """Gradient pairs, checked.
 
     Attributes:
         forget, retain, out: Local tensors; None for a zero gradient; out is None where both are.
         updates: `out` as the caller knows it, DTensors whole.
-        rows: The report row of each tensor.
+        rows: The report row of each pair.
         keys: The group a row stands for.
-        gamma, alpha: Floats, or 0-d tensors on the gradients' device.
         backends: For each device in the list, the backend that runs there.
     """
 
@@ -43,13 +45,32 @@ class Arguments:
     retain: list[Tensor | None]
     out: list[Tensor | None]
     updates: list[Tensor | None]
-    rule: Rule
     rows: list[int]
     keys: list[Hashable]
+    backends: dict[torch.device, str]
+
+
+@dataclass
+class Call:
+    """What is asked of a synthesis besides its gradients, checked.
+
+    Attributes:
+        gamma, alpha: Floats, or 0-d fp64 tensors on the gradients' device.
+        max_norm: What the norm of the update is clipped to; None for no clipping.
+        nonfinite: What NaN and inf in a gradient do to the update: what the rule makes of them (None), NaN
+            where either gradient has them ("propagate"), or no update anywhere ("zero_update").
+        scales: What forget and retain are multiplied by ahead of everything else.
+    """
+
+    rule: Rule
     gamma: Weight
     alpha: Weight
     eps: float
-    backends: dict[torch.device, str]
+    stats: bool
+    reduce_gram: Callable[[Tensor], Tensor] | None
+    max_norm: float | None = None
+    nonfinite: str | None = None
+    scales: tuple[float, float] = (1.0, 1.0)
 
 
 def check(
@@ -61,18 +82,13 @@ def check(
     out: Any,
     groups: Sequence[Hashable] | None,
     eps: float,
-    reduce_gram: Callable[[Tensor], Tensor | None] | None,
+    stats: bool,
+    reduce_gram: ReduceGram | None,
     backend: str | None,
-) -> Arguments:
+) -> tuple[Pairs, Call]:
     """Raises ValueError or TypeError for a call that cannot be right. `out` may be `NEW`."""
     rule = resolve(rule)
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(
-            f"Parameter `backend` should be None or one of {', '.join(BACKENDS)}. Found {backend!r}."
-        )
-    if reduce_gram is not None and not callable(reduce_gram):
-        raise TypeError(f"Parameter `reduce_gram` should be a callable. Found {type(reduce_gram).__name__}.")
-    eps = _non_negative("eps", eps)
+    check_backend(backend)
     forget, retain = as_list("forget", forget), as_list("retain", retain)
     if len(forget) != len(retain):
         raise ValueError(
@@ -81,7 +97,7 @@ def check(
         )
     if not forget:
         raise ValueError("Parameters `forget` and `retain` should hold at least one gradient. Found none.")
-    rows, keys = _rows(groups, len(forget), rule)
+    rows, keys = check_groups(groups, len(forget), rule)
     allocate = out is NEW
     out = [None] * len(forget) if allocate else _out(out, forget, retain)
     for i, tensors in enumerate(zip(forget, retain, out, strict=True)):
@@ -97,19 +113,65 @@ def check(
                 raise TypeError(f"Parameter `{name}[{i}]` should hold data. Found {type(t).__name__}.")
     _check_overlap(*local)
     devices = dict.fromkeys(t.device for t in local[2] if t is not None) or {torch.device("cpu"): None}
-    return Arguments(
+    pairs = Pairs(
         forget=local[0],
         retain=local[1],
         out=local[2],
         updates=out,
-        rule=rule,
         rows=rows,
         keys=keys,
+        backends={device: choose_backend(backend, device) for device in devices},
+    )
+    return pairs, check_call(rule, gamma, alpha, eps, stats, reduce_gram, devices)
+
+
+def check_call(
+    rule: str | Rule,
+    gamma: Weight,
+    alpha: Weight,
+    eps: float,
+    stats: bool,
+    reduce_gram: ReduceGram | None,
+    devices: Collection[torch.device],
+    max_norm: float | None = None,
+    nonfinite: str | None = None,
+    scales: tuple[float, float] = (1.0, 1.0),
+) -> Call:
+    if reduce_gram is not None and not callable(reduce_gram):
+        raise TypeError(f"Parameter `reduce_gram` should be a callable. Found {type(reduce_gram).__name__}.")
+    if nonfinite not in (None, "propagate", "zero_update"):
+        raise ValueError(
+            f"Parameter `nonfinite` should be 'propagate' or 'zero_update'. Found {nonfinite!r}."
+        )
+    return Call(
+        rule=resolve(rule),
         gamma=_weight("gamma", gamma, devices),
         alpha=_weight("alpha", alpha, devices),
-        eps=eps,
-        backends={device: _backend(backend, device) for device in devices},
+        eps=_non_negative("eps", eps),
+        stats=stats,
+        reduce_gram=None if reduce_gram is None else _checked(reduce_gram),
+        max_norm=None if max_norm is None else _non_negative("max_norm", max_norm, finite=False),
+        nonfinite=nonfinite,
+        scales=scales,
     )
+
+
+def _checked(reduce_gram: ReduceGram) -> Callable[[Tensor], Tensor]:
+    """`reduce_gram`, returning its table also where it works in place."""
+
+    def reduce(table: Tensor) -> Tensor:
+        reduced = reduce_gram(table)
+        if reduced is None:
+            return table
+        if not isinstance(reduced, Tensor) or reduced.shape != table.shape:
+            found = tuple(reduced.shape) if isinstance(reduced, Tensor) else type(reduced).__name__
+            raise ValueError(
+                f"Parameter `reduce_gram` should return None or a tensor of shape {tuple(table.shape)}. "
+                f"Found {found}."
+            )
+        return reduced.to(table).contiguous()
+
+    return reduce
 
 
 def as_list(name: str, tensors: Gradients) -> list[Any]:
@@ -123,7 +185,10 @@ def as_list(name: str, tensors: Gradients) -> list[Any]:
     return list(tensors)
 
 
-def _rows(groups: Sequence[Hashable] | None, length: int, rule: Rule) -> tuple[list[int], list[Hashable]]:
+def check_groups(
+    groups: Sequence[Hashable] | None, length: int, rule: Rule
+) -> tuple[list[int], list[Hashable]]:
+    """The row of each tensor, and the group that each row stands for."""
     if groups is None:
         if rule.scope == "global":
             return [0] * length, ["all"]
@@ -220,7 +285,7 @@ def _check_shards(
     retain: list[Any],
     out: list[Any],
     rule: Rule,
-    reduce_gram: Callable[[Tensor], Tensor | None] | None,
+    reduce_gram: ReduceGram | None,
 ) -> None:
     for i, tensors in enumerate(zip(forget, retain, out, strict=True)):
         if not any(_is_dtensor(t) for t in tensors):
@@ -364,16 +429,18 @@ def _bytes(marks: Tensor, t: Tensor, first: int) -> Tensor:
     return marks.as_strided((*t.shape, t.itemsize), (*strides, 1), t.data_ptr() - first)
 
 
-def _non_negative(name: str, value: Any) -> float:
+def _non_negative(name: str, value: Any, finite: bool = True) -> float:
     if not isinstance(value, Real):
         raise TypeError(f"Parameter `{name}` should be a number. Found {type(value).__name__}.")
     number = float(value)
-    if not 0.0 <= number < math.inf:
-        raise ValueError(f"Parameter `{name}` should be finite and not negative. Found {value}.")
+    if math.isnan(number) or number < 0.0 or (finite and number == math.inf):
+        raise ValueError(
+            f"Parameter `{name}` should be {'finite and ' if finite else ''}not negative. Found {value}."
+        )
     return number
 
 
-def _weight(name: str, weight: Any, devices: dict[torch.device, None]) -> Weight:
+def _weight(name: str, weight: Any, devices: Collection[torch.device]) -> Weight:
     if isinstance(weight, Tensor):
         if weight.ndim != 0:
             raise ValueError(
@@ -399,7 +466,15 @@ def _weight(name: str, weight: Any, devices: dict[torch.device, None]) -> Weight
     return float(weight)
 
 
-def _backend(backend: str | None, device: torch.device) -> str:
+def check_backend(backend: str | None) -> None:
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(
+            f"Parameter `backend` should be None or one of {', '.join(BACKENDS)}. Found {backend!r}."
+        )
+
+
+def choose_backend(backend: str | None, device: torch.device) -> str:
+    """The backend that runs on `device`. Raises where the one asked for cannot."""
     if backend is None:
         if device.type == "cpu":
             return "compiled"

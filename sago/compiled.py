@@ -20,7 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sago.rules import Rule, Term, evaluate
+from sago.rules import Coefficients, Rule, Term, evaluate
+
+Known = tuple[tuple[Term, ...], bool]  # about the coefficients; whether NaN and inf propagate
 
 COMPILE_FROM = 32768
 _LINE = 64  # bytes: a lane an element of a cache line, so that memory is read in order
@@ -78,30 +80,41 @@ def combine(
     eps: float,
     gram: Tensor | None,
     sums: int,
+    coefficients: Coefficients | None = None,
+    propagate: bool = False,
 ) -> Tensor | None:
     """Writes the update of every pair to `out`; see `sago.kernels.combine`. Sums take a pass of their own."""
     table = _table(batch, sums) if sums else None
-    values, terms = evaluate(rule, gram, gamma, alpha, eps, batch.device)
+    values, terms = coefficients or evaluate(rule, gram, gamma, alpha, eps, batch.device)
     rows = {t: values.to(t).expand(batch.row_count, -1).unbind(0) for t in (torch.float32, torch.float64)}
     graph = _gated_combine if rule.gated else _combine
     for f, r, out, row in zip(batch.forget, batch.retain, batch.out, batch.rows, strict=True):
         f, r = _flat_pair(f, r)
         scalars = rows[_compute_dtype(f, r)][row].unbind()
-        for call, pieces in _pieces(graph, terms, f, r, _flat(out)):
+        for call, pieces in _pieces(graph, (terms, propagate), f, r, _flat(out)):
             call(*pieces, *scalars)
     return table
 
 
 def _gated_combine(
-    f: Tensor, r: Tensor, out: Tensor, a_c: Tensor, b_c: Tensor, a: Tensor, b: Tensor, terms: tuple[Term, ...]
+    f: Tensor, r: Tensor, out: Tensor, a_c: Tensor, b_c: Tensor, a: Tensor, b: Tensor, known: Known
 ) -> None:
+    terms, propagate = known
     f, r = f.to(a.dtype), r.to(a.dtype)
     u = torch.where(_conflict(f, r), _weighted(a_c, f, b_c, r, terms[:2]), _weighted(a, f, b, r, terms[2:]))
-    out.copy_(_downcast(u, out.dtype))
+    out.copy_(_downcast(_propagated(f, r, u) if propagate else u, out.dtype))
 
 
-def _combine(f: Tensor, r: Tensor, out: Tensor, a: Tensor, b: Tensor, terms: tuple[Term, ...]) -> None:
-    out.copy_(_downcast(_weighted(a, f.to(a.dtype), b, r.to(a.dtype), terms), out.dtype))
+def _combine(f: Tensor, r: Tensor, out: Tensor, a: Tensor, b: Tensor, known: Known) -> None:
+    terms, propagate = known
+    f, r = f.to(a.dtype), r.to(a.dtype)
+    u = _weighted(a, f, b, r, terms)
+    out.copy_(_downcast(_propagated(f, r, u) if propagate else u, out.dtype))
+
+
+def _propagated(f: Tensor, r: Tensor, u: Tensor) -> Tensor:
+    # x - x is 0 for a finite x and NaN for NaN and inf.
+    return torch.where((f - f) + (r - r) == 0, u, torch.nan)
 
 
 def _conflict(f: Tensor, r: Tensor) -> Tensor:

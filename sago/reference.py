@@ -102,6 +102,29 @@ def update(f: Tensor, r: Tensor, coefficients: Coefficients) -> Tensor:
     return torch.where(conflict(f, r), weighted(a_c, f, b_c, r), weighted(a, f, b, r))
 
 
+def write(u: Tensor, out: Tensor) -> None:
+    """`out.copy_(u)`, fp64 to 16 bits through fp32 as in the kernels."""
+    out.copy_(u.float() if out.dtype.itemsize == 2 else u)
+
+
+def sums(f: Tensor, r: Tensor) -> Tensor:
+    """The sums of one pair, fp64 `[9]`.
+
+    ff, fr, rr out of conflict, the number of conflicts, of NaN and inf in f and in r, ff, fr, rr in conflict.
+    """
+    f, r = f.double(), r.double()
+    c = conflict(f, r)
+    outside, inside = ((f.where(part, 0.0), r.where(part, 0.0)) for part in (~c, c))
+    values = [*_products(*outside), c, ~f.isfinite(), ~r.isfinite(), *_products(*inside)]
+    return torch.stack([v.sum(dtype=torch.float64) for v in values])
+
+
+def with_zeros(f: Tensor | None, r: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The pair, of which one may be None, with zeros for it."""
+    zeros = torch.zeros_like(next(t for t in (f, r) if t is not None))
+    return zeros if f is None else f, zeros if r is None else r
+
+
 def synthesize(
     forget: Gradients,
     retain: Gradients,
@@ -156,18 +179,21 @@ def synthesize_(
     if groups is None:
         groups = ["all"] * len(forget) if scope == "global" else list(range(len(forget)))
     rows = list(dict.fromkeys(groups))
-    pairs = [_with_zeros(f, r) for f, r in zip(forget, retain, strict=True)]
+    pairs = [
+        None if f is None and r is None else with_zeros(f, r) for f, r in zip(forget, retain, strict=True)
+    ]
 
     for i, (target, pair) in enumerate(zip(targets, pairs, strict=True)):
         if pair and (target is None or any(t.shape != target.shape for t in pair)):
             raise ValueError(f"Gradients and output {i} should be tensors of one shape. Found {target!r}.")
 
-    # A row: ff, fr, rr out of conflict | conflicts, non-finite in f, in r | ff, fr, rr in conflict | elements
+    # A row: what `sums` gives, and the number of elements.
     device = next((p[0].device for p in pairs if p), torch.device("cpu"))
     table = torch.zeros(len(rows), 10, dtype=torch.float64, device=device)
     for group, pair in zip(groups, pairs, strict=True):
         if pair:
-            table[rows.index(group)] += _sums(*pair).to(device)
+            both = torch.cat([sums(*pair), torch.tensor([pair[0].numel()], device=pair[0].device)])
+            table[rows.index(group)] += both.to(device)
     if reduce_gram is not None and (stats or scope != "element"):
         reduced = reduce_gram(table)
         table = table if reduced is None else reduced
@@ -179,19 +205,13 @@ def synthesize_(
     updates = [pair and update(*pair, chosen[rows.index(g)]) for g, pair in zip(groups, pairs, strict=True)]
     for target, u in zip(targets, updates, strict=True):
         if u is not None:
-            target.copy_(u.float() if target.dtype.itemsize == 2 else u)
+            write(u, target)
     gated = not isinstance(rule, str) and rule.gated
     return _report(name, rows, table, chosen, stats, scope, gated)
 
 
 def _listed(tensors: Any) -> list[Any]:
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
-
-
-def _with_zeros(f: Tensor | None, r: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    if f is None:
-        return None if r is None else (torch.zeros_like(r), r)
-    return f, torch.zeros_like(f) if r is None else r
 
 
 def _plain(rule: Any) -> Callable[..., Coefficients]:
@@ -202,14 +222,6 @@ def _plain(rule: Any) -> Callable[..., Coefficients]:
         return tuple(values) if rule.gated else (*values, *values)  # type: ignore[return-value]
 
     return coefficients
-
-
-def _sums(f: Tensor, r: Tensor) -> Tensor:
-    f, r = f.double(), r.double()
-    c = conflict(f, r)
-    outside, inside = ((f.where(part, 0.0), r.where(part, 0.0)) for part in (~c, c))
-    values = [*_products(*outside), c, ~f.isfinite(), ~r.isfinite(), *_products(*inside)]
-    return torch.stack([v.sum(dtype=torch.float64) for v in values] + [f.new_tensor(f.numel())])
 
 
 def _products(f: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -246,6 +258,7 @@ def _of_update(chosen: list[Coefficients], outside: Tensor, inside: Tensor) -> T
             total[i, 0] += _times(p * p, ff) + _times(2 * p * q, fr) + _times(q * q, rr)
             total[i, 1] += _times(p, ff) + _times(q, fr)
             total[i, 2] += _times(p, fr) + _times(q, rr)
+    total[:, 0].clamp_(min=0.0)  # what cancels leaves an error of either sign
     return total
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -151,6 +151,16 @@ def list_rules() -> list[str]:
     return list(RULES)
 
 
+class Coefficients(NamedTuple):
+    """`a_c, b_c, a, b` of every row as fp64 `[rows, 4]` (`a, b`, `[rows, 2]`, of an ungated rule).
+
+    `terms` has what is known of each column for sure, without a look at the values. One row stands for all.
+    """
+
+    values: Tensor
+    terms: tuple[Term, ...]
+
+
 def evaluate(
     rule: Rule,
     gram: Tensor | None,
@@ -158,8 +168,8 @@ def evaluate(
     alpha: float | Tensor,
     eps: float,
     device: torch.device,
-) -> tuple[Tensor, tuple[Term, ...]]:
-    """The coefficients as fp64 `[rows, 4]` (`[rows, 2]` if ungated), and what is known of each for sure.
+) -> Coefficients:
+    """The coefficients of `rule`.
 
     `gram` is fp64 `[rows, >= 3]` with `ff, fr, rr` first; None stands for one row of zeros.
     """
@@ -171,7 +181,7 @@ def evaluate(
     known = (gamma if v is weights[0] else alpha if v is weights[1] else v for v in values)
     terms = tuple(_term(v) for v in known)
     columns = [torch.broadcast_to(_as_double(v, device), ff.shape) for v in values]
-    return torch.stack(columns, dim=1), terms  # type: ignore[return-value]
+    return Coefficients(torch.stack(columns, dim=1), terms)  # type: ignore[arg-type]
 
 
 def _term(value: float | Tensor) -> Term:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from sago import compiled, synthesis
+from sago import compiled, plan
 from sago.rules import Rule
 from tests import inputs, oracle, properties
 from tests.backends import INTERPRETED, Backend
@@ -270,8 +270,8 @@ KERNELS = {
         "not squared": ("rr = r * r", "rr = tl.abs(r)", products),
         "squared in fp16": ("ff = f * f", "ff = (f * f).to(tl.float16).to(f.dtype)", report),
         "out of range on the way": ("fr = f * r", "fr = f * r * 1e3 * 1e-3", range_),
-        "inf not counted": ("(f - f != 0)", "(f != f)", counts),
-        "not counted beside NaN": ("(r - r != 0)", "((r - r != 0) & (f == f))", counts),
+        "inf not counted": ("~is_finite(f)", "f != f", counts),
+        "not counted beside NaN": ("~is_finite(r)", "~is_finite(r) & (f == f)", counts),
         "conflicts by the product": ("= in_conflict(f, r)", "= f * r < 0", counts),
         "the other branch": ("tl.where(conflict, 0.0, ff)", "tl.where(conflict, ff, 0.0)", report),
         "both branches": ("rr = tl.where(conflict, 0.0, rr)", "rr = rr", report),
@@ -292,8 +292,8 @@ ON_THE_CPU = {
     },
     (compiled, "_combine"): {
         "swapped gradients": (
-            "_weighted(a, f.to(a.dtype), b, r.",
-            "_weighted(b, f.to(a.dtype), a, r.",
+            "_weighted(a, f, b, r, terms)",
+            "_weighted(b, f, a, r, terms)",
             missing,
         ),
     },
@@ -323,12 +323,14 @@ ON_THE_CPU = {
     },
 }
 ON_BOTH = {
-    (synthesis, "_synthesize"): {
+    (plan, "_gram"): {
         "products of a group for a global rule": (".sum(0, keepdim=True).expand(", "[:1].expand(", groups),
         "products of one branch": ("table[:, 0:3] + table[:, 6:9]", "table[:, 0:3]", gated),
     },
-    (synthesis, "_columns"): {
-        "update of the wrong branch": ("_products(a_c, b_c, inside)", "_products(a, b, inside)", report),
+    (plan, "_products_of_update"): {
+        "update of the wrong branch": ("_products(a_c, b_c, table", "_products(a, b, table", report),
+    },
+    (plan, "_columns"): {
         "counts of conflicts for inf": ("table[:, 3:6]", "table[:, 3:4].expand(-1, 3)", counts),
     },
 }
@@ -356,9 +358,7 @@ def mutate(monkeypatch, tmp_path):
         path.write_text(source.replace(mutant.old, mutant.new))
         namespace = {}
         exec(compile(path.read_text(), str(path), "exec"), vars(mutant.module), namespace)
-        users = [
-            m for m in (stream, gram, combine, batch, compiled, synthesis) if vars(m).get(name) is original
-        ]
+        users = [m for m in (stream, gram, combine, batch, compiled, plan) if vars(m).get(name) is original]
         for user in users or [owner]:
             monkeypatch.setattr(user, name, namespace[name])
 
