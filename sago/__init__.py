@@ -1,10 +1,19 @@
 """Gradient synthesis for LLM unlearning: one update from the forget and the retain gradient, retain first."""
 
 from sago import reference
+from sago.buckets import GradientBuckets
 from sago.report import SynthesisReport
 from sago.rules import Rule, list_rules
 from sago.synthesis import synthesize, synthesize_
 
 __version__ = "0.1.0"
 
-__all__ = ["Rule", "SynthesisReport", "list_rules", "reference", "synthesize", "synthesize_"]
+__all__ = [
+    "GradientBuckets",
+    "Rule",
+    "SynthesisReport",
+    "list_rules",
+    "reference",
+    "synthesize",
+    "synthesize_",
+]

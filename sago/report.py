@@ -126,6 +126,12 @@ class SynthesisReport:
         return _root(self.uu)
 
     @property
+    def total_norm(self) -> Tensor | None:
+        """`uu.sum().sqrt()`, 0-d: the norm of the whole update, before it was clipped."""
+        uu = self._column("uu")
+        return None if uu is None else uu.sum().sqrt()
+
+    @property
     def numel(self) -> Tensor:
         """Elements a group, int64."""
         if not isinstance(self._numel, Tensor):

@@ -1,0 +1,444 @@
+"""`GradientBuckets`: the two gradients of a training step, and the update in their place."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sago.arguments import (
+    DTYPES,
+    Pairs,
+    ReduceGram,
+    Weight,
+    check_backend,
+    check_call,
+    check_groups,
+    choose_backend,
+)
+from sago.extraction import Extraction, Side
+from sago.flat import flatten
+from sago.plan import Plan, Sums, report
+from sago.report import SynthesisReport
+from sago.rules import Rule, resolve
+
+_PATTERNS = 8  # of parameters without a gradient, whose plans are kept
+
+
+class GradientBuckets:
+    """The forget and the retain gradient of a model, accumulated apart and synthesized in place.
+
+        buckets = sago.GradientBuckets(model.named_parameters())
+        with buckets.forget():
+            forget_loss.backward()
+        with buckets.retain():
+            retain_loss.backward()
+        report = buckets.synthesize_(rule="sago", gamma=1.0, alpha=1.0, max_norm=1.0)
+        optimizer.step()
+        buckets.zero_()
+
+    Within `forget()` and `retain()`, `p.grad` is the accumulator of that side, and autograd itself adds to
+    it. Outside it is None, until `synthesize_` writes the update over the retain gradient and makes that
+    `p.grad`. The accumulators are two flat copies of the gradients, allocated here; no other memory of that
+    size is. After `zero_` there is nothing in them: no checkpoint needs them.
+
+    A window is what lies between two updates: captures of both sides, in any order and number, nested or
+    not, each with any number of backwards. A parameter that no backward of a side reaches has no gradient
+    there, like None in `sago.synthesize_`; one that neither side reaches has None in `p.grad` afterwards, as
+    in any training.
+
+    Args:
+        params: A module, `model.parameters()` or `model.named_parameters()`. Frozen parameters among them
+            are left alone, one that is given twice counts once. The others are dense leaves in bf16, fp16,
+            fp32 or fp64.
+        groups: One hashable for each of `params`, as in `sago.synthesize_`. By default every parameter is a
+            group, called by its name, or by its position in `params` where there are no names.
+        accumulate_dtype: `torch.float32` or `torch.float64`: narrower gradients are accumulated in it, by a
+            hook in the place of autograd's addition. A bf16 parameter then costs 4 + 4 + 2 bytes an element,
+            for the accumulators and the update, instead of 2 + 2.
+        accumulation: Whether the gradient of a side is the "sum" over its captures or their "mean". The
+            division costs no pass: it is in the coefficients.
+        bucket_cap_mb: MiB that a flat buffer has at most; a larger tensor has a buffer of its own.
+        backend: As in `sago.synthesize_`.
+
+    A parameter that is frozen later has no gradient from then on. One that is unfrozen, moved, cast or
+    resized, and, if a module is given, one that is added to it, is an error in the next window: make new
+    buckets then.
+
+    Raises:
+        ValueError, TypeError: For parameters that cannot be right; in methods, for calls that cannot be.
+            Nothing has been written then, and no gradient is lost.
+
+    Source: arXiv 2604.14808, the extraction of one gradient for each task.
+    """
+
+    def __init__(
+        self,
+        params: torch.nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]],
+        groups: Sequence[Hashable] | None = None,
+        accumulate_dtype: torch.dtype | None = None,
+        accumulation: Literal["sum", "mean"] = "sum",
+        bucket_cap_mb: float = 256.0,
+        backend: str | None = None,
+    ) -> None:
+        check_backend(backend)
+        if accumulation not in ("sum", "mean"):
+            raise ValueError(f"Parameter `accumulation` should be 'sum' or 'mean'. Found {accumulation!r}.")
+        if accumulate_dtype not in (None, torch.float32, torch.float64):
+            raise ValueError(
+                f"Parameter `accumulate_dtype` should be None, float32 or float64. Found {accumulate_dtype}."
+            )
+        if not bucket_cap_mb > 0:
+            raise ValueError(f"Parameter `bucket_cap_mb` should be positive. Found {bucket_cap_mb}.")
+        keys, names, given = _listed(params)
+        if groups is not None:
+            check_groups(groups, len(given), resolve("sago"))
+            keys = list(groups)
+        first = {id(p): i for i, p in reversed(list(enumerate(given)))}
+        kept = [i for i, p in enumerate(given) if first[id(p)] == i and p.requires_grad]
+        if not kept:
+            raise ValueError("Parameter `params` should hold a tensor that requires grad. Found none.")
+        for i in kept:
+            _check_parameter(names[i], given[i])
+        self._params = [given[i] for i in kept]
+        self._keys = [keys[i] for i in kept]
+        self._grouped = groups is not None
+        self._mean = accumulation == "mean"
+        self._backends = {p.device: choose_backend(backend, p.device) for p in self._params}
+
+        narrow = [p.dtype for p in self._params]
+        wide = [d if accumulate_dtype is None else torch.promote_types(d, accumulate_dtype) for d in narrow]
+        capacity = int(bucket_cap_mb * 2**20)
+        self._extraction = Extraction(
+            [names[i] for i in kept],
+            self._params,
+            [(name, p) for name, p in zip(names, given, strict=True) if not p.requires_grad],
+            params if isinstance(params, torch.nn.Module) else None,
+            wide,
+            capacity,
+        )
+        self._forget, self._retain = self._extraction.forget, self._extraction.retain
+        self._updates = list(self._retain.views)
+        apart = [i for i, p in enumerate(self._params) if p.dtype != wide[i]]
+        updates = flatten([self._params[i] for i in apart], [narrow[i] for i in apart], capacity)
+        for i, view in zip(apart, updates.views, strict=True):
+            self._updates[i] = view
+        buffers = [*self._forget.buffers, *self._retain.buffers, *updates.buffers]
+        self.nbytes: int = sum(buffer.nbytes for buffer in buffers)
+        self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
+
+    def forget(self) -> AbstractContextManager[None]:
+        """Backwards within `with buckets.forget():` accumulate the forget gradient, as minimised."""
+        return self._extraction.capture(self._forget)
+
+    def retain(self) -> AbstractContextManager[None]:
+        """Backwards within `with buckets.retain():` accumulate the retain gradient."""
+        return self._extraction.capture(self._retain)
+
+    @property
+    def forget_grads(self) -> list[Tensor | None]:
+        """The sums over the window so far, one a parameter; None where no backward came."""
+        return _touched(self._forget)
+
+    @property
+    def retain_grads(self) -> list[Tensor | None]:
+        """The sums over the window so far, one a parameter; None where no backward came."""
+        return _touched(self._retain)
+
+    def synthesize_(
+        self,
+        rule: str | Rule = "sago",
+        gamma: Weight = 1.0,
+        alpha: Weight = 1.0,
+        max_norm: float | None = None,
+        nonfinite: Literal["propagate", "zero_update"] = "propagate",
+        eps: float = 0.0,
+        stats: bool = True,
+        reduce_gram: ReduceGram | None = None,
+    ) -> SynthesisReport:
+        """`p.grad = u` for every parameter, `u` as `sago.synthesize_` writes it into the retain gradient.
+
+        Nothing is read back from the device, and checks of memory and layout were done when the buckets were
+        made. The window ends: both gradients are used up.
+
+        Args:
+            rule, gamma, alpha, eps, stats, reduce_gram: As in `sago.synthesize_`.
+            max_norm: Clips as `torch.nn.utils.clip_grad_norm_(params, max_norm)` would afterwards, except
+                that a norm that is not finite makes the whole update NaN. `report.total_norm` is the norm
+                before it was clipped. It follows from the inner products, so nothing is read or written
+                twice for it; an elementwise rule then reads its gradients once more, for the products.
+            nonfinite: "propagate": an element of the update is NaN where that of either gradient is NaN or
+                inf, even if the rule would have left it out, so that `torch.amp.GradScaler` finds it.
+                "zero_update": the update is 0 everywhere if any element of a gradient is NaN or inf, or a
+                coefficient or the norm to clip is; decided on the device, and counted in the report. A loss
+                scale would never be lowered then: not for use with GradScaler.
+
+        Returns:
+            The statistics, of the update before it was clipped.
+
+        Raises:
+            ValueError, TypeError: For arguments that cannot be right, and unless both sides have been
+                captured, all captures are closed and no backward ran outside of them.
+        """
+        self._extraction.check_ready(self._forget, self._retain)
+        call = check_call(
+            rule,
+            gamma,
+            alpha,
+            eps,
+            stats,
+            reduce_gram,
+            self._backends,
+            max_norm,
+            _policy(nonfinite),
+            self._scales(self._retain.captures),
+        )
+        found = self._plan(call.rule).synthesize(call)
+        self._finish()
+        return found
+
+    @contextmanager
+    def synthesize_in_backward(
+        self,
+        rule: str | Rule = "sago",
+        gamma: Weight = 1.0,
+        alpha: Weight = 1.0,
+        eps: float = 0.0,
+        stats: bool = True,
+    ) -> Iterator[InBackward]:
+        """The last retain capture and `synthesize_` in one: buckets are synthesized while backward runs.
+
+            with buckets.synthesize_in_backward(rule="sago") as step:
+                retain_loss.backward()
+            step.report.summary()
+
+        As soon as all retain gradients of a flat buffer have arrived, its update is written, in a hook. The
+        result is that of `synthesize_`, bit for bit. There has to be one backward in the block, the last of
+        the window; forget has to be complete. Non-finite gradients propagate. Clipping and "zero_update"
+        need the whole gradient first, so they are left to `synthesize_`.
+
+        Raises:
+            ValueError: Where it would not be exact: for rules of global scope and groups that lie in several
+                buffers; where gradients may change after the hook, because torch.distributed has several
+                ranks (DDP reduces them later); if a gradient arrives a second time, because of a second
+                backward or of reentrant checkpointing: the window is lost then.
+        """
+        extraction, retain = self._extraction, self._retain
+        extraction.check_ready(self._forget)
+        call = check_call(
+            rule,
+            gamma,
+            alpha,
+            eps,
+            stats,
+            None,
+            self._backends,
+            nonfinite="propagate",
+            scales=self._scales(retain.captures + 1),
+        )
+        rows, keys = self._rows(call.rule)
+        waiting = self._check_in_backward(call.rule, rows)
+        taken: list[tuple[Sums | None, Sequence[int]]] = []
+
+        def run(bucket: int) -> None:
+            del waiting[bucket]
+            plan = self._plan(call.rule, bucket)
+            taken.append((plan.update(call), plan.numel))
+
+        def arrived(i: int) -> None:
+            bucket = retain.owner[i]
+            if bucket not in waiting:
+                raise ValueError(
+                    f"Each gradient should arrive once in synthesize_in_backward. Found that of "
+                    f"`{extraction.names[i]}` after its update was written: use retain() and synthesize_ for "
+                    "several backwards and for reentrant checkpointing."
+                )
+            waiting[bucket].discard(i)
+            if not waiting[bucket]:
+                run(bucket)
+
+        step = InBackward()
+        with extraction.capture(retain, arrived):
+            yield step
+        for bucket in list(waiting):  # with parameters that the backward did not reach
+            run(bucket)
+        numel = [sum(row) for row in zip(*(numel for _, numel in taken), strict=True)]
+        tables = [sums.table for sums, _ in taken if sums is not None]
+        total = None
+        if tables:
+            total = Sums(torch.stack([t.to(tables[0].device) for t in tables]).sum(0), numel)
+        step.report = report(call, keys, numel, total)
+        self._finish()
+
+    def unscale_(self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
+        """`scaler.unscale_(optimizer)` of both gradients, ahead of `synthesize_`.
+
+        Needed for `max_norm` and `eps`, which mean unscaled gradients; without them unscaling may as well be
+        left to `scaler.step`, after the synthesis. One pass over both gradients, in place. Parameters of the
+        optimizer that are not in these buckets are unscaled in their `p.grad`, as ever. fp16 gradients are
+        refused by torch: accumulate them in fp32.
+        """
+        self._extraction.check_ready(self._forget, self._retain)
+        index = {id(p): i for i, p in enumerate(self._params)}
+        gradients: list[Tensor] = []
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                i = index.get(id(p))
+                found = [p.grad] if i is None else [self.forget_grads[i], self.retain_grads[i]]
+                gradients += [g for g in found if g is not None]
+        holders = []
+        for g in gradients:
+            holder = torch.empty((), dtype=g.dtype, device=g.device).expand(g.shape)
+            holder.grad = g
+            holders.append(holder)
+        groups = optimizer.param_groups
+        optimizer.param_groups = [{"params": holders}]
+        try:
+            scaler.unscale_(optimizer)
+        finally:
+            optimizer.param_groups = groups
+        self._extraction.unscaled = True
+
+    def zero_(self) -> None:
+        """Forgets both gradients and the update: `p.grad` is None, the accumulators are zero.
+
+        Also the way out of a window whose backward failed. After `optimizer.zero_grad(set_to_none=True)`
+        in its place the accumulators are cleared by the next captures.
+        """
+        self._extraction.zero_()
+
+    def __repr__(self) -> str:
+        return (
+            f"GradientBuckets({len(self._params)} parameters, {len(self._retain.buffers)} buffers a side, "
+            f"{self.nbytes / 2**20:.1f} MiB)"
+        )
+
+    def _scales(self, retain_captures: int) -> tuple[float, float]:
+        return (1 / self._forget.captures, 1 / retain_captures) if self._mean else (1.0, 1.0)
+
+    def _rows(self, rule: Rule) -> tuple[list[int], list[Hashable]]:
+        grouped = self._grouped or rule.scope != "global"
+        return check_groups(self._keys if grouped else None, len(self._keys), rule)
+
+    def _plan(self, rule: Rule, bucket: int | None = None) -> Plan:
+        """The plan of a bucket or of all, for the gradients that there are in this window."""
+        members = [i for i, owner in enumerate(self._retain.owner) if bucket is None or owner == bucket]
+        touched = tuple((self._forget.touched[i], self._retain.touched[i]) for i in members)
+        one_row = rule.scope == "global" and not self._grouped
+        key = bucket, one_row, touched
+        plan = self._plans.get(key)
+        if plan is None:
+            rows, keys = self._rows(rule)
+            forget = [self._forget.views[i] if t[0] else None for i, t in zip(members, touched, strict=True)]
+            retain = [self._retain.views[i] if t[1] else None for i, t in zip(members, touched, strict=True)]
+            out = [self._updates[i] if any(t) else None for i, t in zip(members, touched, strict=True)]
+            devices = {self._params[i].device for i in members}
+            plan = Plan(
+                Pairs(
+                    forget,
+                    retain,
+                    out,
+                    updates=out,
+                    rows=[rows[i] for i in members],
+                    keys=keys,
+                    backends={d: b for d, b in self._backends.items() if d in devices},
+                )
+            )
+            self._plans[key] = plan
+            if len(self._plans) > _PATTERNS * (1 + len(self._retain.buffers)):
+                self._plans.popitem(last=False)
+        self._plans.move_to_end(key)
+        return plan
+
+    def _check_in_backward(self, rule: Rule, rows: Sequence[int]) -> dict[int, set[int]]:
+        """The parameters that every bucket waits for. Raises where the mode is not exact."""
+        if rule.scope == "global":
+            raise ValueError(
+                f"Rule `{rule.name}` needs inner products over all gradients, which are complete only after "
+                "the backward. Use retain() and synthesize_ in place of synthesize_in_backward."
+            )
+        if (
+            torch.distributed.is_available()
+            and torch.distributed.is_initialized()
+            and (torch.distributed.get_world_size() > 1)
+        ):
+            raise ValueError(
+                "synthesize_in_backward should be used on one rank, because DDP reduces gradients after the "
+                f"hook. Found {torch.distributed.get_world_size()} ranks: use retain() and synthesize_."
+            )
+        owner = self._retain.owner
+        if rule.scope == "tensor":
+            bucket_of_row: dict[int, int] = {}
+            for i, row in enumerate(rows):
+                if bucket_of_row.setdefault(row, owner[i]) != owner[i]:
+                    raise ValueError(
+                        f"Group {self._keys[i]!r} should lie in one buffer for synthesize_in_backward. Found "
+                        "it in several: raise `bucket_cap_mb`, or use retain() and synthesize_."
+                    )
+        waiting: dict[int, set[int]] = {bucket: set() for bucket in owner}
+        for i, p in enumerate(self._params):
+            if p.requires_grad:
+                waiting[owner[i]].add(i)
+        return waiting
+
+    def _finish(self) -> None:
+        touched = zip(self._updates, self._forget.touched, self._retain.touched, strict=True)
+        self._extraction.finish([u if f or r else None for u, f, r in touched])
+
+
+class InBackward:
+    """What `synthesize_in_backward` gives; `report` is there when the block has ended."""
+
+    report: SynthesisReport | None = None
+
+
+def _policy(nonfinite: Any) -> str:
+    if nonfinite is None:
+        raise ValueError("Parameter `nonfinite` should be 'propagate' or 'zero_update'. Found None.")
+    return nonfinite
+
+
+def _touched(side: Side) -> list[Tensor | None]:
+    return [view if t else None for view, t in zip(side.views, side.touched, strict=True)]
+
+
+def _listed(params: Any) -> tuple[list[Hashable], list[str], list[Any]]:
+    """Group keys, names for messages, and tensors."""
+    if isinstance(params, torch.nn.Module):
+        params = params.named_parameters()
+    if isinstance(params, Tensor) or not isinstance(params, Iterable):
+        raise TypeError(
+            "Parameter `params` should be a module or an iterable of parameters or of (name, parameter). "
+            f"Found {type(params).__name__}."
+        )
+    found = list(params)
+    if found and all(isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], str) for x in found):
+        names, tensors = [name for name, _ in found], [p for _, p in found]
+        keys: list[Hashable] = list(names)
+    else:
+        names, tensors, keys = [f"params[{i}]" for i in range(len(found))], found, list(range(len(found)))
+    for name, p in zip(names, tensors, strict=True):
+        if not isinstance(p, Tensor):
+            raise TypeError(f"Parameter `{name}` should be a tensor. Found {type(p).__name__}.")
+    return keys, names, tensors
+
+
+def _check_parameter(name: str, p: Tensor) -> None:
+    if not p.is_leaf:
+        raise ValueError(
+            f"Parameter `{name}` should be a leaf of the graph. Found the result of {p.grad_fn}."
+        )
+    if p.layout != torch.strided:
+        raise TypeError(f"Parameter `{name}` should be dense. Found layout {p.layout}.")
+    if p.dtype not in DTYPES:
+        raise TypeError(
+            f"Parameter `{name}` should be bfloat16, float16, float32 or float64. Found {p.dtype}."
+        )
+    if p.is_meta:
+        raise ValueError(f"Parameter `{name}` should hold data. Found a meta tensor.")
+    if hasattr(p, "placements"):
+        raise TypeError(f"Parameter `{name}` should be a whole tensor on this rank. Found a DTensor.")

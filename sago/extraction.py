@@ -1,0 +1,308 @@
+"""Two gradients of one model: accumulators that take turns under `p.grad`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sago.flat import clear, flatten
+
+
+class Side:
+    """The accumulators of one of the two gradients, and what is in them.
+
+    Attributes:
+        views, owner, buffers: See `sago.flat.Flat`.
+        touched: Whether a backward of the window reached the parameter.
+        captures: Captures of the window that had a backward.
+    """
+
+    def __init__(
+        self, name: str, params: Sequence[Tensor], dtypes: Sequence[torch.dtype], capacity: int
+    ) -> None:
+        self.name = name
+        self.views, self.owner, self.buffers = flatten(params, dtypes, capacity)
+        self.touched = [False] * len(params)
+        self.captures = 0
+        self.written = False  # since it was cleared
+        self.probed = False  # for sparse gradients
+
+    def discard(self) -> None:
+        self.touched = [False] * len(self.touched)
+        self.captures = 0
+
+    def clear(self) -> None:
+        if self.written:
+            clear(self.buffers)
+        self.written = False
+
+
+class _Capture:
+    def __init__(self, side: Side) -> None:
+        self.side = side
+        self.versions: list[int] = []  # of the accumulators, when they were last looked at
+        self.reached = False  # by a backward of its own
+        self.nested = False  # had one that was reached within
+        self.handles: list[Any] = []
+
+
+class Extraction:
+    """Swaps the accumulators of the sides under `p.grad` and back, and keeps the books of a window.
+
+    Outside of captures `p.grad` is None, so that a backward there is noticed and its gradient kept apart.
+
+    Args:
+        names, params: The parameters; all of them require grad.
+        frozen: Names and parameters that do not, and should not begin to.
+        module: Where the parameters come from, if that is known.
+        dtypes: Of the accumulators.
+        capacity: Bytes of a buffer.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        params: Sequence[Tensor],
+        frozen: Sequence[tuple[str, Tensor]],
+        module: torch.nn.Module | None,
+        dtypes: Sequence[torch.dtype],
+        capacity: int,
+    ) -> None:
+        self.names, self.params = names, params
+        self.forget = Side("forget", params, dtypes, capacity)
+        self.retain = Side("retain", params, dtypes, capacity)
+        self.unscaled = False
+        self._open: list[_Capture] = []
+        self._failure: str | None = None  # why the gradients of the window are not whole
+        self._updates: Sequence[Tensor | None] | None = None  # that `finish` has put under `p.grad`
+        self._frozen, self._module = frozen, module
+        self._described = [_describe(p) for p in params]
+        self._members = None if module is None else [id(p) for p in module.parameters()]
+        self._wider = [p.dtype != dtype for p, dtype in zip(params, dtypes, strict=True)]
+
+    @contextmanager
+    def capture(self, side: Side, arrived: Callable[[int], None] | None = None) -> Iterator[None]:
+        """Backwards within the block accumulate into `side`.
+
+        `arrived(i)` is called in the backward, when the gradient of parameter `i` has been accumulated.
+        """
+        capture = self._enter(side, arrived)
+        try:
+            yield
+        except BaseException as error:
+            self._leave(capture, error)
+            raise
+        self._leave(capture, None)
+
+    def check_ready(self, *sides: Side) -> None:
+        """Raises unless these sides were captured, nothing is open and nothing is astray."""
+        if self._open:
+            raise ValueError(
+                f"Captures should be closed before the synthesis. Found an open {self._open[-1].side.name}()."
+            )
+        self._check_whole()
+        for side in sides:
+            if side.captures == 0:
+                raise ValueError(
+                    f"The {side.name} gradient should be captured before the synthesis: run its backward "
+                    f"within `with buckets.{side.name}():`. Found no such capture"
+                    f"{'.' if self._updates is None else ' since the last synthesis.'}"
+                )
+        self._check_outside()
+
+    def finish(self, updates: Sequence[Tensor | None]) -> None:
+        """Makes the updates `p.grad` and ends the window."""
+        for p, update in zip(self.params, updates, strict=True):
+            p.grad = update
+        self._updates = updates
+        self._discard()
+
+    def zero_(self) -> None:
+        """Ends the window, whatever is in it. `p.grad` is None, all accumulators are zero."""
+        if self._open:
+            raise ValueError(
+                f"Captures should be closed before zero_. Found an open {self._open[-1].side.name}()."
+            )
+        for p in self.params:
+            p.grad = None
+        self._updates = None
+        self._discard()
+        self.forget.clear()
+        self.retain.clear()
+
+    def _discard(self) -> None:
+        self.forget.discard()
+        self.retain.discard()
+        self._failure, self.unscaled = None, False
+
+    def _enter(self, side: Side, arrived: Callable[[int], None] | None) -> _Capture:
+        if self._open:
+            self._collect(self._open[-1])
+        else:
+            self._check_start()
+        if side.captures == 0 and not any(side.touched):
+            side.clear()
+        capture = _Capture(side)
+        self._open.append(capture)
+        try:
+            self._install(capture)
+            for i, p in enumerate(self.params):
+                if not p.requires_grad:
+                    continue
+                if not side.probed:
+                    capture.handles.append(p.register_hook(partial(_refuse_sparse, self.names[i])))
+                if self._wider[i]:
+                    hook = partial(_add_to, side.views[i])
+                    capture.handles.append(p.register_post_accumulate_grad_hook(hook))
+                if arrived is not None:
+                    hook = partial(self._arrive, capture, arrived, i)
+                    capture.handles.append(p.register_post_accumulate_grad_hook(hook))
+        except BaseException as error:
+            self._leave(capture, error)
+            raise
+        return capture
+
+    def _leave(self, capture: _Capture, error: BaseException | None) -> None:
+        try:
+            self._collect(capture)
+        except BaseException as other:
+            error, capture.reached = other, True
+            raise
+        finally:
+            for handle in capture.handles:
+                handle.remove()
+            inner = self._open[self._open.index(capture) :]
+            del self._open[-len(inner) :]
+            if self._open:
+                self._install(self._open[-1])
+            else:
+                for p in self.params:
+                    p.grad = None
+            if error is not None and capture.reached:
+                self._failure = f"a {capture.side.name} capture ended in {error!r}"
+        if len(inner) > 1:
+            self._failure = f"a {capture.side.name} capture was closed before one within it"
+            raise ValueError(f"Captures should be closed in reverse order. Found that {self._failure}.")
+        if error is None and not capture.reached and not capture.nested:
+            raise ValueError(
+                f"A {capture.side.name} capture should have a backward in it that reaches a parameter. "
+                "Found none."
+            )
+        if error is None:
+            capture.side.captures += capture.reached
+            capture.side.probed = True
+            if self._open:
+                self._open[-1].nested = True
+
+    def _install(self, capture: _Capture) -> None:
+        views = capture.side.views
+        for p, view, wider in zip(self.params, views, self._wider, strict=True):
+            p.grad = None if wider else view
+        capture.versions = [view._version for view in views]
+
+    def _collect(self, capture: _Capture) -> None:
+        """Notes what backwards did since the accumulators were put under `p.grad`."""
+        side = capture.side
+        for i, view in enumerate(side.views):
+            if self._settle(side, i):
+                side.touched[i] = False
+            elif view._version != capture.versions[i]:
+                side.touched[i] = capture.reached = side.written = True
+
+    @torch.no_grad()
+    def _settle(self, side: Side, i: int) -> bool:
+        """Takes over what foreign code put in the accumulator's place. True if that was None."""
+        view, g = side.views[i], self.params[i].grad
+        if g is view or (g is None and self._wider[i]):
+            return False
+        if g is None:  # zero_grad(set_to_none=True)
+            view.fill_(-0.0)
+            return True
+        # Behind a zero_grad(set_to_none=True), or with create_graph, autograd makes a tensor of its own.
+        _refuse_sparse(self.names[i], g)
+        view.add_(g) if self._wider[i] else view.copy_(g)
+        return False
+
+    def _arrive(self, capture: _Capture, arrived: Callable[[int], None], i: int, p: Tensor) -> None:
+        self._settle(capture.side, i)
+        p.grad = None if self._wider[i] else capture.side.views[i]
+        capture.side.touched[i] = capture.reached = capture.side.written = True
+        arrived(i)
+
+    def _check_start(self) -> None:
+        self._check_whole()
+        if self.unscaled:
+            raise ValueError(
+                "Gradients should be captured before unscale_: scaled and unscaled ones do not add up. Found "
+                "a capture after it. Call synthesize_, or zero_ to start anew."
+            )
+        if self._updates is not None:
+            for name, p, update in zip(self.names, self.params, self._updates, strict=True):
+                if update is not None and p.grad is update:
+                    raise ValueError(
+                        "The last update should be used and cleared before the next capture: call "
+                        f"optimizer.step() and buckets.zero_(). Found it in `{name}.grad`."
+                    )
+            self._updates = None
+        self._check_outside()
+        for name, p, before in zip(self.names, self.params, self._described, strict=True):
+            if _describe(p) != before:
+                raise ValueError(
+                    f"Parameter `{name}` should be as it was when the buckets were made, {_text(before)}. "
+                    f"Found {_text(_describe(p))}. Make new GradientBuckets when a model is moved or cast."
+                )
+        for name, p in self._frozen:
+            if p.requires_grad:
+                raise ValueError(
+                    f"Parameter `{name}` should be frozen, as it was when the buckets were made. Found that "
+                    "it requires grad. Make new GradientBuckets when parameters are unfrozen."
+                )
+        if self._module is not None and [id(p) for p in self._module.parameters()] != self._members:
+            raise ValueError(
+                "The module should have the parameters that it had when the buckets were made. Found others. "
+                "Make new GradientBuckets when parameters are added, removed or replaced."
+            )
+
+    def _check_whole(self) -> None:
+        if self._failure is not None:
+            raise ValueError(
+                f"The gradients of this window should be whole. Found that {self._failure}. Call zero_ and "
+                "capture both sides anew."
+            )
+
+    def _check_outside(self) -> None:
+        for name, p in zip(self.names, self.params, strict=True):
+            if p.grad is not None:
+                raise ValueError(
+                    f"Backwards should run within forget() or retain(). Found a gradient in `{name}.grad` "
+                    "that is in neither. Set it to None to leave it out."
+                )
+
+
+@torch.no_grad()
+def _add_to(view: Tensor, p: Tensor) -> None:
+    if p.grad is not None:
+        view.add_(p.grad)
+        p.grad = None
+
+
+def _refuse_sparse(name: str, g: Tensor) -> None:
+    if g.layout != torch.strided:
+        raise TypeError(
+            f"The gradient of parameter `{name}` should be dense. Found layout {g.layout}: make its "
+            "embedding with sparse=False."
+        )
+
+
+def _describe(p: Tensor) -> tuple[torch.dtype, torch.device, torch.Size]:
+    return p.dtype, p.device, p.shape
+
+
+def _text(description: tuple[torch.dtype, torch.device, torch.Size]) -> str:
+    dtype, device, shape = description
+    return f"{dtype} {tuple(shape)} on {device}"
