@@ -264,8 +264,12 @@ class GradientBuckets:
         step = InBackward()
         with extraction.capture(retain, arrived):
             yield step
-        for bucket in list(waiting):  # with parameters that the backward did not reach
-            run(bucket)
+        try:
+            for bucket in list(waiting):  # with parameters that the backward did not reach
+                run(bucket)
+        except BaseException as error:
+            extraction.spoil(f"a synthesis ended in {error!r}")
+            raise
         numel = [sum(row) for row in zip(*(numel for _, numel in taken), strict=True)]
         tables = [sums.table for sums, _ in taken if sums is not None]
         total = None

@@ -43,11 +43,21 @@ class Side:
 
 
 class _Capture:
-    def __init__(self, side: Side) -> None:
+    """An open capture.
+
+    Attributes:
+        versions: Of the accumulators when they were last looked at.
+        reached: Whether a backward of its own reached a parameter.
+        nested: Whether one of a capture within did.
+        alone: Whether it takes no capture within.
+    """
+
+    def __init__(self, side: Side, alone: bool) -> None:
         self.side = side
-        self.versions: list[int] = []  # of the accumulators, when they were last looked at
-        self.reached = False  # by a backward of its own
-        self.nested = False  # had one that was reached within
+        self.alone = alone
+        self.versions = [view._version for view in side.views]
+        self.reached = False
+        self.nested = False
         self.handles: list[Any] = []
 
 
@@ -89,7 +99,8 @@ class Extraction:
     def capture(self, side: Side, arrived: Callable[[int], None] | None = None) -> Iterator[None]:
         """Backwards within the block accumulate into `side`.
 
-        `arrived(i)` is called in the backward, when the gradient of parameter `i` has been accumulated.
+        `arrived(i)` is called in the backward, when the gradient of parameter `i` has been accumulated; there
+        can be no capture within then.
         """
         capture = self._enter(side, arrived)
         try:
@@ -122,6 +133,10 @@ class Extraction:
         self._updates = updates
         self._discard()
 
+    def spoil(self, reason: str) -> None:
+        """Allows nothing but `zero_`, because the gradients of the window are not whole."""
+        self._failure = reason
+
     def zero_(self) -> None:
         """Ends the window, whatever is in it. `p.grad` is None, all accumulators are zero."""
         if self._open:
@@ -141,13 +156,15 @@ class Extraction:
         self._failure, self.unscaled = None, False
 
     def _enter(self, side: Side, arrived: Callable[[int], None] | None) -> _Capture:
-        if self._open:
-            self._collect(self._open[-1])
-        else:
+        if not self._open:
             self._check_start()
+        elif self._open[-1].alone:
+            raise ValueError("There should be no capture within synthesize_in_backward. Found one.")
+        else:
+            self._collect(self._open[-1])
         if side.captures == 0 and not any(side.touched):
             side.clear()
-        capture = _Capture(side)
+        capture = _Capture(side, alone=arrived is not None)
         self._open.append(capture)
         try:
             self._install(capture)
@@ -184,10 +201,11 @@ class Extraction:
                 for p in self.params:
                     p.grad = None
             if error is not None and capture.reached:
-                self._failure = f"a {capture.side.name} capture ended in {error!r}"
+                self.spoil(f"a {capture.side.name} capture ended in {error!r}")
         if len(inner) > 1:
-            self._failure = f"a {capture.side.name} capture was closed before one within it"
-            raise ValueError(f"Captures should be closed in reverse order. Found that {self._failure}.")
+            found = f"a {capture.side.name} capture was closed before one within it"
+            self.spoil(found)
+            raise ValueError(f"Captures should be closed in reverse order. Found that {found}.")
         if error is None and not capture.reached and not capture.nested:
             raise ValueError(
                 f"A {capture.side.name} capture should have a backward in it that reaches a parameter. "
@@ -208,25 +226,27 @@ class Extraction:
     def _collect(self, capture: _Capture) -> None:
         """Notes what backwards did since the accumulators were put under `p.grad`."""
         side = capture.side
-        for i, view in enumerate(side.views):
-            if self._settle(side, i):
+        for i, (p, view) in enumerate(zip(self.params, side.views, strict=True)):
+            if p.grad is None and not self._wider[i]:  # zero_grad(set_to_none=True), and no backward since
+                if side.touched[i] or view._version != capture.versions[i]:
+                    clear([view])
                 side.touched[i] = False
-            elif view._version != capture.versions[i]:
+                continue
+            self._settle(side, i)
+            if view._version != capture.versions[i]:
                 side.touched[i] = capture.reached = side.written = True
 
     @torch.no_grad()
-    def _settle(self, side: Side, i: int) -> bool:
-        """Takes over what foreign code put in the accumulator's place. True if that was None."""
+    def _settle(self, side: Side, i: int) -> None:
+        """Takes over the tensor that is in the accumulator's place.
+
+        Autograd makes one behind a zero_grad(set_to_none=True), and with create_graph.
+        """
         view, g = side.views[i], self.params[i].grad
-        if g is view or (g is None and self._wider[i]):
-            return False
-        if g is None:  # zero_grad(set_to_none=True)
-            view.fill_(-0.0)
-            return True
-        # Behind a zero_grad(set_to_none=True), or with create_graph, autograd makes a tensor of its own.
+        if g is None or g is view:
+            return
         _refuse_sparse(self.names[i], g)
         view.add_(g) if self._wider[i] else view.copy_(g)
-        return False
 
     def _arrive(self, capture: _Capture, arrived: Callable[[int], None], i: int, p: Tensor) -> None:
         self._settle(capture.side, i)

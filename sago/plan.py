@@ -102,7 +102,9 @@ class Plan:
             table = table + other.to(table.device)
         elements: Tensor | Sequence[int] = self.numel
         if call.reduce_gram is not None:
-            local = torch.tensor(self.numel, dtype=table.dtype, device=table.device)
+            pinned = table.device.type == "cuda"  # a copy from pageable memory would wait for the device
+            local = torch.tensor(self.numel, dtype=table.dtype, pin_memory=pinned)
+            local = local.to(table.device, non_blocking=pinned)
             table = call.reduce_gram(torch.cat([table, local[:, None]], dim=1))
             table, elements = table[:, :-1], table[:, -1]
         if call.scales != (1.0, 1.0):
