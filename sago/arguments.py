@@ -49,6 +49,13 @@ class Pairs:
     keys: list[Hashable]
     backends: dict[torch.device, str]
 
+    def numel(self) -> list[int]:
+        """Elements of each row."""
+        found = [0] * len(self.keys)
+        for row, o in zip(self.rows, self.out, strict=True):
+            found[row] += 0 if o is None else o.numel()
+        return found
+
 
 @dataclass
 class Call:
@@ -71,6 +78,13 @@ class Call:
     max_norm: float | None = None
     nonfinite: str | None = None
     scales: tuple[float, float] = (1.0, 1.0)
+
+    @property
+    def sums(self) -> int:
+        """How many sums of the gradients are wanted, as in `sago.kernels.gram`; 0 for none."""
+        if self.stats or self.nonfinite == "zero_update" or (self.max_norm is not None and self.rule.gated):
+            return 9 if self.rule.gated else 6
+        return 3 if self.max_norm is not None or self.rule.scope != "element" else 0
 
 
 def check(

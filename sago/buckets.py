@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sago.arguments import (
     DTYPES,
+    Call,
     Pairs,
     ReduceGram,
     Weight,
@@ -127,6 +128,7 @@ class GradientBuckets:
         updates = flatten([self._params[i] for i in apart], [narrow[i] for i in apart], capacity)
         for i, view in zip(apart, updates.views, strict=True):
             self._updates[i] = view
+        self._in_place = not apart
         buffers = [*self._forget.buffers, *self._retain.buffers, *updates.buffers]
         self.nbytes: int = sum(buffer.nbytes for buffer in buffers)
         self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
@@ -197,7 +199,7 @@ class GradientBuckets:
             _policy(nonfinite),
             self._scales(self._retain.captures),
         )
-        found = self._plan(call.rule).synthesize(call)
+        found = self._plan(call).synthesize(call)
         self._finish()
         return found
 
@@ -246,7 +248,7 @@ class GradientBuckets:
 
         def run(bucket: int) -> None:
             del waiting[bucket]
-            plan = self._plan(call.rule, bucket)
+            plan = self._plan(call, bucket)
             taken.append((plan.update(call), plan.numel))
 
         def arrived(i: int) -> None:
@@ -328,35 +330,45 @@ class GradientBuckets:
         grouped = self._grouped or rule.scope != "global"
         return check_groups(self._keys if grouped else None, len(self._keys), rule)
 
-    def _plan(self, rule: Rule, bucket: int | None = None) -> Plan:
+    def _plan(self, call: Call, bucket: int | None = None) -> Plan:
         """The plan of a bucket or of all, for the gradients that there are in this window."""
         members = [i for i, owner in enumerate(self._retain.owner) if bucket is None or owner == bucket]
         touched = tuple((self._forget.touched[i], self._retain.touched[i]) for i in members)
-        one_row = rule.scope == "global" and not self._grouped
-        key = bucket, one_row, touched
+        one_row = call.rule.scope == "global" and not self._grouped
+        no_rows = call.rule.scope == "element" and call.sums == 0
+        # Where parameters need no rows of their own, a buffer is as good as the parameters in it.
+        whole = (one_row or no_rows) and self._in_place and all(f and r for f, r in touched)
+        key = bucket, one_row, whole, touched
         plan = self._plans.get(key)
         if plan is None:
-            rows, keys = self._rows(rule)
-            forget = [self._forget.views[i] if t[0] else None for i, t in zip(members, touched, strict=True)]
-            retain = [self._retain.views[i] if t[1] else None for i, t in zip(members, touched, strict=True)]
-            out = [self._updates[i] if any(t) else None for i, t in zip(members, touched, strict=True)]
-            devices = {self._params[i].device for i in members}
-            plan = Plan(
-                Pairs(
-                    forget,
-                    retain,
-                    out,
-                    updates=out,
-                    rows=[rows[i] for i in members],
-                    keys=keys,
-                    backends={d: b for d, b in self._backends.items() if d in devices},
-                )
-            )
-            self._plans[key] = plan
+            plan = self._plans[key] = self._new_plan(call.rule, members, whole)
             if len(self._plans) > _PATTERNS * (1 + len(self._retain.buffers)):
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
         return plan
+
+    def _new_plan(self, rule: Rule, members: Sequence[int], whole: bool) -> Plan:
+        rows, keys = self._rows(rule)
+        forget, retain = ([_touched(side)[i] for i in members] for side in (self._forget, self._retain))
+        neither = [f is None and r is None for f, r in zip(forget, retain, strict=True)]
+        updates = [None if n else self._updates[i] for i, n in zip(members, neither, strict=True)]
+        devices = {self._params[i].device for i in members}
+        pairs = Pairs(
+            forget,
+            retain,
+            updates,
+            updates,
+            rows=[rows[i] for i in members],
+            keys=keys,
+            backends={d: b for d, b in self._backends.items() if d in devices},
+        )
+        numel = pairs.numel()
+        if whole:
+            owners = list(dict.fromkeys(self._retain.owner[i] for i in members))
+            pairs.forget = [self._forget.buffers[b] for b in owners]
+            pairs.retain = [self._retain.buffers[b] for b in owners]
+            pairs.out, pairs.rows = pairs.retain, [0] * len(owners)
+        return Plan(pairs, numel)
 
     def _check_in_backward(self, rule: Rule, rows: Sequence[int]) -> dict[int, set[int]]:
         """The parameters that every bucket waits for. Raises where the mode is not exact."""

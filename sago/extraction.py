@@ -227,12 +227,14 @@ class Extraction:
         """Notes what backwards did since the accumulators were put under `p.grad`."""
         side = capture.side
         for i, (p, view) in enumerate(zip(self.params, side.views, strict=True)):
-            if p.grad is None and not self._wider[i]:  # zero_grad(set_to_none=True), and no backward since
+            g = p.grad
+            if g is None and not self._wider[i]:  # zero_grad(set_to_none=True), and no backward since
                 if side.touched[i] or view._version != capture.versions[i]:
                     clear([view])
                 side.touched[i] = False
                 continue
-            self._settle(side, i)
+            if g is not view:
+                self._settle(side, i)
             if view._version != capture.versions[i]:
                 side.touched[i] = capture.reached = side.written = True
 

@@ -38,15 +38,14 @@ class Sums(NamedTuple):
 class Plan:
     """Gradient pairs, laid out on their devices, to be synthesized as often as their memory is filled anew.
 
+    `numel` has the elements of each row, which may be fewer than the pairs have: buffers have gaps of zeros.
     Tensors that are not dense in memory are copied when the plan is made: it can then run once only.
     """
 
-    def __init__(self, pairs: Pairs) -> None:
+    def __init__(self, pairs: Pairs, numel: list[int]) -> None:
         self.keys: list[Hashable] = pairs.keys
         self.updates = [o for o in pairs.updates if o is not None]
-        self.numel = [0] * len(pairs.keys)
-        for row, o in zip(pairs.rows, pairs.out, strict=True):
-            self.numel[row] += 0 if o is None else o.numel()
+        self.numel = numel
         self.parts = [_part(pairs, device, backend) for device, backend in pairs.backends.items()]
 
     def synthesize(self, call: Call) -> SynthesisReport:
@@ -56,20 +55,15 @@ class Plan:
     @torch.no_grad()
     def update(self, call: Call) -> Sums | None:
         """Writes the update of every pair; returns the sums, if any were taken."""
-        rule = call.rule
-        from_gram = rule.scope != "element"
-        clipped, guarded = call.max_norm is not None, call.nonfinite == "zero_update"
-        if call.stats or guarded or (clipped and rule.gated):
-            columns = 9 if rule.gated else 6
-        else:
-            columns = 3 if from_gram or clipped else 0
+        rule, columns = call.rule, call.sums
+        limited = call.max_norm is not None or call.nonfinite == "zero_update"
         # Sums that decide on the update come ahead of it, and so do sums for `reduce_gram`: it may raise.
-        ahead = columns > 0 and (from_gram or clipped or guarded or call.reduce_gram is not None)
+        ahead = columns > 0 and (rule.scope != "element" or limited or call.reduce_gram is not None)
         sums = gram = coefficients = None
         if ahead:
             sums = self._reduced([part.module.gram(part.batch, columns) for part in self.parts], call)
             gram = _gram(rule, sums.table)
-        if clipped or guarded or call.scales != (1.0, 1.0):
+        if limited or call.scales != (1.0, 1.0):
             coefficients = _limited(call, sums, gram, self.parts[0].device)
         taken = []
         for part in self.parts:

@@ -60,7 +60,7 @@ def synthesize_(
     Source: arXiv 2604.14808 (SAGO and the retain-first use of PCGrad); rules in `sago.reference`.
     """
     pairs, call = check(forget, retain, rule, gamma, alpha, out, groups, eps, stats, reduce_gram, backend)
-    return Plan(pairs).synthesize(call)
+    return Plan(pairs, pairs.numel()).synthesize(call)
 
 
 def synthesize(
@@ -82,6 +82,6 @@ def synthesize(
         if `forget` and `retain` are tensors, else a list. And the report.
     """
     pairs, call = check(forget, retain, rule, gamma, alpha, NEW, groups, eps, stats, reduce_gram, backend)
-    report = Plan(pairs).synthesize(call)
+    report = Plan(pairs, pairs.numel()).synthesize(call)
     single = isinstance(forget, Tensor) and isinstance(retain, Tensor)
     return (pairs.updates[0] if single else pairs.updates), report
