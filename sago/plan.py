@@ -150,7 +150,7 @@ def _limited(call: Call, sums: Sums | None, gram: Tensor | None, device: torch.d
     values, terms = evaluate(call.rule, gram, call.gamma, call.alpha, call.eps, device)
     finite = values.isfinite().all()
     if sums is not None and call.max_norm is not None:
-        norm = _products_of_update(values, sums.table)[0].sum().sqrt()
+        norm = _products_of_update(values, sums.table, call.nonfinite)[0].sum().sqrt()
         clip = (call.max_norm / (norm + 1e-6)).clamp(max=1.0)
         # The 0 of a norm of inf would hide it: a coefficient of 0 leaves its gradient out.
         values = values * torch.where(norm.isfinite(), clip, torch.nan)
@@ -159,7 +159,9 @@ def _limited(call: Call, sums: Sums | None, gram: Tensor | None, device: torch.d
         values = torch.where(finite & (sums.table[:, 4:6].sum() == 0), values, 0.0)
     forget, retain = call.scales
     values = torch.stack([values[:, 0::2] * forget, values[:, 1::2] * retain], dim=2).flatten(1)
-    return Coefficients(values, tuple(term if term == "zero" else "any" for term in terms))
+    # A clip of NaN reaches coefficients that the rule has as literal zeros.
+    kept = "zero" if call.max_norm is None else None
+    return Coefficients(values, tuple(term if term == kept else "any" for term in terms))
 
 
 def report(call: Call, keys: Sequence[Hashable], numel: Sequence[int], sums: Sums | None) -> SynthesisReport:
@@ -170,11 +172,16 @@ def report(call: Call, keys: Sequence[Hashable], numel: Sequence[int], sums: Sum
     # A weight on the device may have another value by the time the report is read.
     gamma, alpha = (w.clone() if isinstance(w, Tensor) else w for w in (call.gamma, call.alpha))
     return SynthesisReport(
-        call.rule.name, keys, elements, lambda: _columns(call.rule, table, gamma, alpha, call.eps)
+        call.rule.name,
+        keys,
+        elements,
+        lambda: _columns(call.rule, table, gamma, alpha, call.eps, call.nonfinite),
     )
 
 
-def _columns(rule: Rule, table: Tensor, gamma: Weight, alpha: Weight, eps: float) -> dict[str, Tensor]:
+def _columns(
+    rule: Rule, table: Tensor, gamma: Weight, alpha: Weight, eps: float, nonfinite: str | None
+) -> dict[str, Tensor]:
     """The report's sums from the table; those of the update follow from the coefficients."""
     width = table.shape[1]
     sums = table[:, 0:3] + table[:, 6:9] if width == 9 else table[:, 0:3]
@@ -184,19 +191,23 @@ def _columns(rule: Rule, table: Tensor, gamma: Weight, alpha: Weight, eps: float
         columns.update(zip(names, table[:, 3:6].unbind(1), strict=True))
     if not rule.gated or width == 9:
         values, _ = evaluate(rule, _gram(rule, table), gamma, alpha, eps, table.device)
-        columns.update(zip(("uu", "uf", "ur"), _products_of_update(values, table), strict=True))
+        columns.update(zip(("uu", "uf", "ur"), _products_of_update(values, table, nonfinite), strict=True))
     return columns
 
 
-def _products_of_update(values: Tensor, table: Tensor) -> list[Tensor]:
+def _products_of_update(values: Tensor, table: Tensor, nonfinite: str | None) -> list[Tensor]:
     """`<u,u>, <u,f>, <u,r>` of every row, from the coefficients and the sums on both sides of the gate."""
     a, b = values[:, -2:].unbind(1)
     found = _products(a, b, table[:, 0:3])
     if table.shape[1] == 9:
         a_c, b_c = values[:, :2].unbind(1)
         found = [x + y for x, y in zip(found, _products(a_c, b_c, table[:, 6:9]), strict=True)]
-    uu, uf, ur = found
-    return [uu.clamp(min=0.0), uf, ur]  # what cancels leaves an error of either sign
+    found[0] = found[0].clamp(min=0.0)  # what cancels leaves an error of either sign
+    if nonfinite == "propagate":
+        # Also what the rule leaves out. Without counts the squares show it.
+        finite = (table[:, 0] + table[:, 2]).isfinite() if table.shape[1] == 3 else table[:, 4:6].sum(1) == 0
+        found = [torch.where(finite, x, torch.nan) for x in found]
+    return found
 
 
 def _products(a: Tensor, b: Tensor, gram: Tensor) -> list[Tensor]:
