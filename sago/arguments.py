@@ -82,9 +82,14 @@ class Call:
     @property
     def sums(self) -> int:
         """How many sums of the gradients are wanted, as in `sago.kernels.gram`; 0 for none."""
-        if self.stats or self.nonfinite == "zero_update" or (self.max_norm is not None and self.rule.gated):
+        if self.stats or self.limited:
             return 9 if self.rule.gated else 6
-        return 3 if self.max_norm is not None or self.rule.scope != "element" else 0
+        return 0 if self.rule.scope == "element" else 3
+
+    @property
+    def limited(self) -> bool:
+        """Whether sums decide on the size of the update."""
+        return self.max_norm is not None or self.nonfinite == "zero_update"
 
 
 def check(

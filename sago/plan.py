@@ -56,14 +56,13 @@ class Plan:
     def update(self, call: Call) -> Sums | None:
         """Writes the update of every pair; returns the sums, if any were taken."""
         rule, columns = call.rule, call.sums
-        limited = call.max_norm is not None or call.nonfinite == "zero_update"
         # Sums that decide on the update come ahead of it, and so do sums for `reduce_gram`: it may raise.
-        ahead = columns > 0 and (rule.scope != "element" or limited or call.reduce_gram is not None)
+        ahead = columns > 0 and (rule.scope != "element" or call.limited or call.reduce_gram is not None)
         sums = gram = coefficients = None
         if ahead:
             sums = self._reduced([part.module.gram(part.batch, columns) for part in self.parts], call)
             gram = _gram(rule, sums.table)
-        if limited or call.scales != (1.0, 1.0):
+        if call.limited or call.scales != (1.0, 1.0):
             coefficients = _limited(call, sums, gram, self.parts[0].device)
         taken = []
         for part in self.parts:
