@@ -166,10 +166,10 @@ def check_call(
         rule=resolve(rule),
         gamma=_weight("gamma", gamma, devices),
         alpha=_weight("alpha", alpha, devices),
-        eps=_non_negative("eps", eps),
+        eps=non_negative("eps", eps),
         stats=stats,
         reduce_gram=None if reduce_gram is None else _checked(reduce_gram),
-        max_norm=None if max_norm is None else _non_negative("max_norm", max_norm, finite=False),
+        max_norm=None if max_norm is None else non_negative("max_norm", max_norm, finite=False),
         nonfinite=nonfinite,
         scales=scales,
     )
@@ -448,7 +448,7 @@ def _bytes(marks: Tensor, t: Tensor, first: int) -> Tensor:
     return marks.as_strided((*t.shape, t.itemsize), (*strides, 1), t.data_ptr() - first)
 
 
-def _non_negative(name: str, value: Any, finite: bool = True) -> float:
+def non_negative(name: str, value: Any, finite: bool = True) -> float:
     if not isinstance(value, Real):
         raise TypeError(f"Parameter `{name}` should be a number. Found {type(value).__name__}.")
     number = float(value)

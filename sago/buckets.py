@@ -20,6 +20,7 @@ from sago.arguments import (
     check_call,
     check_groups,
     choose_backend,
+    non_negative,
 )
 from sago.extraction import Extraction, Side
 from sago.flat import flatten
@@ -50,7 +51,8 @@ class GradientBuckets:
     A window is what lies between two updates: captures of both sides, in any order and number, nested or
     not, each with any number of backwards. A parameter that no backward of a side reaches has no gradient
     there, like None in `sago.synthesize_`; one that neither side reaches has None in `p.grad` afterwards, as
-    in any training.
+    in any training. Foreign code that calls `zero_grad(set_to_none=True)` within a capture drops what the side
+    has so far; with `set_to_none=False` it writes to the accumulators, which counts as a gradient of zeros.
 
     Args:
         params: A module, `model.parameters()` or `model.named_parameters()`. Frozen parameters among them
@@ -93,7 +95,7 @@ class GradientBuckets:
             raise ValueError(
                 f"Parameter `accumulate_dtype` should be None, float32 or float64. Found {accumulate_dtype}."
             )
-        if not bucket_cap_mb > 0:
+        if not non_negative("bucket_cap_mb", bucket_cap_mb, finite=False) > 0.0:
             raise ValueError(f"Parameter `bucket_cap_mb` should be positive. Found {bucket_cap_mb}.")
         keys, names, given = _listed(params)
         if groups is not None:
@@ -113,7 +115,7 @@ class GradientBuckets:
 
         narrow = [p.dtype for p in self._params]
         wide = [d if accumulate_dtype is None else torch.promote_types(d, accumulate_dtype) for d in narrow]
-        capacity = int(bucket_cap_mb * 2**20)
+        capacity = bucket_cap_mb * 2**20
         self._extraction = Extraction(
             [names[i] for i in kept],
             self._params,

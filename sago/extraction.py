@@ -23,7 +23,7 @@ class Side:
     """
 
     def __init__(
-        self, name: str, params: Sequence[Tensor], dtypes: Sequence[torch.dtype], capacity: int
+        self, name: str, params: Sequence[Tensor], dtypes: Sequence[torch.dtype], capacity: float
     ) -> None:
         self.name = name
         self.views, self.owner, self.buffers = flatten(params, dtypes, capacity)
@@ -81,7 +81,7 @@ class Extraction:
         frozen: Sequence[tuple[str, Tensor]],
         module: torch.nn.Module | None,
         dtypes: Sequence[torch.dtype],
-        capacity: int,
+        capacity: float,
     ) -> None:
         self.names, self.params = names, params
         self.forget = Side("forget", params, dtypes, capacity)
@@ -125,6 +125,7 @@ class Extraction:
                     f"{'.' if self._updates is None else ' since the last synthesis.'}"
                 )
         self._check_outside()
+        self._check_parameters()
 
     def finish(self, updates: Sequence[Tensor | None]) -> None:
         """Makes the updates `p.grad` and ends the window."""
@@ -174,7 +175,7 @@ class Extraction:
                 if not side.probed:
                     capture.handles.append(p.register_hook(partial(_refuse_sparse, self.names[i])))
                 if self._wider[i]:
-                    hook = partial(_add_to, side.views[i])
+                    hook = partial(self._widen, capture, i)
                     capture.handles.append(p.register_post_accumulate_grad_hook(hook))
                 if arrived is not None:
                     hook = partial(self._arrive, capture, arrived, i)
@@ -185,16 +186,23 @@ class Extraction:
         return capture
 
     def _leave(self, capture: _Capture, error: BaseException | None) -> None:
+        if capture not in self._open:
+            if error is None:
+                raise ValueError(
+                    "Captures should be closed in reverse order. Found one that ended with the one around it."
+                )
+            return
+        closed = self._open[self._open.index(capture) :]
         try:
-            self._collect(capture)
+            self._collect(closed[-1])
         except BaseException as other:
             error, capture.reached = other, True
             raise
         finally:
-            for handle in capture.handles:
-                handle.remove()
-            inner = self._open[self._open.index(capture) :]
-            del self._open[-len(inner) :]
+            del self._open[-len(closed) :]
+            for ended in closed:
+                for handle in ended.handles:
+                    handle.remove()
             if self._open:
                 self._install(self._open[-1])
             else:
@@ -202,7 +210,7 @@ class Extraction:
                     p.grad = None
             if error is not None and capture.reached:
                 self.spoil(f"a {capture.side.name} capture ended in {error!r}")
-        if len(inner) > 1:
+        if len(closed) > 1:
             found = f"a {capture.side.name} capture was closed before one within it"
             self.spoil(found)
             raise ValueError(f"Captures should be closed in reverse order. Found that {found}.")
@@ -250,6 +258,13 @@ class Extraction:
         _refuse_sparse(self.names[i], g)
         view.add_(g) if self._wider[i] else view.copy_(g)
 
+    @torch.no_grad()
+    def _widen(self, capture: _Capture, i: int, p: Tensor) -> None:
+        """Adds to the wider accumulator what autograd has put into `p.grad`."""
+        if self._open[-1] is capture and p.grad is not None:
+            capture.side.views[i].add_(p.grad)
+            p.grad = None
+
     def _arrive(self, capture: _Capture, arrived: Callable[[int], None], i: int, p: Tensor) -> None:
         self._settle(capture.side, i)
         p.grad = None if self._wider[i] else capture.side.views[i]
@@ -272,6 +287,9 @@ class Extraction:
                     )
             self._updates = None
         self._check_outside()
+        self._check_parameters()
+
+    def _check_parameters(self) -> None:
         for name, p, before in zip(self.names, self.params, self._described, strict=True):
             if _describe(p) != before:
                 raise ValueError(
@@ -304,13 +322,6 @@ class Extraction:
                     f"Backwards should run within forget() or retain(). Found a gradient in `{name}.grad` "
                     "that is in neither. Set it to None to leave it out."
                 )
-
-
-@torch.no_grad()
-def _add_to(view: Tensor, p: Tensor) -> None:
-    if p.grad is not None:
-        view.add_(p.grad)
-        p.grad = None
 
 
 def _refuse_sparse(name: str, g: Tensor) -> None:

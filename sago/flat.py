@@ -26,7 +26,7 @@ class Flat(NamedTuple):
     buffers: list[Tensor]
 
 
-def flatten(like: Sequence[Tensor], dtypes: Sequence[torch.dtype], capacity: int) -> Flat:
+def flatten(like: Sequence[Tensor], dtypes: Sequence[torch.dtype], capacity: float) -> Flat:
     """Views like `like` of the given dtypes.
 
     Buffers are of one device and dtype each and of `capacity` bytes at most; a tensor that is larger has one
