@@ -16,6 +16,7 @@ lint: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks cpu
+	$(BIN)/python -m benchmarks memory
 	$(BIN)/python -m benchmarks compile
 
 .venv/ready: pyproject.toml setup.py constraints.txt

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
+import torch
+
 from benchmarks.measure import table, write_json
+from benchmarks.released import RULES
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,6 +32,24 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--tensors", type=int, default=1, help="to spread them over (default: 1)")
     command.add_argument("--repeats", type=int, default=10, help="rounds (default: 10)")
     command.add_argument("--accuracy", action="store_true", help="measure the errors of the sums instead")
+    command.add_argument("--json", metavar="FILE")
+
+    command = commands.add_parser("memory", help="peak memory of an unlearning step, and passes it adds")
+    command.set_defaults(run=_memory)
+    command.add_argument("--shape", choices=["small", "llama-3-8b"], default="small", help="default: small")
+    command.add_argument("--hidden", type=int, help="in place of the shape's, as the next two")
+    command.add_argument("--layers", type=int)
+    command.add_argument("--vocabulary", type=int)
+    command.add_argument(
+        "--rule", nargs="+", choices=RULES, default=["sago", "pcgrad_global"], metavar="RULE",
+        help="default: sago pcgrad_global",
+    )  # fmt: skip
+    command.add_argument(
+        "--dtype", nargs="+", choices=["bfloat16", "float32"],
+        help="default: both; bfloat16 for llama-3-8b",
+    )  # fmt: skip
+    command.add_argument("--micro-batches", type=int, default=2, metavar="N", help="default: 2")
+    command.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
     command.add_argument("--json", metavar="FILE")
 
     options = parser.parse_args(arguments)
@@ -63,6 +85,35 @@ def _cpu(options: argparse.Namespace) -> int:
         write_json(options.json, record)
     print(", ".join(f"{key} {value}" for key, value in record.items() if key != "rows"), end="\n\n")
     print(table(record["rows"], columns))
+    return 0
+
+
+def _memory(options: argparse.Namespace) -> int:
+    from benchmarks import memory
+
+    # libkineto, which counts the memory of the CPU, announces the start and stop of every count on stderr.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    named = {name: getattr(options, name) for name in ("hidden", "layers", "vocabulary")}
+    shape = memory.SHAPES[options.shape]._replace(**{k: v for k, v in named.items() if v is not None})
+    dtypes = options.dtype or ["bfloat16", "float32"][: 1 if options.shape == "llama-3-8b" else 2]
+    try:
+        record = memory.run(
+            shape,
+            options.rule,
+            [getattr(torch, dtype) for dtype in dtypes],
+            options.device,
+            options.micro_batches,
+        )
+    except memory.WrongResult as error:
+        print(error, file=sys.stderr)
+        return 1
+    if options.json:
+        write_json(options.json, record)
+    print(", ".join(f"{k} {v}" for k, v in record.items() if k not in ("sizes", "rows")))
+    for dtype, sizes in record["sizes"].items():
+        print(f"{dtype}:", ", ".join(f"{k} {v:.4g}" for k, v in sizes.items()))
+    print()
+    print(table(record["rows"], memory.COLUMNS))
     return 0
 
 

@@ -55,6 +55,9 @@ PAIRS: tuple[Pair, ...] = (
 _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # A coefficient function that runs as torch code ahead of the kernel, which then reads a table.
 _FROM_TABLE = Rule("(torch)", lambda *numbers: (0.0, 1.0, 1.0, 1.0), "element", gated=True)
+# NaN and inf propagate in GradientBuckets. What that adds to a kernel is behind the rule: one without a gate,
+# one with, and one that reads a table stand for all.
+_PROPAGATING = (RULES["sum"], RULES["sago"], _FROM_TABLE)
 
 
 class Launch(NamedTuple):
@@ -97,17 +100,19 @@ def record(arch: str, name: str, *arguments: Any) -> tuple[Any, tuple[Any, ...],
 
 @lru_cache
 def launches(arch: str, quick: bool = False) -> list[Launch]:
-    """Every launch of both kernels on `arch` that differs in its code.
+    """Every launch of both kernels on `arch` that differs in its code; where NaN propagates, of three rules.
 
     Quick: for each pair of dtypes, every rule without statistics and the longest gram on aligned tensors,
     and the longest combine on a mix of aligned and unaligned ones.
     """
+    rules = [(rule, False) for rule in (*RULES.values(), _FROM_TABLE)]
+    rules += [(rule, True) for rule in _PROPAGATING]
     found: dict[Any, Launch] = {}
 
-    def add(kernel: str, rule: Rule | None, sums: int, pair: Pair, aligned: bool, *arguments: Any) -> None:
+    def add(kernel: str, rule: str | None, sums: int, pair: Pair, aligned: bool, *arguments: Any) -> None:
         labels = {
             "kernel": kernel,
-            "rule": rule and rule.name,
+            "rule": rule,
             "sums": sums,
             "dtypes": "/".join(str(TRITON_DTYPES[dtype]) for dtype in pair),
             "alignment": "aligned" if aligned else "mixed",
@@ -123,12 +128,15 @@ def launches(arch: str, quick: bool = False) -> list[Launch]:
         for sums in (3, 6, 9):
             if not quick or (sums == 9 and aligned):
                 add("gram", None, sums, pair, aligned, sums)
-        for rule in (*RULES.values(), _FROM_TABLE):
+        for rule, propagate in rules:
+            name = f"{rule.name} (propagate)" if propagate else rule.name
             elementwise = rule.scope == "element"
             gram = None if elementwise else torch.zeros(1, 6, dtype=torch.float64)
             for sums in (0, 9 if rule.gated else 6) if elementwise else (0,):
-                if not quick or (sums == 0 and aligned) or (rule.name == "sago" and sums and not aligned):
-                    add("combine", rule, sums, pair, aligned, rule, 1.0, 1.0, 0.0, gram, sums)
+                longest = name == "sago (propagate)" and sums > 0 and not aligned
+                if not quick or (sums == 0 and aligned) or longest:
+                    arguments = rule, 1.0, 1.0, 0.0, gram, sums, None, propagate
+                    add("combine", name, sums, pair, aligned, *arguments)
     return list(found.values())
 
 

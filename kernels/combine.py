@@ -102,7 +102,7 @@ def combine(
     values = None
     if formula is None:
         coefficients = coefficients or evaluate(rule, gram, gamma, alpha, eps, batch.device)
-        values = _table(batch, rule, coefficients.values)
+        values, gram = _table(batch, rule, coefficients.values), None
     partials, table, counters = batch.scratch(sums) if sums else (None, None, None)
     with on(batch.device):
         for launch, addresses, aligned in batch.tables:

@@ -51,13 +51,14 @@ class GradientBuckets:
     A window is what lies between two updates: captures of both sides, in any order and number, nested or
     not, each with any number of backwards. A parameter that no backward of a side reaches has no gradient
     there, like None in `sago.synthesize_`; one that neither side reaches has None in `p.grad` afterwards, as
-    in any training. Foreign code that calls `zero_grad(set_to_none=True)` within a capture drops what the side
-    has so far; with `set_to_none=False` it writes to the accumulators, which counts as a gradient of zeros.
+    in any training. Foreign code that calls `zero_grad(set_to_none=True)` within a capture drops what the
+    side has so far; with `set_to_none=False` it writes to the accumulators, which counts as a gradient of
+    zeros.
 
     Args:
         params: A module, `model.parameters()` or `model.named_parameters()`. Frozen parameters among them
             are left alone, one that is given twice counts once. The others are dense leaves in bf16, fp16,
-            fp32 or fp64.
+            fp32 or fp64, with dense gradients: the first capture of a side refuses sparse ones.
         groups: One hashable for each of `params`, as in `sago.synthesize_`. By default every parameter is a
             group, called by its name, or by its position in `params` where there are no names.
         accumulate_dtype: `torch.float32` or `torch.float64`: narrower gradients are accumulated in it, by a

@@ -12,10 +12,11 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from sago import compiled, plan
+from sago import buckets, compiled, plan, reference
 from sago.rules import Rule
 from tests import inputs, oracle, properties
 from tests.backends import INTERPRETED, Backend
+from tests.windows import averaged, bucketed, clipped, mean, with_nan
 
 if not INTERPRETED:
     pytest.skip("mutants are interpreted", allow_module_level=True)
@@ -160,6 +161,90 @@ def gated(run):
         torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
 
 
+def propagated(run):
+    """Whole vectors and the tail; gradients that the rule leaves out."""
+    for rule, stats in (("sago", False), ("sum", True)):
+        for weights in ({}, {"gamma": 0.0}):
+            forget, retain = inputs.specials(FP32, FP32)
+            expected, _ = reference.synthesize(forget, retain, rule, **weights)
+            found, _ = bucketed(run, forget, retain, rule, stats=stats, **weights)
+            properties.assert_equal_bits(found, with_nan(expected, forget, retain))
+
+
+def clipping(run):
+    """Of all groups; of rules with one branch and with two, with products and without."""
+    own = Rule("own", lambda ff, fr, rr, gamma, alpha: (fr / ff, alpha, gamma, 0.5 * ff / rr), "tensor", True)
+    for rule in ("sum", "sago", "pcgrad", own):
+        forget, retain = inputs.IN_RANGE["scale_1"](FP32, FP32)
+        expected, norm = clipped(forget, retain, rule, 0.5, **WEIGHTS)
+        found, report = bucketed(run, forget, retain, rule, max_norm=0.5, **WEIGHTS)
+        assert abs(report.total_norm.item() / norm - 1) < 1e-6
+        for update, right in zip(found, expected, strict=True):
+            torch.testing.assert_close(update.double(), right, rtol=1e-5, atol=1e-6)
+
+
+def clipping_of_little(run):
+    forget, retain = inputs.IN_RANGE["scale_1"](FP32, FP32)
+    expected, _ = reference.synthesize(forget, retain, "sago")
+    for max_norm in (1e3, torch.inf):
+        found, _ = bucketed(run, forget, retain, "sago", max_norm=max_norm)
+        properties.assert_equal_bits(found, expected)
+
+
+def clipping_of_inf(run):
+    """A norm out of range, an inf that the rule leaves out, coefficients known to be 0."""
+    both = [torch.tensor([-1.0, 2.0])], [torch.tensor([3.0, 4.0])]
+    large = [torch.full((9,), 1e30)]
+    for forget, retain, rule, weights in (
+        (large, large, "sum", {}),
+        ([both[0][0] * torch.tensor([torch.inf, 1.0])], both[1], "sago", {}),
+        (both[0], [both[1][0] * torch.tensor([1e30, 1.0])], "sago", {"gamma": 0.0}),
+    ):
+        (update,), _ = bucketed(run, forget, retain, rule, max_norm=1.0, **weights)
+        assert update.isnan().all()
+
+
+def zero_update(run):
+    options = {"nonfinite": "zero_update", "stats": False}
+    clean = inputs.IN_RANGE["scale_1"](FP32, FP32)
+    expected, _ = reference.synthesize(*clean, "sago")
+    properties.assert_equal_bits(bucketed(run, *clean, "sago", **options)[0], expected)
+    for side, bad in ((0, torch.nan), (1, torch.inf)):
+        both = inputs.IN_RANGE["scale_1"](FP32, FP32)
+        both[side][1][-1] = bad
+        for update in bucketed(run, *both, "sago", **options)[0]:
+            assert not update.any()
+    large = [torch.full((9,), 1e30)]
+    for more in ({"gamma": torch.inf}, {"max_norm": 1.0}):
+        (update,), _ = bucketed(run, large, large, "sum", **options, **more)
+        assert not update.any()
+
+
+def means(run):
+    """Of 3 and of 5 captures: factors that are neither 1 nor equal nor their own squares."""
+
+    def normalized(ff, fr, rr, gamma, alpha):
+        return gamma / ff.sqrt(), alpha / rr.sqrt()
+
+    forget, retain = inputs.IN_RANGE["scale_1"](FP64, FP64)
+    exact = mean(forget, 3), mean(retain, 5)
+    for rule in ("sago", "sum", "pcgrad", Rule("own", normalized, "tensor")):
+        found, _ = averaged(run, forget, retain, rule, (3, 5), **WEIGHTS)
+        expected, _ = reference.synthesize(*exact, rule, **WEIGHTS)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    for rule in ("sago", "sum"):
+        _, found = averaged(run, forget, retain, rule, (3, 5), **WEIGHTS)
+        properties.assert_report(found, *exact, rule, **WEIGHTS)
+
+
+def counts_of_means(run):
+    forget, retain = ([t.float()] for t in inputs.pair(20))
+    forget[0][:3], retain[0][1:6] = torch.nan, torch.inf
+    _, found = averaged(run, forget, retain, "sago", (3, 5))
+    assert found.nonfinite_forget.tolist() == [3]
+    assert found.nonfinite_retain.tolist() == [5]
+
+
 CHECKS = [
     *(
         specials,
@@ -176,6 +261,7 @@ CHECKS = [
         products_of_bf16,
     ),
     *(products_over_chunks, range_, groups, report, counts, addresses, company, switched_off, gated),
+    *(propagated, clipping, clipping_of_little, clipping_of_inf, zero_update, means, counts_of_means),
 ]
 
 
@@ -195,6 +281,9 @@ class Mutant(NamedTuple):
 
 SIGNS = "((f > 0) & (r < 0)) | ((f < 0) & (r > 0))"
 ROW, SLOT = "row = tl.load(shape + 3)", "slot = tl.program_id(0) - tl.load(shape + 1) + tl.load(shape + 2)"
+NO_TAIL = "at < size, f, r, a_c, b_c, a, b, OUT, GATED, False", propagated
+NO_BODY = "at < body, f, r, a_c, b_c, a, b, OUT, GATED, False", propagated
+FACTOR = "values * torch.where(norm.isfinite(), clip, torch.nan)"
 KERNELS = {
     (stream, "in_conflict"): {
         "product instead of signs": (SIGNS, "f * r < 0", subnormals),
@@ -211,6 +300,10 @@ KERNELS = {
             "u = upcast(downcast(a * f, OUT), a.dtype) + b * r",
             rounding,
         ),
+        "only forget propagates": ("is_finite(f) & is_finite(r)", "is_finite(f)", propagated),
+        "only retain propagates": ("is_finite(f) & is_finite(r)", "is_finite(r)", propagated),
+        "inf does not propagate": ("is_finite(f) & is_finite(r)", "(f == f) & (r == r)", propagated),
+        "propagates what the rule takes": ("is_finite(f) & is_finite(r)", "is_finite(u)", propagated),
     },
     (combine, "_combine_kernel"): {
         "swapped weights": ("        a, b = FORMULA", "        b, a = FORMULA", missing),
@@ -223,6 +316,13 @@ KERNELS = {
         "eps added to fr": ("gram_stride + 1)", "gram_stride + 1) + _weight(eps)", products),
         "eps left out of rr": ("+ 2) + _weight(eps)", "+ 2)", products),
         "eps left out of ff": ("row * gram_stride) + _weight(eps)", "row * gram_stride)", products),
+        "given a for a_c": ("coefficients + row * 4)", "coefficients + row * 4 + 2)", clipping),
+        "given b_c for b": ("coefficients + row * 4 + 3)", "coefficients + row * 4 + 1)", clipping),
+        "given to the first group": (
+            "b = tl.load(coefficients + row * 4",
+            "b = tl.load(coefficients",
+            clipping,
+        ),
     },
     (stream, "weighted"): {
         "retain without its weight": ("y = b * r", "y = r", specials),
@@ -241,6 +341,8 @@ KERNELS = {
         "unwritten tail": ("store(out + at, at < size,", "store(out + at, at < body,", tails),
         "one element too many": ("out + at, at < size,", "out + at, at < size + 1,", tails),
         "body past its end": ("out + at, at < body,", "out + at, at < size + 16,", tails),
+        "tail does not propagate": ("at < size, f, r, a_c, b_c, a, b, OUT, GATED, PROPAGATE", *NO_TAIL),
+        "body does not propagate": ("at < body, f, r, a_c, b_c, a, b, OUT, GATED, PROPAGATE", *NO_BODY),
     },
     (stream, "locate"): {
         "offsets that wrap": ("start = index * CHUNK", "start = index * CHUNK & 0x7FFF", chunks),
@@ -289,6 +391,7 @@ ON_THE_CPU = {
     },
     (compiled, "_gated_combine"): {
         "swapped branches": ("where(_conflict(f, r)", "where(~_conflict(f, r)", tails),
+        "nothing propagates": ("if propagate else u", "if False else u", propagated),
     },
     (compiled, "_combine"): {
         "swapped gradients": (
@@ -296,6 +399,16 @@ ON_THE_CPU = {
             "_weighted(b, f, a, r, terms)",
             missing,
         ),
+        "nothing propagates": ("if propagate else u", "if False else u", propagated),
+    },
+    (compiled, "_propagated"): {
+        "only forget propagates": ("(f - f) + (r - r) == 0", "f - f == 0", propagated),
+        "only retain propagates": ("(f - f) + (r - r) == 0", "r - r == 0", propagated),
+        "inf does not propagate": ("(f - f) + (r - r) == 0", "(f == f) & (r == r)", propagated),
+        "propagates what the rule takes": ("(f - f) + (r - r) == 0", "u - u == 0", propagated),
+    },
+    (plan, "_limited"): {
+        "zeros hide the norm": ('"zero" if call.max_norm is None else None', '"zero"', clipping_of_inf),
     },
     (compiled, "_weighted"): {
         "0 * NaN of retain": ('y = zero if terms[1] == "zero" else b * r', "y = b * r", weights_of_zero),
@@ -329,6 +442,52 @@ ON_BOTH = {
     },
     (plan, "_products_of_update"): {
         "update of the wrong branch": ("_products(a_c, b_c, table", "_products(a, b, table", report),
+        "norm without the conflicting part": ("table.shape[1] == 9:", "False:", clipping),
+        "norm without what is left out": ('nonfinite == "propagate"', "False", clipping_of_inf),
+    },
+    (plan, "_limited"): {
+        "one coefficient clipped": (
+            f"values = {FACTOR}",
+            f"values = torch.cat([values[:, :-1], ({FACTOR})[:, -1:]], dim=1)",
+            clipping,
+        ),
+        "one branch clipped": (
+            f"values = {FACTOR}",
+            f"values = torch.cat([values[:, :-2], ({FACTOR})[:, -2:]], dim=1)",
+            clipping,
+        ),
+        "norm of the first group": ("[0].sum().sqrt()", "[0][0].sqrt()", clipping),
+        "norm squared": ("sum().sqrt()", "sum()", clipping),
+        "grown to max_norm": (".clamp(max=1.0)", "", clipping_of_little),
+        "a norm of inf clips to 0": (
+            "torch.where(norm.isfinite(), clip, torch.nan)",
+            "clip",
+            clipping_of_inf,
+        ),
+        "forget alone makes zero": ("table[:, 4:6]", "table[:, 4:5]", zero_update),
+        "retain alone makes zero": ("table[:, 4:6]", "table[:, 5:6]", zero_update),
+        "conflicts make zero": ("table[:, 4:6]", "table[:, 3:6]", zero_update),
+        "one group makes zero": ("table[:, 4:6].sum()", "table[:1, 4:6].sum()", zero_update),
+        "infinite coefficients pass": ("torch.where(finite & (", "torch.where((", zero_update),
+        "an infinite norm passes": ("finite = finite & norm.isfinite()", "pass", zero_update),
+        "scales swapped": ("forget, retain = call.scales", "retain, forget = call.scales", means),
+        "scales left out": ("values[:, 1::2] * retain", "values[:, 1::2]", means),
+        "scales of one branch": (
+            "values[:, 0::2] * forget",
+            "torch.cat([values[:, :1], values[:, 2::2] * forget], dim=1)",
+            means,
+        ),
+    },
+    (plan, "Plan._reduced"): {
+        "scales swapped": ("f, r = call.scales", "r, f = call.scales", means),
+        "scales not squared": ("[f * f, f * r, r * r, 1.0", "[f, f * r, r, 1.0", means),
+        "fr scaled once": ("[f * f, f * r,", "[f * f, f,", means),
+        "conflicting part not scaled": ("1.0, 1.0, 1.0, f * f, f * r, r * r]", "*[1.0] * 6]", means),
+        "counts scaled": ("1.0, 1.0, 1.0,", "1.0, f * f, r * r,", counts_of_means),
+    },
+    (buckets, "GradientBuckets._scales"): {
+        "captures of forget for both": ("1 / retain_captures", "1 / self._forget.captures", means),
+        "the sum for the mean": ("if self._mean", "if False", means),
     },
     (plan, "_columns"): {
         "counts of conflicts for inf": ("table[:, 3:6]", "table[:, 3:4].expand(-1, 3)", counts),

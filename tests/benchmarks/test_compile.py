@@ -78,7 +78,10 @@ def test_every_kernel_and_rule_is_there(quick, arch):
         ("combine", "pcgrad, pcgrad_global", 0, "aligned"),
         ("combine", "blur", 0, "aligned"),
         ("combine", "(torch)", 0, "aligned"),
-        ("combine", "sago", 9, "mixed"),
+        ("combine", "sum (propagate)", 0, "aligned"),
+        ("combine", "sago (propagate)", 0, "aligned"),
+        ("combine", "(torch) (propagate)", 0, "aligned"),
+        ("combine", "sago (propagate)", 9, "mixed"),
     }
 
 

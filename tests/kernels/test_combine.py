@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import sago.reference
-from sago.rules import RULES, Rule
+from sago.rules import RULES, Coefficients, Rule
 from tests import inputs, properties
 from tests.backends import DTYPES, on_device, poisoned
 
@@ -19,7 +19,19 @@ def torch_rule(rule):
 
 
 def combine(
-    device, forget, retain, rule, gram=None, sums=0, rows=None, gamma=0.75, alpha=1.5, eps=0.0, dtype=None
+    device,
+    forget,
+    retain,
+    rule,
+    gram=None,
+    sums=0,
+    rows=None,
+    gamma=0.75,
+    alpha=1.5,
+    eps=0.0,
+    dtype=None,
+    given=None,
+    propagate=False,
 ):
     sides = [[None if t is None else on_device(t, device) for t in side] for side in (forget, retain)]
     out = [poisoned(f if r is None else r, dtype) for f, r in zip(*sides, strict=True)]
@@ -27,7 +39,10 @@ def combine(
     made = kernels.Batch(torch.device(device), *sides, out, rows, max(rows) + 1)
     if gram is not None:
         gram = gram.to(device)
-    table = kernels.combine(made, rule, gamma, alpha, eps, gram, sums)
+    if given is not None:
+        values = torch.tensor(given, dtype=FP64, device=device)
+        given = Coefficients(values, ("any",) * values.shape[1])
+    table = kernels.combine(made, rule, gamma, alpha, eps, gram, sums, given, propagate)
     return [t.cpu() for t in out], table
 
 
@@ -126,3 +141,77 @@ def test_weights_on_the_device(device):
     for g, a in ((gamma, alpha), (gamma, 0.3), (0.1, alpha)):
         found, _ = combine(device, forget, retain, RULES["sum"], gamma=g, alpha=a)
         properties.assert_equal_bits(found, expected)
+
+
+def with_nan(expected, forget, retain):
+    """NaN wherever either gradient is NaN or inf."""
+    for i, pair in enumerate(zip(forget, retain, strict=True)):
+        for t in pair:
+            if t is not None:
+                expected[i] = expected[i].where(t.isfinite(), torch.nan)
+    return expected
+
+
+@pytest.mark.parametrize("name", ["sum", "sago"])
+@pytest.mark.parametrize("by_table", [False, True], ids=["formula", "table"])
+def test_nan_and_inf_propagate(device, name, by_table):
+    """Of both gradients, in whole vectors and in the tail, also where the coefficient is 0 or one is None."""
+    rule = torch_rule(RULES[name]) if by_table else RULES[name]
+    for dtypes in ((BF16, BF16), (FP32, FP16), (FP64, FP64)):
+        (f,), (r,) = inputs.specials(*dtypes)
+        forget, retain = [f, f[1:], None, f[:15]], [r, r[1:], r, None]
+        for gamma, alpha in ((0.75, 1.5), (0.0, 1.0)):
+            numbers = sago.reference.RULES[name][0](0, 0, 0, gamma, alpha)
+            # What takes the place of None has its dtype.
+            sides = [f, f[1:], torch.zeros_like(r), f[:15]], [r, r[1:], r, torch.zeros_like(f[:15])]
+            expected = with_nan(reference(*sides, [numbers] * 4), forget, retain)
+            given = {"gamma": gamma, "alpha": alpha, "propagate": True}
+            found, _ = combine(device, forget, retain, rule, **given)
+            properties.assert_equal_bits(found, expected)
+            found, table = combine(device, forget, retain, rule, sums=9, **given)
+            properties.assert_equal_bits(found, expected)
+            assert table[0, 4:6].tolist() == [(~t.isfinite()).sum() for t in (f, r)]
+
+
+def test_what_overflows_on_the_way_is_not_made_nan(device):
+    """Only the gradients are looked at: fp16 may overflow at the store, an fp32 product before it."""
+    f = torch.tensor([60000.0, -60000.0] * 10, dtype=FP16)
+    for propagate in (False, True):
+        found, _ = combine(device, [f], [f], RULES["sum"], propagate=propagate)
+        assert torch.equal(found[0], f * torch.inf)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_given_coefficients_take_the_place_of_the_rule(device, gated):
+    """A row of them for each row, exact zeros and NaN among them; neither weights nor products matter."""
+    rule = Rule("never asked", lambda *_: (7.0,) * (4 if gated else 2), "tensor", gated)
+    both = [[0.5, -2.0, 1 / 3, 3.0], [0.0, 1.5, 0.75, 0.0], [0.0, 0.0, torch.nan, 1.0], [0.0, -1.0, 0.0, 1.0]]
+    numbers = [row if gated else row[2:] * 2 for row in both]
+    given = numbers if gated else [row[2:] for row in numbers]
+    forget, retain = inputs.tails(FP32, FP32)
+    rows = [(3 * i) % 4 for i in range(len(forget))]
+    gram = torch.full((4, 3), torch.nan, dtype=FP64)
+    expected = reference(forget, retain, [numbers[row] for row in rows])
+    for unused in (None, gram):
+        found, _ = combine(device, forget, retain, rule, unused, rows=rows, given=given)
+        properties.assert_equal_bits(found, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_given_coefficients_in_one_row_for_all(device, dtype):
+    """Rounded once, to the dtype of the arithmetic; with and without sums and NaN."""
+    forget, retain = inputs.FAMILIES["specials"](dtype, dtype)
+    forget, retain = [*forget, forget[0][2:]], [*retain, retain[0][2:]]
+    numbers = (0.0, 1 / 7, 1 / 3, 0.0)
+    expected = reference(forget, retain, [numbers] * 2)
+    found, _ = combine(device, forget, retain, RULES["sago"], given=[numbers])
+    properties.assert_equal_bits(found, expected)
+    found, table = combine(device, forget, retain, RULES["sago"], given=[numbers], sums=9, propagate=True)
+    properties.assert_equal_bits(found, with_nan(expected, forget, retain))
+    made = kernels.Batch(
+        torch.device(device),
+        *([on_device(t, device) for t in x] for x in (forget, retain, retain)),
+        [0, 1],
+        2,
+    )
+    properties.assert_equal_bits([table], [kernels.gram(made, 9)])

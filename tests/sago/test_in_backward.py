@@ -1,0 +1,284 @@
+"""`synthesize_in_backward`: the bits of `synthesize_`, earlier, or a refusal."""
+
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import sago
+from tests import inputs, properties
+from tests.backends import ELEMENTWISE
+from tests.windows import (
+    ALONE,
+    ANY,
+    BF16,
+    DROPPED,
+    FP16,
+    FP32,
+    FP64,
+    GATED,
+    NAN,
+    NORMALIZED,
+    WEIGHTS,
+    assert_equal_results,
+    backward,
+    bucketed,
+    fresh,
+    grads,
+    losses,
+    model_of,
+    normalized,
+    parts,
+    rule_name,
+    small,
+    thin,
+    window,
+)
+
+
+@pytest.mark.parametrize("rule", [*ELEMENTWISE, "pcgrad", GATED, DROPPED], ids=rule_name)
+def test_updates_written_in_backward_are_those_written_after_it(backend, rule):
+    """And so are the reports; over one buffer and over one a tensor, over missing and empty gradients."""
+    cases = (
+        (BF16, "missing", {}, True),
+        (FP16, "empty", ALONE, True),
+        (FP32, "specials", {}, False),
+        (FP64, "transposed", ALONE, False),
+    )
+    for dtype, family, made, stats in thin(backend, cases, rule):
+        args, options = (backend, *small(dtype, family), rule, made), {"stats": stats, **WEIGHTS}
+        assert_equal_results(bucketed(*args, True, **options), bucketed(*args, False, **options))
+
+
+@pytest.mark.parametrize("rule", ["sago", "pcgrad"])
+def test_updates_written_in_backward_of_buckets_of_all_kinds(backend, rule):
+    cases = (
+        ({"accumulate_dtype": FP32}, (BF16, FP16, BF16, FP16)),
+        ({"accumulate_dtype": FP64, **ALONE}, (BF16, FP16, FP32, FP64)),
+        ({"groups": ["a", 1, "a", 1]}, (FP32,) * 4),
+        ({"groups": ["a", 1, "a", 1]}, (BF16, FP16, BF16, FP16)),
+        ({"bucket_cap_mb": 300 / 2**20}, (FP32,) * 4),
+    )
+    for made, dtypes in thin(backend, cases, rule):
+        forget = [inputs.normal(20 + i, i).to(d) for i, d in enumerate(dtypes)]
+        retain = [inputs.normal(20 + i, 9 + i).to(d) for i, d in enumerate(dtypes)]
+        args = backend, forget, retain, rule, made
+        assert_equal_results(bucketed(*args, True, **WEIGHTS), bucketed(*args, False, **WEIGHTS))
+
+
+@pytest.mark.parametrize("accumulation", ["sum", "mean"])
+def test_the_last_retain_capture_may_follow_others(fast_backend, accumulation):
+    forget, retain = small()
+    for rule in ("sago", NORMALIZED):
+        found = []
+        for in_backward in (True, False):
+            params, buckets = fresh(fast_backend, forget, retain, accumulation=accumulation)
+            first, last = parts(retain, 2)
+            window(buckets, params, forget, [first[0], None])  # the other arrives in the last capture alone
+            if in_backward:
+                report = window(buckets, params, forget, last, {"rule": rule, **WEIGHTS})
+            else:
+                window(buckets, params, forget, last)
+                report = buckets.synthesize_(rule, **WEIGHTS)
+            found.append((grads(params), report))
+        assert_equal_results(*found)
+
+
+def test_parameters_that_the_backward_does_not_reach_or_that_are_frozen():
+    """They are synthesized when the block ends: forget alone, retain of an earlier capture alone, neither."""
+    f, r = (t.float() for t in inputs.pair(12))
+    for made in ({}, ALONE):
+        params, buckets = fresh(ANY, [f] * 5, [r] * 5, **made)
+        window(buckets, params, [f, f, None, f, None], [None, None, r, None, None])
+        params[3].requires_grad_(False)
+        with buckets.synthesize_in_backward("sum") as step:
+            backward(params, [r, None, None, None, None])
+        expected, _ = sago.reference.synthesize([f, f, None, f, None], [r, None, r, None, None], "sum")
+        properties.assert_equal_bits(grads(params), expected)
+        assert step.report.numel.tolist() == [12, 12, 12, 12, 0]
+
+
+class Look(torch.autograd.Function):
+    """The identity; its backward calls a function."""
+
+    @staticmethod
+    def forward(ctx, x, look):
+        ctx.look = look
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.look()
+        return gradient, None
+
+
+@pytest.mark.parametrize("accumulate_dtype", [None, FP64], ids=str)
+def test_late_layers_are_updated_before_the_backward_reaches_the_early_ones(backend, accumulate_dtype):
+    model = model_of(FP32, backend.device)
+    buckets = sago.GradientBuckets(model, accumulate_dtype=accumulate_dtype, backend=backend.name, **ALONE)
+    first, activation, last = model
+    updates, seen = [], []
+
+    def backwards(retain_capture):
+        with buckets.forget():
+            losses(model)[0].backward()
+        with retain_capture("pcgrad"):
+            hidden = activation(first(inputs.normal(20, 5).view(4, 5).to(first.weight)))
+            hidden = Look.apply(hidden, lambda: seen.append([t.clone() for t in updates]))
+            (last(hidden) ** 2).mean().backward()
+
+    backwards(lambda _: buckets.retain())
+    buckets.synthesize_("pcgrad")
+    expected = grads(model.parameters())
+    # Where the updates will lie: the same memory in every window.
+    updates += [p.grad for p in model.parameters()]
+    buckets.zero_()
+    for u in updates if accumulate_dtype else ():  # they are no accumulators then, which zero_ clears
+        u.fill_(NAN)
+    backwards(buckets.synthesize_in_backward)
+    properties.assert_equal_bits(grads(model.parameters()), expected)
+    properties.assert_equal_bits(seen[-1][2:], expected[2:])
+    assert not any(torch.equal(u.cpu(), right) for u, right in zip(seen[-1], expected[:2], strict=False))
+
+
+def ranks(count):
+    patches = {"is_initialized": lambda: True, "get_world_size": lambda *_: count}
+    return mock.patch.multiple("torch.distributed", **patches)
+
+
+@pytest.mark.parametrize(
+    ("options", "made", "says"),
+    [
+        ({"rule": "blur"}, {}, "`blur` needs inner products over all gradients"),
+        (
+            {"rule": sago.Rule("mine", normalized, "global")},
+            {"groups": [1, 2]},
+            "`mine` needs inner products",
+        ),
+        (
+            {"rule": "pcgrad"},
+            {"groups": ["x", "x"], **ALONE},
+            "Group 'x' should lie in one buffer.*bucket_cap_mb",
+        ),
+        ({}, {}, "one rank, because DDP reduces.*Found 2 ranks"),
+        ({"rule": "nothing"}, {}, "`rule`"),
+        ({"gamma": torch.ones(2)}, {}, "`gamma`"),
+        ({"eps": -1.0}, {}, "`eps`"),
+    ],
+    ids=["global", "global and groups", "groups", "ranks", "rule", "weight", "eps"],
+)
+def test_what_would_not_be_exact_in_backward_is_refused_on_entry(options, made, says):
+    """With the reason; the window goes on as if nothing had been asked."""
+    params, buckets = fresh(ANY, *small(), **made)
+    with pytest.raises(ValueError, match="forget gradient should be"), buckets.synthesize_in_backward():
+        pytest.fail("the block was entered")
+    with buckets.forget():
+        backward(params, small()[0])
+    with ranks(1 if options else 2), pytest.raises(ValueError, match=says):  # noqa: SIM117
+        with buckets.synthesize_in_backward(**options):
+            pytest.fail("the block was entered")
+    assert grads(params) == [None, None]
+    with ranks(1), buckets.synthesize_in_backward("sago"):  # groups over buffers are no matter to it
+        backward(params, small()[1])
+    properties.assert_equal_bits(grads(params), bucketed(ANY, *small(), "sago")[0])
+
+
+def assert_lost(buckets, params):
+    """`p.grad` is as it is outside of a capture; nothing but zero_ helps, and that does."""
+    assert grads(params) == [None] * len(params)
+    for method in (buckets.synthesize_, lambda: buckets.forget().__enter__()):
+        with pytest.raises(ValueError, match=r"gradients of this window should be whole.*zero_"):
+            method()
+    buckets.zero_()
+    ones = [torch.ones(p.shape, dtype=p.dtype) for p in params]
+    window(buckets, params, ones, [3 * t for t in ones])
+    buckets.synthesize_("sum")
+    assert all((p.grad == 4.0).all() for p in params)
+    buckets.zero_()
+
+
+@pytest.mark.parametrize("made", [{}, ALONE], ids=["one buffer", "one a tensor"])
+def test_a_second_backward_is_refused(made):
+    forget, retain = small()
+    params, buckets = fresh(ANY, forget, retain, **made)
+    with buckets.forget():
+        backward(params, forget)
+
+    def twice():
+        with buckets.synthesize_in_backward("sago"):
+            backward(params, retain)
+            backward(params, retain)
+
+    with pytest.raises(ValueError, match=r"arrive once.*`params\[[01]\]` after its update was written"):
+        twice()
+    assert_lost(buckets, params)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_gradient_that_arrives_twice_because_of_a_checkpoint(reentrant):
+    """Reentrant: a backward in the backward brings part of a shared parameter's gradient of its own."""
+    weight, x = (inputs.normal(9, i).view(3, 3).requires_grad_() for i in (1, 2))
+    buckets = sago.GradientBuckets([weight])
+
+    def layer(h):
+        return torch.tanh(h @ weight)
+
+    def backwards(retain_capture):
+        for capture, sign in ((lambda _: buckets.forget(), -1.0), (retain_capture, 0.5)):
+            with capture("sum"):
+                (sign * layer(checkpoint(layer, x, use_reentrant=reentrant)) ** 3).sum().backward()
+
+    backwards(lambda _: buckets.retain())
+    buckets.synthesize_("sum")
+    expected = grads([weight])
+    buckets.zero_()
+    if reentrant:
+        with pytest.raises(ValueError, match=r"arrive once.*reentrant checkpointing"):
+            backwards(buckets.synthesize_in_backward)
+        assert_lost(buckets, [weight])
+    else:
+        backwards(buckets.synthesize_in_backward)
+        properties.assert_equal_bits(grads([weight]), expected)
+
+
+def test_an_exception_before_the_backward_loses_nothing():
+    """Be it because there is none, or because of a capture within."""
+    forget, retain = small()
+    params, buckets = fresh(ANY, forget, retain)
+    with buckets.forget():
+        backward(params, forget)
+    with pytest.raises(KeyError), buckets.synthesize_in_backward("sago"):
+        raise KeyError
+    with pytest.raises(ValueError, match="should have a backward"), buckets.synthesize_in_backward("sago"):
+        pass
+    for capture in (buckets.forget, buckets.retain):
+        with pytest.raises(ValueError, match="no capture within"), buckets.synthesize_in_backward("sago"):
+            capture().__enter__()
+    assert grads(params) == [None, None]
+    with buckets.synthesize_in_backward("sago"):
+        backward(params, retain)
+    properties.assert_equal_bits(grads(params), bucketed(ANY, forget, retain, "sago")[0])
+
+
+@pytest.mark.parametrize("made", [{}, ALONE, {"accumulate_dtype": FP64}], ids=str)
+def test_an_exception_in_or_after_the_backward_loses_the_window(made):
+    model = model_of(FP32, "cpu")
+    buckets = sago.GradientBuckets(model, **made)
+    first, activation, last = model
+
+    def fail():
+        raise KeyError("within")
+
+    def backwards(late):
+        with buckets.forget():
+            losses(model)[0].backward()
+        with buckets.synthesize_in_backward("sago"):
+            hidden = activation(first(torch.ones(1, 5)))
+            last(hidden if late else Look.apply(hidden, fail)).sum().backward()
+            fail()
+
+    for late in (False, True):
+        with pytest.raises(KeyError, match="within"):
+            backwards(late)
+        assert_lost(buckets, list(model.parameters()))
