@@ -58,9 +58,9 @@ def before(
         forget_loss = forget_distance(model, control, forget_batch)
         retain_loss = alpha * retain_distance(model, frozen, retain_batch)
         loss = forget_loss + retain_loss
-        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        optimizer.zero_grad()
 
 
 def after(
@@ -79,13 +79,13 @@ def after(
     for forget_batch, retain_batch in batches:
         forget_loss = forget_distance(model, control, forget_batch)
         retain_loss = alpha * retain_distance(model, frozen, retain_batch)
-        optimizer.zero_grad()
         with buckets.forget():
             forget_loss.backward()
         with buckets.retain():
             retain_loss.backward()
         buckets.synthesize_(rule)
         optimizer.step()
+        buckets.zero_()
 
 
 def trained(model: LlamaForCausalLM) -> list[Tensor]:

@@ -208,7 +208,7 @@ def vector(signature: Signature) -> int:
 def _upload(values: Sequence[object], dtype: torch.dtype, device: torch.device) -> Uploaded:
     # Pinned, because a pageable copy synchronises and is an error while a CUDA graph is captured.
     pinned = device.type == "cuda"
-    source = torch.tensor(values, dtype=dtype, pin_memory=pinned)
+    source = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=pinned)
     return Uploaded(source.to(device, non_blocking=pinned), source)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
@@ -24,7 +24,8 @@ from sago.arguments import (
 )
 from sago.extraction import Extraction, Side
 from sago.flat import flatten
-from sago.plan import Plan, Sums, report
+from sago.in_backward import InBackward, check_exact
+from sago.plan import Plan
 from sago.report import SynthesisReport
 from sago.rules import Rule, resolve
 
@@ -51,9 +52,11 @@ class GradientBuckets:
     A window is what lies between two updates: captures of both sides, in any order and number, nested or
     not, each with any number of backwards. A parameter that no backward of a side reaches has no gradient
     there, like None in `sago.synthesize_`; one that neither side reaches has None in `p.grad` afterwards, as
-    in any training. Foreign code that calls `zero_grad(set_to_none=True)` within a capture drops what the
-    side has so far; with `set_to_none=False` it writes to the accumulators, which counts as a gradient of
-    zeros.
+    in any training.
+
+    Within a capture, what foreign code writes to `p.grad` counts as a gradient, zeros too. Only
+    `zero_grad(set_to_none=True)` is told apart: it drops what the side has so far (not with
+    `accumulate_dtype`, where `p.grad` is never the accumulator).
 
     Args:
         params: A module, `model.parameters()` or `model.named_parameters()`. Frozen parameters among them
@@ -72,6 +75,9 @@ class GradientBuckets:
     A parameter that is frozen later has no gradient from then on. One that is unfrozen, moved, cast or
     resized, and, if a module is given, one that is added to it, is an error in the next window: make new
     buckets then.
+
+    Attributes:
+        nbytes: Of all buffers.
 
     Raises:
         ValueError, TypeError: For parameters that cannot be right; in methods, for calls that cannot be.
@@ -134,7 +140,10 @@ class GradientBuckets:
         self._in_place = not apart
         buffers = [*self._forget.buffers, *self._retain.buffers, *updates.buffers]
         self.nbytes: int = sum(buffer.nbytes for buffer in buffers)
-        self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
+        everything: list[int | None] = [None, *range(len(self._retain.buffers))]
+        owner = self._retain.owner
+        self._members = {b: [i for i, o in enumerate(owner) if b is None or o == b] for b in everything}
+        self._plans: dict[int | None, OrderedDict[Hashable, Plan]] = {b: OrderedDict() for b in everything}
 
     def forget(self) -> AbstractContextManager[None]:
         """Backwards within `with buckets.forget():` accumulate the forget gradient, as minimised."""
@@ -146,12 +155,12 @@ class GradientBuckets:
 
     @property
     def forget_grads(self) -> list[Tensor | None]:
-        """The sums over the window so far, one a parameter; None where no backward came."""
+        """The sums over the window's closed captures, one a parameter; None where no backward came."""
         return _touched(self._forget)
 
     @property
     def retain_grads(self) -> list[Tensor | None]:
-        """The sums over the window so far, one a parameter; None where no backward came."""
+        """The sums over the window's closed captures, one a parameter; None where no backward came."""
         return _touched(self._retain)
 
     def synthesize_(
@@ -175,7 +184,8 @@ class GradientBuckets:
             max_norm: Clips as `torch.nn.utils.clip_grad_norm_(params, max_norm)` would afterwards, except
                 that a norm that is not finite makes the whole update NaN. `report.total_norm` is the norm
                 before it was clipped. It follows from the inner products, so nothing is read or written
-                twice for it; an elementwise rule then reads its gradients once more, for the products.
+                twice for it; an elementwise rule then reads its gradients once more, for the products. Where
+                the gradients all but cancel, the norm has the error of the sums, about 3e-4 of their norms.
             nonfinite: "propagate": an element of the update is NaN where that of either gradient is NaN or
                 inf, even if the rule would have left it out, so that `torch.amp.GradScaler` finds it.
                 "zero_update": the update is 0 everywhere if any element of a gradient is NaN or inf, or a
@@ -202,7 +212,14 @@ class GradientBuckets:
             _policy(nonfinite),
             self._scales(self._retain.captures),
         )
-        found = self._plan(call).synthesize(call)
+        plan = self._plan(call)
+        self._check_unscaled(call)
+        try:
+            found = plan.synthesize(call)
+        except BaseException as error:
+            if plan.writing:
+                self._extraction.spoil(f"a synthesis ended in {error!r}")
+            raise
         self._finish()
         return found
 
@@ -228,9 +245,9 @@ class GradientBuckets:
 
         Raises:
             ValueError: Where it would not be exact: for rules of global scope and groups that lie in several
-                buffers; where gradients may change after the hook, because torch.distributed has several
-                ranks (DDP reduces them later); if a gradient arrives a second time, because of a second
-                backward or of reentrant checkpointing: the window is lost then.
+                buffers; with parameters on several devices; where torch.distributed has several ranks,
+                because DDP reduces gradients after the hook; if a gradient arrives a second time, because of
+                a second backward or of reentrant checkpointing: the window is lost then.
         """
         extraction, retain = self._extraction, self._retain
         extraction.check_ready(self._forget)
@@ -246,41 +263,18 @@ class GradientBuckets:
             scales=self._scales(retain.captures + 1),
         )
         rows, keys = self._rows(call.rule)
-        waiting = self._check_in_backward(call.rule, rows)
-        taken: list[tuple[Sums | None, Sequence[int]]] = []
-
-        def run(bucket: int) -> None:
-            del waiting[bucket]
-            plan = self._plan(call, bucket)
-            taken.append((plan.update(call), plan.numel))
-
-        def arrived(i: int) -> None:
-            bucket = retain.owner[i]
-            if bucket not in waiting:
-                raise ValueError(
-                    f"Each gradient should arrive once in synthesize_in_backward. Found that of "
-                    f"`{extraction.names[i]}` after its update was written: use retain() and synthesize_ for "
-                    "several backwards and for reentrant checkpointing."
-                )
-            waiting[bucket].discard(i)
-            if not waiting[bucket]:
-                run(bucket)
-
-        step = InBackward()
-        with extraction.capture(retain, arrived):
+        check_exact(call, rows, keys, retain.owner, list(self._backends))
+        expected = [p.requires_grad for p in self._params]
+        step = InBackward(
+            call, keys, extraction.names, retain.owner, expected, lambda bucket: self._plan(call, bucket)
+        )
+        with extraction.capture(retain, step.arrived):
             yield step
         try:
-            for bucket in list(waiting):  # with parameters that the backward did not reach
-                run(bucket)
+            step.finish()
         except BaseException as error:
             extraction.spoil(f"a synthesis ended in {error!r}")
             raise
-        numel = [sum(row) for row in zip(*(numel for _, numel in taken), strict=True)]
-        tables = [sums.table for sums, _ in taken if sums is not None]
-        total = None
-        if tables:
-            total = Sums(torch.stack([t.to(tables[0].device) for t in tables]).sum(0), numel)
-        step.report = report(call, keys, numel, total)
         self._finish()
 
     def unscale_(self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
@@ -288,29 +282,39 @@ class GradientBuckets:
 
         Needed for `max_norm` and `eps`, which mean unscaled gradients; without them unscaling may as well be
         left to `scaler.step`, after the synthesis. One pass over both gradients, in place. Parameters of the
-        optimizer that are not in these buckets are unscaled in their `p.grad`, as ever. fp16 gradients are
-        refused by torch: accumulate them in fp32.
+        optimizer that are not in these buckets are unscaled in their `p.grad`, as ever; with several
+        optimizers, call it for each. fp16 gradients are refused by torch: accumulate them in fp32. What the
+        scaler looks at are the accumulators: an fp16 update that overflows only when it is stored (a gradient
+        beyond 65504 after unscaling) is not noticed.
         """
         self._extraction.check_ready(self._forget, self._retain)
+        while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+            optimizer = inner  # that accelerate wraps, and that scaler.step gets
         index = {id(p): i for i, p in enumerate(self._params)}
-        gradients: list[Tensor] = []
+        forget, retain = self.forget_grads, self.retain_grads
+        found: list[int] = []
+        gradients: list[Tensor | None] = []
         for group in optimizer.param_groups:
             for p in group["params"]:
                 i = index.get(id(p))
-                found = [p.grad] if i is None else [self.forget_grads[i], self.retain_grads[i]]
-                gradients += [g for g in found if g is not None]
+                if i is None:
+                    gradients.append(p.grad)
+                else:
+                    found.append(i)
+                    gradients += [forget[i], retain[i]]
         holders = []
         for g in gradients:
-            holder = torch.empty((), dtype=g.dtype, device=g.device).expand(g.shape)
-            holder.grad = g
-            holders.append(holder)
+            if g is not None:
+                holder = torch.empty((), dtype=g.dtype, device=g.device).expand(g.shape)
+                holder.grad = g
+                holders.append(holder)
         groups = optimizer.param_groups
         optimizer.param_groups = [{"params": holders}]
         try:
             scaler.unscale_(optimizer)
         finally:
             optimizer.param_groups = groups
-        self._extraction.unscaled = True
+        self._extraction.note_unscaled(found)
 
     def zero_(self) -> None:
         """Forgets both gradients and the update: `p.grad` is None, the accumulators are zero.
@@ -335,19 +339,26 @@ class GradientBuckets:
 
     def _plan(self, call: Call, bucket: int | None = None) -> Plan:
         """The plan of a bucket or of all, for the gradients that there are in this window."""
-        members = [i for i, owner in enumerate(self._retain.owner) if bucket is None or owner == bucket]
+        members = self._members[bucket]
         touched = tuple((self._forget.touched[i], self._retain.touched[i]) for i in members)
         one_row = call.rule.scope == "global" and not self._grouped
         no_rows = call.rule.scope == "element" and call.sums == 0
         # Where parameters need no rows of their own, a buffer is as good as the parameters in it.
         whole = (one_row or no_rows) and self._in_place and all(f and r for f, r in touched)
-        key = bucket, one_row, whole, touched
-        plan = self._plans.get(key)
+        devices = [d for d in self._backends if d.type == "cuda"]
+        if devices and torch.cuda.is_current_stream_capturing():
+            # What a graph captures belongs to the graph: `sago.kernels` keeps its tables.
+            return self._new_plan(call.rule, members, whole)
+        # A plan's tables are filled on the stream that it was made on.
+        streams = tuple(torch.cuda.current_stream(d).cuda_stream for d in devices)
+        key = one_row, whole, streams, touched
+        plans = self._plans[bucket]
+        plan = plans.get(key)
         if plan is None:
-            plan = self._plans[key] = self._new_plan(call.rule, members, whole)
-            if len(self._plans) > _PATTERNS * (1 + len(self._retain.buffers)):
-                self._plans.popitem(last=False)
-        self._plans.move_to_end(key)
+            plan = plans[key] = self._new_plan(call.rule, members, whole)
+            if len(plans) > _PATTERNS:
+                plans.popitem(last=False)
+        plans.move_to_end(key)
         return plan
 
     def _new_plan(self, rule: Rule, members: Sequence[int], whole: bool) -> Plan:
@@ -373,46 +384,21 @@ class GradientBuckets:
             pairs.out, pairs.rows = pairs.retain, [0] * len(owners)
         return Plan(pairs, numel)
 
-    def _check_in_backward(self, rule: Rule, rows: Sequence[int]) -> dict[int, set[int]]:
-        """The parameters that every bucket waits for. Raises where the mode is not exact."""
-        if rule.scope == "global":
-            raise ValueError(
-                f"Rule `{rule.name}` needs inner products over all gradients, which are complete only after "
-                "the backward. Use retain() and synthesize_ in place of synthesize_in_backward."
-            )
-        if (
-            torch.distributed.is_available()
-            and torch.distributed.is_initialized()
-            and (torch.distributed.get_world_size() > 1)
-        ):
-            raise ValueError(
-                "synthesize_in_backward should be used on one rank, because DDP reduces gradients after the "
-                f"hook. Found {torch.distributed.get_world_size()} ranks: use retain() and synthesize_."
-            )
-        owner = self._retain.owner
-        if rule.scope == "tensor":
-            bucket_of_row: dict[int, int] = {}
-            for i, row in enumerate(rows):
-                if bucket_of_row.setdefault(row, owner[i]) != owner[i]:
-                    raise ValueError(
-                        f"Group {self._keys[i]!r} should lie in one buffer for synthesize_in_backward. Found "
-                        "it in several: raise `bucket_cap_mb`, or use retain() and synthesize_."
-                    )
-        waiting: dict[int, set[int]] = {bucket: set() for bucket in owner}
-        for i, p in enumerate(self._params):
-            if p.requires_grad:
-                waiting[owner[i]].add(i)
-        return waiting
+    def _check_unscaled(self, call: Call) -> None:
+        """Raises where scaled and unscaled gradients would meet in one sum, or eps in one of them."""
+        unscaled = self._extraction.unscaled
+        if not unscaled or not (call.limited or call.eps or self._grouped or call.rule.scope == "global"):
+            return
+        for i, (f, r) in enumerate(zip(self._forget.touched, self._retain.touched, strict=True)):
+            if (f or r) and i not in unscaled:
+                raise ValueError(
+                    "All gradients should be unscaled, or none. Found that those of "
+                    f"`{self._extraction.names[i]}` are not: call unscale_ for each optimizer."
+                )
 
     def _finish(self) -> None:
         touched = zip(self._updates, self._forget.touched, self._retain.touched, strict=True)
         self._extraction.finish([u if f or r else None for u, f, r in touched])
-
-
-class InBackward:
-    """What `synthesize_in_backward` gives; `report` is there when the block has ended."""
-
-    report: SynthesisReport | None = None
 
 
 def _policy(nonfinite: Any) -> str:
@@ -437,7 +423,9 @@ def _listed(params: Any) -> tuple[list[Hashable], list[str], list[Any]]:
     found = list(params)
     if found and all(isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], str) for x in found):
         names, tensors = [name for name, _ in found], [p for _, p in found]
-        keys: list[Hashable] = list(names)
+        # RMU's lists have a `down_proj.weight` of each layer: one name, several groups.
+        count = Counter(names)
+        keys: list[Hashable] = [f"{n} ({i})" if count[n] > 1 else n for i, n in enumerate(names)]
     else:
         names, tensors, keys = [f"params[{i}]" for i in range(len(found))], found, list(range(len(found)))
     for name, p in zip(names, tensors, strict=True):

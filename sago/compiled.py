@@ -55,12 +55,12 @@ def _table(batch: Batch, sums: int) -> Tensor:
     members: list[list[Tensor]] = [[] for _ in range(batch.row_count)]
     for pair, row in zip(pairs, batch.rows, strict=True):
         members[row].append(_pair_sums(*pair, sums))
-    zero = torch.zeros(3 if sums == 3 else sums - 2, dtype=torch.float64)
+    zero = torch.zeros(3 if sums == 3 else sums - 2, dtype=torch.float64, device=batch.device)
     table = torch.stack([_total(row) if row else zero for row in members])
     if sums == 3:
         return table
     # An inf or NaN shows in ff or rr: elements are looked at only in rows with a sum that is not finite.
-    nonfinite = torch.zeros(batch.row_count, 2, dtype=torch.float64)
+    nonfinite = torch.zeros(batch.row_count, 2, dtype=torch.float64, device=batch.device)
     suspects = set((~table.isfinite().all(1)).nonzero().flatten().tolist())
     for pair, row in zip(pairs, batch.rows, strict=True):
         if row in suspects:
@@ -124,7 +124,7 @@ def _conflict(f: Tensor, r: Tensor) -> Tensor:
 
 def _weighted(a: Tensor, f: Tensor, b: Tensor, r: Tensor, terms: tuple[Term, ...]) -> Tensor:
     """`a*f + b*r`, where a gradient whose coefficient is 0 is left out, be it NaN or inf."""
-    zero = torch.zeros((), dtype=f.dtype)
+    zero = torch.zeros((), dtype=f.dtype, device=f.device)
     x = zero if terms[0] == "zero" else a * f
     y = zero if terms[1] == "zero" else b * r
     if terms[0] == "any":
@@ -191,7 +191,7 @@ def _tree(partials: Tensor) -> Tensor:
 def _flat_pair(f: Tensor | None, r: Tensor | None) -> tuple[Tensor, Tensor]:
     """Both gradients flat in memory order, with zeros for None."""
     flat = [None if t is None else _flat(t) for t in (f, r)]
-    zeros = next(torch.zeros((), dtype=t.dtype).expand_as(t) for t in flat if t is not None)
+    zeros = next(torch.zeros((), dtype=t.dtype, device=t.device).expand_as(t) for t in flat if t is not None)
     return zeros if flat[0] is None else flat[0], zeros if flat[1] is None else flat[1]
 
 
@@ -247,7 +247,7 @@ def has_compiler() -> bool:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own, at its imports
-            torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(1))
+            torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(1, device="cpu"))
     except (RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         warnings.warn(

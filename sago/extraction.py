@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from sago.flat import clear, flatten
+
+Arrived = Callable[[int, torch.device], None]
 
 
 class Side:
@@ -30,7 +32,7 @@ class Side:
         self.touched = [False] * len(params)
         self.captures = 0
         self.written = False  # since it was cleared
-        self.probed = False  # for sparse gradients
+        self.probed = [False] * len(params)  # for sparse gradients
 
     def discard(self) -> None:
         self.touched = [False] * len(self.touched)
@@ -86,7 +88,7 @@ class Extraction:
         self.names, self.params = names, params
         self.forget = Side("forget", params, dtypes, capacity)
         self.retain = Side("retain", params, dtypes, capacity)
-        self.unscaled = False
+        self.unscaled: set[int] = set()  # positions of parameters
         self._open: list[_Capture] = []
         self._failure: str | None = None  # why the gradients of the window are not whole
         self._updates: Sequence[Tensor | None] | None = None  # that `finish` has put under `p.grad`
@@ -96,11 +98,11 @@ class Extraction:
         self._wider = [p.dtype != dtype for p, dtype in zip(params, dtypes, strict=True)]
 
     @contextmanager
-    def capture(self, side: Side, arrived: Callable[[int], None] | None = None) -> Iterator[None]:
+    def capture(self, side: Side, arrived: Arrived | None = None) -> Iterator[None]:
         """Backwards within the block accumulate into `side`.
 
-        `arrived(i)` is called in the backward, when the gradient of parameter `i` has been accumulated; there
-        can be no capture within then.
+        `arrived(i, device)` is called in the backward, when the gradient of parameter `i` has been
+        accumulated; there can be no capture within then.
         """
         capture = self._enter(side, arrived)
         try:
@@ -138,6 +140,10 @@ class Extraction:
         """Allows nothing but `zero_`, because the gradients of the window are not whole."""
         self._failure = reason
 
+    def note_unscaled(self, found: Iterable[int]) -> None:
+        """From here on the window takes no more captures."""
+        self.unscaled.update(found)
+
     def zero_(self) -> None:
         """Ends the window, whatever is in it. `p.grad` is None, all accumulators are zero."""
         if self._open:
@@ -154,9 +160,10 @@ class Extraction:
     def _discard(self) -> None:
         self.forget.discard()
         self.retain.discard()
-        self._failure, self.unscaled = None, False
+        self._failure = None
+        self.unscaled = set()
 
-    def _enter(self, side: Side, arrived: Callable[[int], None] | None) -> _Capture:
+    def _enter(self, side: Side, arrived: Arrived | None) -> _Capture:
         if not self._open:
             self._check_start()
         elif self._open[-1].alone:
@@ -172,7 +179,7 @@ class Extraction:
             for i, p in enumerate(self.params):
                 if not p.requires_grad:
                     continue
-                if not side.probed:
+                if not side.probed[i]:
                     capture.handles.append(p.register_hook(partial(_refuse_sparse, self.names[i])))
                 if self._wider[i]:
                     hook = partial(self._widen, capture, i)
@@ -220,8 +227,9 @@ class Extraction:
                 "Found none."
             )
         if error is None:
-            capture.side.captures += capture.reached
-            capture.side.probed = True
+            side = capture.side
+            side.captures += capture.reached
+            side.probed = [a or b for a, b in zip(side.probed, side.touched, strict=True)]
             if self._open:
                 self._open[-1].nested = True
 
@@ -234,8 +242,12 @@ class Extraction:
     def _collect(self, capture: _Capture) -> None:
         """Notes what backwards did since the accumulators were put under `p.grad`."""
         side = capture.side
+        if capture.alone:  # `_arrive` has noted it, and accumulators may hold updates by now
+            return
+        kept = not any(side.touched)
         for i, (p, view) in enumerate(zip(self.params, side.views, strict=True)):
             g = p.grad
+            kept |= side.touched[i] and (g is view or self._wider[i] or (g is not None and g.requires_grad))
             if g is None and not self._wider[i]:  # zero_grad(set_to_none=True), and no backward since
                 if side.touched[i] or view._version != capture.versions[i]:
                     clear([view])
@@ -245,6 +257,8 @@ class Extraction:
                 self._settle(side, i)
             if view._version != capture.versions[i]:
                 side.touched[i] = capture.reached = side.written = True
+        if not kept:  # zero_grad(set_to_none=True) has dropped the captures before
+            side.captures = 0
 
     @torch.no_grad()
     def _settle(self, side: Side, i: int) -> None:
@@ -265,11 +279,11 @@ class Extraction:
             capture.side.views[i].add_(p.grad)
             p.grad = None
 
-    def _arrive(self, capture: _Capture, arrived: Callable[[int], None], i: int, p: Tensor) -> None:
+    def _arrive(self, capture: _Capture, arrived: Arrived, i: int, p: Tensor) -> None:
         self._settle(capture.side, i)
         p.grad = None if self._wider[i] else capture.side.views[i]
         capture.side.touched[i] = capture.reached = capture.side.written = True
-        arrived(i)
+        arrived(i, p.device)
 
     def _check_start(self) -> None:
         self._check_whole()
@@ -288,14 +302,11 @@ class Extraction:
             self._updates = None
         self._check_outside()
         self._check_parameters()
-
-    def _check_parameters(self) -> None:
-        for name, p, before in zip(self.names, self.params, self._described, strict=True):
-            if _describe(p) != before:
-                raise ValueError(
-                    f"Parameter `{name}` should be as it was when the buckets were made, {_text(before)}. "
-                    f"Found {_text(_describe(p))}. Make new GradientBuckets when a model is moved or cast."
-                )
+        if any(self._wider) and ranks() > 1:
+            raise ValueError(
+                "`accumulate_dtype` should be left out where torch.distributed has several ranks: the hook "
+                f"that widens a gradient comes before DDP reduces it. Found {ranks()} ranks."
+            )
         for name, p in self._frozen:
             if p.requires_grad:
                 raise ValueError(
@@ -307,6 +318,14 @@ class Extraction:
                 "The module should have the parameters that it had when the buckets were made. Found others. "
                 "Make new GradientBuckets when parameters are added, removed or replaced."
             )
+
+    def _check_parameters(self) -> None:
+        for name, p, before in zip(self.names, self.params, self._described, strict=True):
+            if _describe(p) != before:
+                raise ValueError(
+                    f"Parameter `{name}` should be as it was when the buckets were made, {_text(before)}. "
+                    f"Found {_text(_describe(p))}. Make new GradientBuckets when a model is moved or cast."
+                )
 
     def _check_whole(self) -> None:
         if self._failure is not None:
@@ -320,7 +339,8 @@ class Extraction:
             if p.grad is not None:
                 raise ValueError(
                     f"Backwards should run within forget() or retain(). Found a gradient in `{name}.grad` "
-                    "that is in neither. Set it to None to leave it out."
+                    "that no capture put there, of a backward outside or from before the window. Set it to "
+                    "None, or call zero_ to start anew."
                 )
 
 
@@ -339,3 +359,9 @@ def _describe(p: Tensor) -> tuple[torch.dtype, torch.device, torch.Size]:
 def _text(description: tuple[torch.dtype, torch.device, torch.Size]) -> str:
     dtype, device, shape = description
     return f"{dtype} {tuple(shape)} on {device}"
+
+
+def ranks() -> int:
+    """Of torch.distributed; 1 where it is not in use."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if there else 1

@@ -47,16 +47,17 @@ def flatten(like: Sequence[Tensor], dtypes: Sequence[torch.dtype], capacity: flo
         owner.append(at)
         offsets.append(sizes[at])
         sizes[at] += length
-    buffers = [
-        torch.empty(size, dtype=dtype, device=device)
-        for size, (device, dtype) in zip(sizes, kinds, strict=True)
-    ]
-    clear(buffers)
     views = []
-    for t, b, offset in zip(like, owner, offsets, strict=True):
-        strides = torch.empty_like(t, device="meta").stride()  # those that autograd gives a gradient of t
-        view = buffers[b].new_empty(0)
-        views.append(view.set_(buffers[b].untyped_storage(), offset, t.shape, strides))
+    with torch.inference_mode(False):  # in which tensors have no versions
+        buffers = [
+            torch.empty(size, dtype=dtype, device=device)
+            for size, (device, dtype) in zip(sizes, kinds, strict=True)
+        ]
+        clear(buffers)
+        for t, b, offset in zip(like, owner, offsets, strict=True):
+            strides = torch.empty_like(t, device="meta").stride()  # those that autograd gives a gradient of t
+            view = buffers[b].new_empty(0)
+            views.append(view.set_(buffers[b].untyped_storage(), offset, t.shape, strides))
     return Flat(views, owner, buffers)
 
 

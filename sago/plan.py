@@ -46,6 +46,8 @@ class Plan:
         self.keys: list[Hashable] = pairs.keys
         self.updates = [o for o in pairs.updates if o is not None]
         self.numel = numel
+        self.writing = False  # an update has begun and not ended
+        self._elements: Tensor | None = None
         self.parts = [_part(pairs, device, backend) for device, backend in pairs.backends.items()]
 
     def synthesize(self, call: Call) -> SynthesisReport:
@@ -56,6 +58,7 @@ class Plan:
     def update(self, call: Call) -> Sums | None:
         """Writes the update of every pair; returns the sums, if any were taken."""
         rule, columns = call.rule, call.sums
+        self.writing = False
         # Sums that decide on the update come ahead of it, and so do sums for `reduce_gram`: it may raise.
         ahead = columns > 0 and (rule.scope != "element" or call.limited or call.reduce_gram is not None)
         sums = gram = coefficients = None
@@ -65,6 +68,7 @@ class Plan:
         if call.limited or call.scales != (1.0, 1.0):
             coefficients = _limited(call, sums, gram, self.parts[0].device)
         taken = []
+        self.writing = True
         for part in self.parts:
             arguments = [_to(x, part.device) for x in (call.gamma, call.alpha)]
             taken.append(
@@ -81,6 +85,7 @@ class Plan:
             )
             for target, copy in part.copies:
                 target.copy_(copy)
+        self.writing = False
         if columns and not ahead:
             sums = self._reduced(taken, call)
         for o in self.updates:
@@ -95,10 +100,11 @@ class Plan:
             table = table + other.to(table.device)
         elements: Tensor | Sequence[int] = self.numel
         if call.reduce_gram is not None:
-            pinned = table.device.type == "cuda"  # a copy from pageable memory would wait for the device
-            local = torch.tensor(self.numel, dtype=table.dtype, pin_memory=pinned)
-            local = local.to(table.device, non_blocking=pinned)
-            table = call.reduce_gram(torch.cat([table, local[:, None]], dim=1))
+            if self._elements is None:
+                pinned = table.device.type == "cuda"  # a copy from pageable memory would wait for the device
+                numel = torch.tensor(self.numel, dtype=table.dtype, device="cpu", pin_memory=pinned)
+                self._elements = numel.to(table.device, non_blocking=pinned)
+            table = call.reduce_gram(torch.cat([table, self._elements[:, None]], dim=1))
             table, elements = table[:, :-1], table[:, -1]
         if call.scales != (1.0, 1.0):
             f, r = call.scales

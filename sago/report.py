@@ -137,7 +137,7 @@ class SynthesisReport:
         if not isinstance(self._numel, Tensor):
             device = next((t.device for t in self._read().values()), torch.device("cpu"))
             pinned = device.type == "cuda"  # a copy from pageable memory would wait for the device
-            numel = torch.tensor(self._numel, dtype=torch.int64, pin_memory=pinned)
+            numel = torch.tensor(self._numel, dtype=torch.int64, device="cpu", pin_memory=pinned)
             self._numel = numel.to(device, non_blocking=pinned)
         return self._numel.to(torch.int64)
 

@@ -107,7 +107,7 @@ class Rule:
             )
         if not isinstance(self.name, str):
             raise TypeError(f"Parameter `name` should be a str. Found {type(self.name).__name__}.")
-        ones = torch.ones(2, dtype=torch.float64)
+        ones = torch.ones(2, dtype=torch.float64, device="cpu")
         try:
             found = self.coefficients(ones, ones, ones, ones[0], ones[0])
         except (RuntimeError, TypeError) as error:

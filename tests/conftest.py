@@ -61,3 +61,12 @@ def fast_backend(request):
 def device(request):
     """Where the kernels run."""
     return request.param
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """With small tensors a second one is only waited for, long where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -92,8 +92,8 @@ def block():
 
 def test_the_loops_differ_in_a_few_lines():
     lines = block().splitlines()[1:-1]
-    assert sum(line.startswith("-") for line in lines) == 2
-    assert sum(line.startswith("+") for line in lines) == 6
+    assert sum(line.startswith("-") for line in lines) == 3
+    assert sum(line.startswith("+") for line in lines) == 7
 
 
 def test_the_readme_shows_the_difference():

@@ -93,19 +93,49 @@ def test_a_synthesis_in_backward_has_the_bits_of_one_after_it():
     assert_equal_bits(*updates)
 
 
-def test_a_step_with_an_overflow_is_skipped():
-    net = model(torch.float32)
-    x = torch.randn(4, 64, device="cuda")
-    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+def test_a_step_with_an_overflow_that_the_rule_leaves_out_is_skipped():
+    p = torch.nn.Parameter(torch.ones(5000, device="cuda"))
+    optimizer = torch.optim.AdamW([p], fused=True)
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10)
+    buckets = sago.GradientBuckets([p])
+    gradient = torch.ones_like(p)
+    gradient[4321] = torch.inf
+    for forget, retain in ((1.0, gradient), (gradient, -1.0)):
+        with buckets.forget():
+            scaler.scale((p * forget).sum()).backward()
+        with buckets.retain():
+            scaler.scale((p * retain).sum()).backward()
+        buckets.synthesize_("sago")
+        before, scale = p.detach().clone(), scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() < scale
+        assert_equal_bits([p.detach()], [before])
+        buckets.zero_()
+
+
+@pytest.mark.parametrize("rule", ["sago", "pcgrad"])
+def test_a_synthesis_in_a_cuda_graph_is_replayed_on_new_gradients(rule):
+    net = model(torch.float32)
     buckets = sago.GradientBuckets(net)
-    before = [p.detach().clone() for p in net.parameters()]
-    with buckets.forget():
-        scaler.scale(-net(x).square().mean()).backward()
-    with buckets.retain():
-        (scaler.scale(net(x).square().mean()) * torch.inf).backward()
-    buckets.synthesize_("sago")
-    scaler.step(optimizer)
-    scaler.update()
-    assert scaler.get_scale() < 2.0**10
-    assert_equal_bits([p.detach() for p in net.parameters()], before)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        capture(buckets, net, torch.randn(4, 64, device="cuda"))
+        buckets.synthesize_(rule, max_norm=1e-3)  # compiles
+        buckets.zero_()
+        capture(buckets, net, torch.randn(4, 64, device="cuda"))
+    torch.cuda.current_stream().wait_stream(stream)
+    forget, retain = buckets.forget_grads, buckets.retain_grads
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        buckets.synthesize_(rule, max_norm=1e-3)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        for t in (*forget, *retain):
+            t.normal_()
+        expected, _ = sago.synthesize(forget, retain, rule)
+        norm = torch.nn.utils.get_total_norm(expected)
+        graph.replay()
+        for p, u in zip(net.parameters(), expected, strict=True):
+            torch.testing.assert_close(p.grad, u * (1e-3 / norm), rtol=1e-4, atol=1e-9)

@@ -191,3 +191,47 @@ def test_unscale_belongs_between_the_captures_and_the_synthesis():
                 scaled(scaler, p, g)
         buckets.unscale_(scaler, optimizer)
         end()
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As accelerate wraps an optimizer, whose own is what the scaler steps."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups):
+        self.optimizer.param_groups = groups
+
+
+def test_a_wrapped_optimizer_is_unscaled_once():
+    (p,), buckets = fresh(ANY, [torch.ones(3)], [torch.ones(3)])
+    optimizer, scaler = torch.optim.SGD([p], lr=1.0), scaler_on(ANY)
+    for capture, value in ((buckets.forget, 2.0), (buckets.retain, 3.0)):
+        with capture():
+            scaled(scaler, p, torch.full((3,), value))
+    buckets.unscale_(scaler, Wrapper(optimizer))
+    buckets.synthesize_("sum")
+    scaler.step(optimizer)
+    assert (p.detach() == -5.0).all()
+
+
+def test_gradients_of_which_some_are_unscaled_have_no_common_norm():
+    gradients = [torch.full((3,), 2.0), torch.full((3,), 3.0)]
+    params, buckets = fresh(ANY, gradients, gradients)
+    optimizers, scaler = [torch.optim.SGD([p]) for p in params], scaler_on(ANY)
+    for capture in (buckets.forget, buckets.retain):
+        with capture():
+            scaler.scale(sum((p * g).sum() for p, g in zip(params, gradients, strict=True))).backward()
+    buckets.unscale_(scaler, optimizers[0])
+    for options in ({"max_norm": 1.0}, {"eps": 1.0}, {"rule": "blur"}):
+        with pytest.raises(ValueError, match=r"All gradients should be unscaled.*`params\[1\]`"):
+            buckets.synthesize_(**options)
+    buckets.unscale_(scaler, optimizers[1])
+    buckets.synthesize_("sum", max_norm=1e6)
+    for p, g in zip(params, gradients, strict=True):
+        torch.testing.assert_close(p.grad, 2 * g)

@@ -1,0 +1,108 @@
+"""Synthesis while the last backward runs: a buffer's update is written when its gradients have arrived."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+
+from sago.arguments import Call
+from sago.extraction import ranks
+from sago.plan import Plan, Sums, report
+from sago.report import SynthesisReport
+
+
+class InBackward:
+    """One synthesis in backward; `report` is there when the block of `synthesize_in_backward` has ended.
+
+    Args:
+        call: What is asked for.
+        keys: The groups of the report.
+        names: Of the parameters.
+        owner: The buffer of each.
+        expected: Whether a gradient may come for it.
+        plan_of: Gives the plan of a buffer, for the gradients that there are in it.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        keys: Sequence[Hashable],
+        names: Sequence[str],
+        owner: Sequence[int],
+        expected: Sequence[bool],
+        plan_of: Callable[[int], Plan],
+    ) -> None:
+        self.report: SynthesisReport | None = None
+        self._call, self._keys, self._names, self._owner, self._plan_of = call, keys, names, owner, plan_of
+        self._waiting: dict[int, set[int]] = {bucket: set() for bucket in owner}
+        for i, bucket in enumerate(owner):
+            if expected[i]:
+                self._waiting[bucket].add(i)
+        self._streams: dict[int, set[torch.cuda.Stream]] = {bucket: set() for bucket in owner}
+        self._taken: list[tuple[Sums | None, Sequence[int]]] = []
+
+    def arrived(self, i: int, device: torch.device) -> None:
+        """Called in the backward, on the stream where the gradient of parameter `i` was accumulated."""
+        bucket = self._owner[i]
+        if bucket not in self._waiting:
+            raise ValueError(
+                "Each gradient should arrive once in synthesize_in_backward. Found that of "
+                f"`{self._names[i]}` after its update was written: use retain() and synthesize_ for several "
+                "backwards and for reentrant checkpointing."
+            )
+        if device.type == "cuda":
+            self._streams[bucket].add(torch.cuda.current_stream(device))
+        self._waiting[bucket].discard(i)
+        if not self._waiting[bucket]:
+            for stream in self._streams[bucket]:
+                torch.cuda.current_stream(device).wait_stream(stream)
+            self._run(bucket)
+
+    def finish(self) -> None:
+        """Synthesizes the buffers with parameters that the backward did not reach, and reports on all."""
+        for bucket in list(self._waiting):
+            self._run(bucket)
+        numel = [sum(row) for row in zip(*(numel for _, numel in self._taken), strict=True)]
+        tables = [sums.table for sums, _ in self._taken if sums is not None]
+        total = Sums(torch.stack(tables).sum(0), numel) if tables else None
+        self.report = report(self._call, self._keys, numel, total)
+
+    def _run(self, bucket: int) -> None:
+        del self._waiting[bucket]
+        plan = self._plan_of(bucket)
+        self._taken.append((plan.update(self._call), plan.numel))
+
+
+def check_exact(
+    call: Call,
+    rows: Sequence[int],
+    keys: Sequence[Hashable],
+    owner: Sequence[int],
+    devices: Sequence[torch.device],
+) -> None:
+    """Raises ValueError where an update that is written during the backward would not be exact."""
+    instead = "Use retain() and synthesize_ in place of synthesize_in_backward."
+    if call.rule.scope == "global":
+        raise ValueError(
+            f"Rule `{call.rule.name}` needs inner products over all gradients, which are complete only after "
+            f"the backward. {instead}"
+        )
+    if ranks() > 1:
+        raise ValueError(
+            "synthesize_in_backward should be used on one rank, because DDP reduces gradients after the "
+            f"hook. Found {ranks()} ranks. {instead}"
+        )
+    if len(devices) > 1:
+        raise ValueError(
+            "synthesize_in_backward should be used on one device, because each has a backward thread of its "
+            f"own. Found {', '.join(map(str, devices))}. {instead}"
+        )
+    if call.rule.scope == "tensor":
+        buffer_of: dict[int, int] = {}
+        for row, buffer in zip(rows, owner, strict=True):
+            if buffer_of.setdefault(row, buffer) != buffer:
+                raise ValueError(
+                    f"Group {keys[row]!r} should lie in one buffer for synthesize_in_backward. Found it in "
+                    f"several: raise `bucket_cap_mb`. {instead}"
+                )
