@@ -198,7 +198,8 @@ def store(
     else:
         u = weighted(a, f, b, r)
     if PROPAGATE:
-        u = tl.where(is_finite(f) & is_finite(r), u, float("nan"))
+        # 0 for finite f and r, else NaN; without a mask, and u - 0 is u where u + 0 would turn -0 into 0.
+        u = u - ((f - f) + (r - r))
     tl.store(at, downcast(u, OUT), mask=mask)
 
 
