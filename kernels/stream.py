@@ -198,8 +198,8 @@ def store(
     else:
         u = weighted(a, f, b, r)
     if PROPAGATE:
-        # 0 for finite f and r, else NaN; without a mask, and u - 0 is u where u + 0 would turn -0 into 0.
-        u = u - ((f - f) + (r - r))
+        # x - x is 0 for finite x, else NaN: no mask. u - 0 is u; u + 0 would turn -0 into 0.
+        u = (u - (f - f)) - (r - r)
     tl.store(at, downcast(u, OUT), mask=mask)
 
 
