@@ -103,12 +103,13 @@ def combine(
     if formula is None:
         coefficients = coefficients or evaluate(rule, gram, gamma, alpha, eps, batch.device)
         values, gram = _table(batch, rule, coefficients.values), None
-    partials, table, counters = batch.scratch(sums) if sums else (None, None, None)
+    partials, counters = batch.scratch(sums) if sums else (None, None)
+    table = batch.table(sums) if sums else None
     with on(batch.device):
         for launch, addresses, aligned in batch.tables:
             forget, retain, out = launch.dtypes
-            _combine_kernel[(len(launch.owner.tensor),)](
-                addresses, launch.shapes.tensor, launch.owner.tensor, batch.layout.rows.tensor,
+            _combine_kernel[(len(launch.owner),)](
+                addresses, launch.shapes, launch.owner, batch.layout.rows,
                 partials, counters, table, values, gram,
                 _argument(gamma), _argument(alpha), _argument(eps),
                 batch.layout.slots, 0 if gram is None else gram.stride(0),

@@ -29,12 +29,13 @@ def gram(batch: Batch, sums: int) -> Tensor:
     and retain; 9 has ff, fr, rr of the elements out of conflict, the counts, and ff, fr, rr of those in
     conflict. Reads each gradient once, in one launch for each combination of dtypes.
     """
-    partials, table, counters = batch.scratch(sums)
+    partials, counters = batch.scratch(sums)
+    table = batch.table(sums)
     with on(batch.device):
         for launch, addresses, aligned in batch.tables:
             forget, retain, _ = launch.dtypes
-            _gram_kernel[(len(launch.owner.tensor),)](
-                addresses, launch.shapes.tensor, launch.owner.tensor, batch.layout.rows.tensor,
+            _gram_kernel[(len(launch.owner),)](
+                addresses, launch.shapes, launch.owner, batch.layout.rows,
                 partials, counters, table, batch.layout.slots,
                 FORGET=TRITON_DTYPES[forget], RETAIN=TRITON_DTYPES[retain],
                 COMPUTE=compute_dtype(launch.dtypes), SUMS=sums,

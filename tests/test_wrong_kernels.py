@@ -12,7 +12,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from sago import buckets, compiled, plan, reference
+from sago import buckets, compiled, pipeline, reference, seen
+from sago.cache import Cache
 from sago.rules import Rule
 from tests import inputs, oracle, properties
 from tests.backends import INTERPRETED, Backend
@@ -415,7 +416,7 @@ ON_THE_CPU = {
         "inf does not propagate": ("(f - f) + (r - r) == 0", "(f == f) & (r == r)", propagated),
         "propagates what the rule takes": ("(f - f) + (r - r) == 0", "u - u == 0", propagated),
     },
-    (plan, "_limited"): {
+    (pipeline, "_limited"): {
         "zeros hide the norm": ('"zero" if call.max_norm is None else None', '"zero"', clipping_of_inf),
     },
     (compiled, "_weighted"): {
@@ -444,16 +445,16 @@ ON_THE_CPU = {
     },
 }
 ON_BOTH = {
-    (plan, "_gram"): {
+    (pipeline, "_gram"): {
         "products of a group for a global rule": (".sum(0, keepdim=True).expand(", "[:1].expand(", groups),
         "products of one branch": ("table[:, 0:3] + table[:, 6:9]", "table[:, 0:3]", gated),
     },
-    (plan, "_products_of_update"): {
+    (pipeline, "_products_of_update"): {
         "update of the wrong branch": ("_products(a_c, b_c, table", "_products(a, b, table", report),
         "norm without the conflicting part": ("table.shape[1] == 9:", "False:", clipping),
         "norm without what is left out": ('nonfinite == "propagate"', "False", clipping_of_inf),
     },
-    (plan, "_limited"): {
+    (pipeline, "_limited"): {
         "one coefficient clipped": (
             f"values = {FACTOR}",
             f"values = torch.cat([values[:, :-1], ({FACTOR})[:, -1:]], dim=1)",
@@ -486,7 +487,7 @@ ON_BOTH = {
             means,
         ),
     },
-    (plan, "Plan._reduced"): {
+    (pipeline, "Pipeline._reduced"): {
         "scales swapped": ("f, r = call.scales", "r, f = call.scales", means),
         "scales not squared": ("[f * f, f * r, r * r, 1.0", "[f, f * r, r, 1.0", means),
         "fr scaled once": ("[f * f, f * r,", "[f * f, f,", means),
@@ -497,7 +498,7 @@ ON_BOTH = {
         "captures of forget for both": ("1 / retain_captures", "1 / self._forget.captures", means),
         "the sum for the mean": ("if self._mean", "if False", means),
     },
-    (plan, "_columns"): {
+    (pipeline, "_columns"): {
         "counts of conflicts for inf": ("table[:, 3:6]", "table[:, 3:4].expand(-1, 3)", counts),
     },
 }
@@ -525,13 +526,15 @@ def mutate(monkeypatch, tmp_path):
         path.write_text(source.replace(mutant.old, mutant.new))
         namespace = {}
         exec(compile(path.read_text(), str(path), "exec"), vars(mutant.module), namespace)
-        users = [m for m in (stream, gram, combine, batch, compiled, plan) if vars(m).get(name) is original]
+        users = [
+            m for m in (stream, gram, combine, batch, compiled, pipeline) if vars(m).get(name) is original
+        ]
         for user in users or [owner]:
             monkeypatch.setattr(user, name, namespace[name])
 
     # What was computed before must not be found again: tables, and sums in memory that is not initialised.
-    monkeypatch.setattr(batch, "_layouts", batch.Cache(64))
-    monkeypatch.setattr(batch, "_addresses", batch.Cache(64))
+    monkeypatch.setattr(batch, "_layouts", Cache(64))
+    monkeypatch.setattr(seen, "_seen", Cache(64))
     scratch = batch.Batch.scratch
 
     def poisoned(self, sums):
