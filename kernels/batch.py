@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -29,20 +28,42 @@ Signature = tuple[torch.dtype, torch.dtype, torch.dtype]
 Entry = tuple[int, int, int, int]  # addresses of forget, retain and out; whether all are multiples of 16
 
 
-class Launch(NamedTuple):
-    """The tensors of one dtype combination, in the order of the list.
+class Group(NamedTuple):
+    """The tensors of one dtype combination, in the order of the list: one launch.
 
     Attributes:
         dtypes: Of forget, retain and out.
         members: Positions in the list.
         shapes: int64 `[members, 4]`: elements, first chunk in this launch, first slot, row.
         owner: int32 `[chunks]`: which member a chunk belongs to.
+        compiled: Kernels that were compiled for these dtypes; see `launch`.
     """
 
     dtypes: Signature
     members: list[int]
     shapes: Tensor
     owner: Tensor
+    compiled: dict[Hashable, Any]
+
+
+class Part(NamedTuple):
+    """A launch of a batch.
+
+    Attributes:
+        dtypes: Of forget, retain and out.
+        chunks: Programs of the launch.
+        tables: The first arguments of both kernels: addresses int64 `[members, 4]`, shapes, owner and rows.
+        addresses: Of these tables.
+        aligned: Whether the addresses of all gradients are multiples of 16.
+        compiled: Kernels that were compiled for these dtypes and this alignment; see `launch`.
+    """
+
+    dtypes: Signature
+    chunks: int
+    tables: tuple[Tensor, Tensor, Tensor, Tensor]
+    addresses: tuple[int, ...]
+    aligned: bool
+    compiled: dict[Hashable, Any]
 
 
 class Layout:
@@ -79,7 +100,7 @@ class Layout:
             row_table.append((start, self.slots - start))
         self.rows = _upload(row_table, torch.int64, device)
 
-        self.launches = []
+        self.groups = []
         for signature in dict.fromkeys(dtypes):
             members = [i for i, s in enumerate(dtypes) if s == signature and numels[i]]
             shapes, first_chunk = [], 0
@@ -90,14 +111,8 @@ class Layout:
                 owner = torch.arange(len(members), dtype=torch.int32, device="cpu").repeat_interleave(
                     torch.tensor([chunks[i] for i in members], device="cpu")
                 )
-                self.launches.append(
-                    Launch(
-                        signature,
-                        members,
-                        _upload(shapes, torch.int64, device),
-                        _upload(owner, torch.int32, device),
-                    )
-                )
+                tables = _upload(shapes, torch.int64, device), _upload(owner, torch.int32, device)
+                self.groups.append(Group(signature, members, *tables, {}))
 
 
 _layouts = Cache(64)
@@ -118,8 +133,7 @@ class Batch:
         row_count: Rows of the table; a row without elements is zero.
 
     Attributes:
-        tables: For each launch its addresses on the device, int64 `[members, 4]`, and whether all of them are
-            multiples of 16.
+        parts: Its launches.
     """
 
     def __init__(
@@ -148,11 +162,21 @@ class Batch:
         self.row_count = row_count
         key = (tuple(numels), tuple(dtypes), tuple(rows), row_count, device)
         self.layout: Layout = _layouts.get(key, [device], lambda: Layout(*key))
-        self.tables = []
-        for launch in self.layout.launches:
-            table = [addresses[i] for i in launch.members]
-            aligned = all(entry[3] for entry in table)
-            self.tables.append((launch, _upload(table, torch.int64, device), aligned))
+        self.parts = []
+        for group in self.layout.groups:
+            entries = [addresses[i] for i in group.members]
+            aligned = all(entry[3] for entry in entries)
+            tables = _upload(entries, torch.int64, device), group.shapes, group.owner, self.layout.rows
+            self.parts.append(
+                Part(
+                    group.dtypes,
+                    len(group.owner),
+                    tables,
+                    tuple(t.data_ptr() for t in tables),
+                    aligned,
+                    group.compiled.setdefault(aligned, {}),
+                )
+            )
         self._empty_rows = len(set(rows)) < row_count or 0 in numels
         self._counters: Tensor | None = None
 
@@ -215,8 +239,3 @@ def options(device: torch.device, aligned: bool, dtypes: Signature) -> dict[str,
         # it is told not to.
         found["maxnreg"] = 255
     return found
-
-
-def on(device: torch.device) -> AbstractContextManager[object]:
-    """Makes `device` current, as a launch needs."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from sago import buckets, compiled, pipeline, reference, seen
+from sago import buckets, compiled, pipeline, reference, seen, synthesis
 from sago.cache import Cache
 from sago.rules import Rule
-from tests import inputs, oracle, properties
+from tests import inputs, oracle, properties, repeats
 from tests.backends import INTERPRETED, Backend
 from tests.windows import averaged, bucketed, clipped, mean, with_nan
 
@@ -131,14 +131,6 @@ def counts(run):
     for name in properties.COUNTS:
         assert getattr(found, name).item() == expected[name][0]
     assert found.conflict_fraction.item() == expected["conflicts"][0] / expected["numel"][0]
-
-
-def addresses(run):
-    kept = []  # so that no memory is used again
-    for seed in range(3):
-        forget, retain = ([t.float()] for t in inputs.pair(20, seed))
-        kept.append((forget, retain, run(forget, retain, "sago", stats=False)))
-        properties.assert_as_reference(run, forget, retain, "sago", stats=False)
 
 
 def company(run):
@@ -261,7 +253,7 @@ CHECKS = [
         products,
         products_of_bf16,
     ),
-    *(products_over_chunks, range_, groups, report, counts, addresses, company, switched_off, gated),
+    *(products_over_chunks, range_, groups, report, counts, company, switched_off, gated),
     *(propagated, clipping, clipping_of_little, clipping_of_inf, zero_update, means, counts_of_means),
 ]
 
@@ -281,6 +273,7 @@ class Mutant(NamedTuple):
 
 
 SIGNS = "((f > 0) & (r < 0)) | ((f < 0) & (r > 0))"
+GUARDS = " and seen.guards.check(*tensors)"
 ROW, SLOT = "row = tl.load(shape + 3)", "slot = tl.program_id(0) - tl.load(shape + 1) + tl.load(shape + 2)"
 NO_TAIL = "at < size, f, r, a_c, b_c, a, b, OUT, GATED, False", propagated
 NO_BODY = "at < body, f, r, a_c, b_c, a, b, OUT, GATED, False", propagated
@@ -322,9 +315,9 @@ KERNELS = {
             weights,
         ),
         "coefficients of the first group": (ROW, ROW + " * 0", groups),
-        "eps added to fr": ("gram_stride + 1)", "gram_stride + 1) + _weight(eps)", products),
-        "eps left out of rr": ("+ 2) + _weight(eps)", "+ 2)", products),
-        "eps left out of ff": ("row * gram_stride) + _weight(eps)", "row * gram_stride)", products),
+        "eps added to fr": ("gram_stride + 1)", "gram_stride + 1) + _weight(eps, False)", products),
+        "eps left out of rr": ("+ 2) + _weight(eps, False)", "+ 2)", products),
+        "eps left out of ff": ("row * gram_stride) + _weight(eps, False)", "row * gram_stride)", products),
         "given a for a_c": ("coefficients + row * 4)", "coefficients + row * 4 + 2)", clipping),
         "given b_c for b": ("coefficients + row * 4 + 3)", "coefficients + row * 4 + 1)", clipping),
         "given to the first group": (
@@ -358,18 +351,29 @@ KERNELS = {
         "half a chunk": ("numel - start, CHUNK)", "numel - start, CHUNK // 2)", chunks),
         "forget for retain": ("retain = tl.load(entry + 1)", "retain = tl.load(entry)", missing),
     },
-    (batch, "Batch.__init__"): {
-        "stale addresses": ("(table, device), ", "(len(table), device), ", addresses),
+    (seen, "find"): {
+        "shapes that were": (GUARDS, "", repeats.other_lengths),
+        "strides that were": (GUARDS, "", repeats.other_strides),
+        "dtypes that were": (GUARDS, "", repeats.other_dtypes),
+    },
+    (seen, "_key"): {
+        "stale addresses": ("(addresses, *map", "(len(addresses), *map", repeats.other_addresses),
+        "any place for None": ("(*found, *missing)", "found", repeats.other_partners),
+        "any side": ("*map(len, sides), ", "", repeats.other_sides),
+        "any output": (" where, rule", " rule", repeats.other_outputs),
+        "any groups": ("rule.scope, keys,", "rule.scope,", repeats.other_groups),
+        "any scope": ("rule.scope, keys,", "keys,", repeats.other_scopes),
     },
     (stream, "across"): {
         "tail left out of the sums": (" + tl.sum(tail.to(tl.float64))", "", products),
     },
     (stream, "finish"): {
+        "counters left as they are": ("tl.store(counters + row, 0)", "pass", repeats.same_lists),
         "sums to the first group": (ROW, ROW + " * 0", groups),
         "chunk number for slot": (SLOT, "slot = tl.program_id(0)", groups),
         "slots of another row": ("partials + k * slots + first", "partials + k * slots", groups),
         "last chunk left out": ("at < count, other", "at < count - 1, other", products_over_chunks),
-        "added up by the first": ("done == count - 1", "done == 0", products_over_chunks),
+        "added up too early": ("done == count - 1", "done == count - 2", products_over_chunks),
         "the last chunk alone": ("k * slots + first", "k * slots + slot", products_over_chunks),
     },
     (stream, "accumulate"): {
@@ -527,7 +531,9 @@ def mutate(monkeypatch, tmp_path):
         namespace = {}
         exec(compile(path.read_text(), str(path), "exec"), vars(mutant.module), namespace)
         users = [
-            m for m in (stream, gram, combine, batch, compiled, pipeline) if vars(m).get(name) is original
+            m
+            for m in (stream, gram, combine, batch, compiled, pipeline, seen, synthesis)
+            if vars(m).get(name) is original
         ]
         for user in users or [owner]:
             monkeypatch.setattr(user, name, namespace[name])
