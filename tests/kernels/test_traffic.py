@@ -1,4 +1,4 @@
-"""Bytes that a synthesis loads and stores, counted: each gradient is read once, or twice, and written once."""
+"""What a synthesis loads and stores, counted: each gradient is read once, or twice, and written once."""
 
 import numpy as np
 import pytest
@@ -162,9 +162,8 @@ def test_buckets_in_backward(rule):
     buckets.zero_()
     with buckets.forget():
         backward(params, forget)
-    with counted(*map(buffer, (*both[0], *both[1]))) as traffic:
-        with buckets.synthesize_in_backward(rule):
-            backward(params, retain)
+    with counted(*map(buffer, (*both[0], *both[1]))) as traffic, buckets.synthesize_in_backward(rule):
+        backward(params, retain)
     assert_floor(traffic, *both, both[1], READS[rule])
 
 

@@ -14,7 +14,6 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import torch
 from torch import Tensor
 
 
@@ -150,11 +149,11 @@ def assert_floor(
     written = {o.data_ptr() for o in out if o is not None}
     read = {t.data_ptr() for t in (*forget, *retain) if t is not None}
     for t in (*forget, *retain, *out):
-        if t is not None:
-            loads, stores = (np.unique(kind.of(t)).tolist() for kind in (traffic.loads, traffic.stores))
-            if t.numel():
-                assert loads == [reads if t.data_ptr() in read else 0]
-                assert stores == [int(t.data_ptr() in written)]
+        if t is not None and t.numel():
+            loads, stores = traffic.loads.of(t), traffic.stores.of(t)
+            expected = reads * (t.data_ptr() in read), int(t.data_ptr() in written)
+            assert (loads == expected[0]).all(), f"loaded {np.unique(loads)} times, not {expected[0]}"
+            assert (stores == expected[1]).all(), f"stored {np.unique(stores)} times, not {expected[1]}"
 
 
 def _extent(t: Tensor) -> tuple[int, int]:
