@@ -12,11 +12,13 @@ from typing import NamedTuple
 import pytest
 import torch
 
+import sago
 from sago import buckets, compiled, pipeline, reference, seen, synthesis
 from sago.cache import Cache
 from sago.rules import Rule
 from tests import inputs, oracle, properties, repeats
 from tests.backends import INTERPRETED, Backend
+from tests.kernels.traffic import assert_floor, counted
 from tests.windows import averaged, bucketed, clipped, mean, with_nan
 
 if not INTERPRETED:
@@ -238,6 +240,17 @@ def counts_of_means(run):
     assert found.nonfinite_retain.tolist() == [5]
 
 
+def traffic(run):
+    """Of blocks, tails and None: what is moved for an update that may well be right."""
+    forget, retain = ([t.float() for t in side] for side in zip(*map(inputs.pair, (3000, 33)), strict=True))
+    forget, retain = [*forget, None, forget[1].clone()], [*retain, retain[1].clone(), None]
+    out = [torch.empty_like(t) for t in (*retain[:3], forget[3])]
+    for rule, stats, reads in (("sago", True, 1), ("sago", False, 1), ("pcgrad", True, 2)):
+        with counted(*forget, *retain, *out) as found:
+            sago.synthesize_(forget, retain, rule, out=out, stats=stats, backend=run.name)
+        assert_floor(found, forget, retain, out, reads)
+
+
 CHECKS = [
     *(
         specials,
@@ -258,8 +271,10 @@ CHECKS = [
 ]
 
 
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("backend", ["triton", "compiled"])
+RIGHT = [(backend, check) for backend in ("triton", "compiled") for check in CHECKS] + [("triton", traffic)]
+
+
+@pytest.mark.parametrize(("backend", "check"), RIGHT)
 def test_the_right_kernels_pass(check, backend):
     check(Backend(backend, "cpu"))
 
@@ -275,6 +290,8 @@ class Mutant(NamedTuple):
 SIGNS = "((f > 0) & (r < 0)) | ((f < 0) & (r > 0))"
 GUARDS = " and seen.guards.check(*tensors)"
 ROW, SLOT = "row = tl.load(shape + 3)", "slot = tl.program_id(0) - tl.load(shape + 1) + tl.load(shape + 2)"
+FORGET = "f = upcast(tl.load(forget + at, mask=at < forget_body, other=0.0), COMPUTE)"
+OF_BODY = "store(out + at, at < body, f, r, a_c, b_c, a, b, OUT, GATED, PROPAGATE)"
 NO_TAIL = "at < size, f, r, a_c, b_c, a, b, OUT, GATED, False", propagated
 NO_BODY = "at < body, f, r, a_c, b_c, a, b, OUT, GATED, False", propagated
 FACTOR = "values * torch.where(norm.isfinite(), clip, torch.nan)"
@@ -343,6 +360,12 @@ KERNELS = {
         "unwritten tail": ("store(out + at, at < size,", "store(out + at, at < body,", tails),
         "one element too many": ("out + at, at < size,", "out + at, at < size + 1,", tails),
         "body past its end": ("out + at, at < body,", "out + at, at < size + 16,", tails),
+        "read twice": (FORGET, f"{FORGET}; {FORGET}", traffic),
+        "read where there is none": ("mask=at < retain_body", "mask=at < body", traffic),
+        "read past the end": ("mask=at < forget_size", "mask=at < forget_size + 1", traffic),
+        "read without a mask": ("mask=at < retain_body, other=0.0", "", traffic),
+        "written twice": (OF_BODY, f"{OF_BODY}; {OF_BODY}", traffic),
+        "the last vector once more": ("at = body + tl", "at = tl.maximum(size - 16, 0) + tl", traffic),
         "tail does not propagate": ("at < size, f, r, a_c, b_c, a, b, OUT, GATED, PROPAGATE", *NO_TAIL),
         "body does not propagate": ("at < body, f, r, a_c, b_c, a, b, OUT, GATED, PROPAGATE", *NO_BODY),
     },
@@ -375,6 +398,9 @@ KERNELS = {
         "last chunk left out": ("at < count, other", "at < count - 1, other", products_over_chunks),
         "added up too early": ("done == count - 1", "done == count - 2", products_over_chunks),
         "the last chunk alone": ("k * slots + first", "k * slots + slot", products_over_chunks),
+    },
+    (pipeline, "Pipeline.update"): {
+        "statistics in a pass of their own": ('rule.scope != "element"', "True", traffic),
     },
     (stream, "accumulate"): {
         "products rounded to bf16": (
