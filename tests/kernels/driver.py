@@ -1,7 +1,7 @@
 """Triton's launch path without a GPU: what it compiles and binds arrives at a `libcuda.so.1` that records it.
 
-For a process of its own without TRITON_INTERPRET: the driver is replaced for good. CPU tensors stand for tensors
-on the device. The kernels are compiled for sm_90, and do not run.
+For a process of its own without TRITON_INTERPRET: the driver is replaced for good. CPU tensors stand for
+tensors on the device. The kernels are compiled for sm_90, and do not run.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""`python -m tests.kernels.launched FOLDER ORDER`: what every case launches, twice, as JSON on the standard output.
+"""`python -m tests.kernels.launched FOLDER ORDER` prints what every case launches, twice, as JSON.
 
 ORDER is `forward` or `backward`: what is launched must not depend on what was launched before.
 """
@@ -7,12 +7,16 @@ import functools
 import json
 import struct
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unittest import mock
 
 import torch
+from sago.kernels.formula import on_device
+from torch import Tensor
 
+from sago import kernels
 from sago.rules import RULES, Coefficients
 from tests.kernels.driver import StubDriver
 
@@ -22,83 +26,98 @@ NUMELS = (40000, 7, 16)  # 2, 1 and 1 chunks
 
 class Case(NamedTuple):
     rule: str
-    gamma: Any = 0.75
-    alpha: Any = 1.5
-    dtypes: tuple[torch.dtype, ...] = (FP32, FP32, FP32)
+    gamma: float | Tensor = 0.75
+    alpha: float | Tensor = 1.5
+    dtypes: tuple[tuple[torch.dtype, torch.dtype], ...] = ((FP32, FP32),) * 3  # of forget and retain
     offset: int = 0
     sums: int = 0
     given: bool = False
     propagate: bool = False
 
 
-def on_device(weight: float) -> torch.Tensor:
-    return torch.tensor(weight, dtype=FP64)
-
+HALF, TWO = (torch.tensor(weight, dtype=FP64) for weight in (0.5, 2.0))
 
 CASES = {
     **{rule: Case(rule) for rule in RULES},
-    "zero weights": Case("sago", 0.0, 0.0),  # Triton makes 32-bit integers of the bits of 0.0
+    "zero weights": Case("sago", 0.0, 0.0),  # Triton takes the bits of 0.0 for a 32-bit integer
     "other weights": Case("sago", -0.1, 1e300),
-    "zero retain weight": Case("sago", 0.3, 0.0),
-    "weights on the device": Case("sago", on_device(0.75), on_device(1.5)),
-    "one weight on the device": Case("sago", 0.75, on_device(1.5)),
+    "a zero weight": Case("sago", 0.3, 0.0),
+    "weights on the device": Case("sago", HALF, TWO),
+    "a weight on the device": Case("sago", 0.75, TWO),
     "6 sums": Case("sago", sums=6),
     "9 sums": Case("sago", sums=9),
-    "bf16": Case("sago", dtypes=(BF16, BF16, BF16)),
-    "two dtypes": Case("sago", dtypes=(BF16, FP32, FP32), sums=6),
+    "6 sums ahead": Case("pcgrad", sums=6),
+    "bf16": Case("sago", dtypes=((BF16, BF16),) * 3),
+    "bf16, sums ahead": Case("pcgrad", dtypes=((BF16, BF16),) * 3),
+    "forget in bf16": Case("sago", dtypes=((BF16, FP32),) * 3),
+    "retain in bf16": Case("sago", dtypes=((FP32, BF16),) * 3),
+    "two dtypes": Case("sago", dtypes=((BF16, BF16), (FP32, FP32), (FP32, FP32))),
     "not aligned": Case("sago", offset=1),
     "propagate": Case("sago", propagate=True),
     "given coefficients": Case("sago", given=True),
+    "given coefficients, not gated": Case("sum", given=True),
 }
 
 
 def main(folder: str, order: str) -> None:
     stub = StubDriver(Path(folder))
-    from sago import kernels
-    from sago.kernels.formula import on_device
-
     for rule in RULES.values():
-        on_device(rule.coefficients)  # they are numbered in the order of use, and the numbers are in the code
+        on_device(rule.coefficients)  # numbered in the order of use, and the number is in the code
     found = {}
     for name in CASES if order == "forward" else reversed(CASES):
-        launch, expected = prepared(kernels, CASES[name])
-        # Memory for sums is allocated anew by every call; here the second call is given that of the first.
-        with mock.patch.multiple(
-            torch, empty=functools.cache(torch.empty), zeros=functools.cache(torch.zeros)
-        ):
+        launch, expected = prepared(CASES[name])
+        # A call allocates memory for its sums and coefficients. The second gets that of the first.
+        made = {make: functools.cache(getattr(torch, make)) for make in ("empty", "zeros")}
+        repeat = functools.cache(Tensor.repeat)
+        with mock.patch.multiple(torch, **made), mock.patch.object(Tensor, "repeat", repeat):
             first, second = [(launch(), stub.launches())[1] for _ in range(2)]
         found[name] = {"first": first, "second": second, "expected": expected}
     json.dump(found, sys.stdout)
 
 
-def prepared(kernels: Any, case: Case) -> tuple[Any, list[int]]:
+def prepared(case: Case) -> tuple[Callable[[], None], list[int]]:
     """A function that launches the case, and what is to be found among the parameters of its last launch."""
-    shapes = list(zip(NUMELS, case.dtypes, strict=True))
-    forget, retain = ([torch.ones(n + 1, dtype=d)[case.offset :][:n] for n, d in shapes] for _ in range(2))
-    rule = RULES[case.rule]
+    forget, retain = (
+        [
+            torch.ones(n + 1, dtype=pair[side])[case.offset :][:n]
+            for n, pair in zip(NUMELS, case.dtypes, strict=True)
+        ]
+        for side in range(2)
+    )
     batch = kernels.Batch(torch.device("cpu"), forget, retain, retain, [0, 1, 2], 3)
+    rule = RULES[case.rule]
     gram = coefficients = None
     expected = [parameter(case.gamma), parameter(case.alpha)]
     if case.given:
-        coefficients = Coefficients(torch.ones(3, 4, dtype=FP64), ("any",) * 4)
-        expected = [coefficients.values.data_ptr()]
-    if rule.scope != "element":
+        columns = 4 if rule.gated else 2
+        coefficients = Coefficients(torch.ones(3, columns, dtype=FP64), ("any",) * columns)
+        expected = [coefficients.values.data_ptr()] if rule.gated else []
+    ahead = rule.scope != "element"
+    if ahead:
         gram = torch.ones(1 if rule.scope == "global" else 3, 3, dtype=FP64).expand(3, 3)
         expected += [gram.data_ptr(), gram.stride(0)]
 
     def launch() -> None:
-        if gram is not None:
-            kernels.gram(batch, 3)
+        if ahead:
+            kernels.gram(batch, case.sums or 3)
         kernels.combine(
-            batch, rule, case.gamma, case.alpha, 0.0, gram, case.sums, coefficients, case.propagate
+            batch,
+            rule,
+            case.gamma,
+            case.alpha,
+            0.0,
+            gram,
+            0 if ahead else case.sums,
+            coefficients,
+            case.propagate,
         )
 
     return launch, expected
 
 
-def parameter(weight: Any) -> int:
+def parameter(weight: float | Tensor) -> int:
     """The bits of a float, the address of a tensor."""
-    if isinstance(weight, torch.Tensor):
+    if isinstance(weight, Tensor):
         return weight.data_ptr()
     return int.from_bytes(struct.pack("<d", weight), "little", signed=True)
 

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
-    """The launches of every case, by the order in which the cases were launched."""
+    """The launches of every case, each a `tests.kernels.driver.Launch`, by the order of the cases."""
     cache = tmp_path_factory.mktemp("cache")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(cache)}
@@ -42,13 +42,11 @@ def launched(tmp_path_factory):
 
 
 def parameters(launch):
-    name, code, grid, threads, shared, values, sizes = launch
-    return values
+    return launch[5]
 
 
 def program(launch):
-    name, code, grid, threads, shared, values, sizes = launch
-    return name, code, grid, threads, shared, sizes
+    return [*launch[:5], *launch[6:]]
 
 
 @pytest.mark.parametrize("order", ["forward", "backward"])
@@ -73,7 +71,7 @@ def test_weights_and_tables_arrive_whole(launched, order):
 def test_a_rule_is_one_launch_for_each_dtype_and_one_program_for_each_chunk(launched):
     for name, case in launched["forward"].items():
         kernels = ["_combine_kernel"]
-        if name in ("pcgrad", "pcgrad_global", "blur"):
+        if name in ("pcgrad", "pcgrad_global", "blur", "6 sums ahead", "bf16, sums ahead"):
             kernels = ["_gram_kernel", *kernels]
         grids = [[4, 1, 1]] * len(kernels)
         if name == "two dtypes":
