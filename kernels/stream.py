@@ -229,3 +229,4 @@ def finish(sums, shape, partials, counters, table, rows, slots, SUMS: tl.constex
                 at = i + tl.arange(0, WIDTH)
                 total += tl.load(column + at, mask=at < count, other=0.0, cache_modifier=".cg")
             tl.store(table + row * SUMS + k, tl.sum(total))
+        tl.store(counters + row, 0)  # for the next launch
