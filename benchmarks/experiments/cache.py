@@ -1,12 +1,13 @@
 """How much of the second read of a Gram rule a cache can save: a model, in which orders of work are compared.
 
-A Gram rule reads both gradients for their inner products (2s, with s bytes an element), and again to combine them
-(2s and 1s written). What of the second read is still in the L2 depends on the order of work. `simulate` plays an
-order: as many programs as a GPU holds take the chunks of a list in turn; each round every program that need not
-wait moves a piece of its chunk, both gradients in one. The L2 drops what was used least recently, or at random.
+A Gram rule reads both gradients for their inner products (2s, with s bytes an element), and again to
+combine them (2s and 1s written). What of the second read is still in the L2 depends on the order of work.
+`simulate` plays an order: as many programs as a GPU holds take the chunks of a list in turn; each round
+every program that need not wait moves a piece of its chunk, both gradients in one. The L2 drops what was
+used least recently, or at random.
 
-The L2 of these GPUs is in two halves and its replacement is not documented, so what comes out is what an order can
-gain at the most, not what it will. The update is written in place.
+The L2 of these GPUs is in two halves and its replacement is not documented, so what comes out is what an
+order can gain at the most, not what it will. The update is written in place.
 """
 
 from __future__ import annotations
@@ -20,26 +21,28 @@ from sago.kernels.batch import CHUNK
 from tqdm import tqdm
 
 COLUMNS = (
-    "workload", "dtype", "device", "order", "replacement", "hit_share", "best_share", "traffic_in_s", "time_of_5s",
+    "workload", "dtype", "device", "order", "replacement", "hit_share", "best_share",
+    "traffic_in_s", "time_of_5s",
 )  # fmt: skip
 PIECE = 8192  # elements
+LAG = 512  # chunks, 64 MiB of 16-bit gradients
 _MICROSECONDS = 4.0  # that a program takes at least for a piece: four loads to wait for
 _L2_SPEED = 2.0  # of the L2, in units of the memory's
 
 
 class Machine(NamedTuple):
-    """A data sheet: bytes of L2, TB/s; and the programs of 256 threads it holds at once."""
+    """A data sheet: bytes of L2, TB/s, streaming multiprocessors."""
 
     name: str
     l2: float
     tbps: float
-    programs: int
+    sms: int
 
 
 MACHINES = (
-    Machine("A100", 40e6, 2.04, 108 * 8),
-    Machine("H100", 50e6, 3.35, 132 * 8),
-    Machine("B200", 126e6, 8.0, 148 * 8),
+    Machine("A100", 40e6, 2.04, 108),
+    Machine("H100", 50e6, 3.35, 132),
+    Machine("B200", 126e6, 8.0, 148),
 )
 
 
@@ -50,24 +53,26 @@ class Order(NamedTuple):
         launches: 2 reduces the whole list first. 1 combines a tensor as soon as it is reduced.
         reverse: What is combined from the end: "" (nothing), "chunks", or also the "pieces" of a chunk.
         evict_first: Whether what has been combined makes room before anything else.
-        ahead: With one launch, how many tensors are reduced before the first is combined.
+        lag: With one launch, how many chunks of other tensors are reduced before a tensor is combined.
+        programs: That an SM holds, after what `python -m benchmarks.experiments compile` says of registers.
     """
 
     name: str
     launches: int = 2
     reverse: str = ""
     evict_first: bool = False
-    ahead: int = 1
+    lag: int = 0
+    programs: int = 8
 
 
 ORDERS = (
     Order("two launches"),
-    Order("two launches, chunks in reverse", reverse="chunks"),
-    Order("two launches, all in reverse", reverse="pieces"),
-    Order("two launches, all in reverse, evict first", reverse="pieces", evict_first=True),
-    Order("one launch", launches=1),
-    Order("one launch, all in reverse, evict first", launches=1, reverse="pieces", evict_first=True),
-    Order("the same, two tensors ahead", launches=1, reverse="pieces", evict_first=True, ahead=2),
+    Order("reverse, chunks only", reverse="chunks"),
+    Order("reverse", reverse="pieces"),
+    Order("reverse, evict first", reverse="pieces", evict_first=True),
+    Order("one launch", launches=1, programs=6),
+    Order("one launch, reverse, evict first", 1, "pieces", True, programs=6),
+    Order("one launch, lag", 1, "pieces", True, LAG, programs=6),
 )
 
 
@@ -108,7 +113,7 @@ class Cache:
 
 
 def tickets(sizes: Sequence[int], order: Order) -> Iterable[tuple[int, int, bool]]:
-    """The work in its order: chunk, group, and whether it is combined. It waits until its group is reduced."""
+    """The work in its order: chunk, group, and whether it is combined, once the group is reduced."""
     groups: list[list[int]] = [[]]
     first = 0
     for size in sizes:
@@ -117,18 +122,27 @@ def tickets(sizes: Sequence[int], order: Order) -> Iterable[tuple[int, int, bool
             groups.append([])
         groups[-1] += range(first, first + count)
         first += count
-    for g in range(len(groups) + order.ahead - 1):
-        if g < len(groups):
-            yield from ((chunk, g, False) for chunk in groups[g])
-        done = g - order.ahead + 1
-        if done >= 0:
-            yield from ((c, done, True) for c in (reversed(groups[done]) if order.reverse else groups[done]))
+    reduced = 0
+    waiting: deque[tuple[int, int]] = deque()  # when a group is to be combined, and which
+    for g, chunks in enumerate(groups):
+        for chunk in chunks:
+            while waiting and waiting[0][0] <= reduced:
+                yield from _combined(groups, waiting.popleft()[1], order)
+            yield chunk, g, False
+            reduced += 1
+        waiting.append((reduced + order.lag, g))
+    for _, g in waiting:
+        yield from _combined(groups, g, order)
+
+
+def _combined(groups: list[list[int]], g: int, order: Order) -> Iterable[tuple[int, int, bool]]:
+    return ((chunk, g, True) for chunk in (reversed(groups[g]) if order.reverse else groups[g]))
 
 
 def simulate(
     sizes: Sequence[int], itemsize: int, machine: Machine, order: Order, replacement: str = "lru"
 ) -> dict[str, float]:
-    """The share of the second read that hits, bytes moved in units of s an element, and time by that of 5s."""
+    """The share of the second read that hits, bytes moved in s an element, and the time by that of 5s."""
     elements = sum(sizes)
     chunks = [min(CHUNK, size - at) for size in sizes for at in range(0, size, CHUNK)]
     cache = Cache(int(machine.l2 // (2 * itemsize * PIECE)), replacement)
@@ -140,7 +154,7 @@ def simulate(
     running: list[list[int]] = []  # chunk, group, whether it is combined, pieces done
     hits = moved = microseconds = 0.0
     while queue or running:
-        while queue and len(running) < machine.programs:
+        while queue and len(running) < machine.sms * order.programs:
             running.append([*queue.popleft(), 0])
         read = written = from_memory = 0
         arrived = []
@@ -166,7 +180,11 @@ def simulate(
         at_once = itemsize * max(from_memory + written, (read + written) / _L2_SPEED)
         microseconds += max(_MICROSECONDS, at_once / (1e6 * machine.tbps))
     floor = 5 * elements * itemsize / (1e6 * machine.tbps)
-    return {"hit_share": hits / elements, "traffic_in_s": moved / elements, "time_of_5s": microseconds / floor}
+    return {
+        "hit_share": hits / elements,
+        "traffic_in_s": moved / elements,
+        "time_of_5s": microseconds / floor,
+    }
 
 
 def best_share(sizes: Sequence[int], itemsize: int, machine: Machine, launches: int) -> float:

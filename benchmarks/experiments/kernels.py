@@ -1,12 +1,13 @@
 """Other orders of work for a rule with inner products, from the device functions of `sago.kernels`.
 
-A table has one line for each piece of work: reduce a chunk, or combine it. Programs take its lines in order. What
-an experiment changes is the table, the number of launches, the order within a chunk and hints for the caches; the
-sums and the update have the bits of the two launches of `sago.kernels`.
+A table has one line for each piece of work: reduce a chunk, or combine it. Programs take its lines in
+order. What an experiment changes is the table, the number of launches, the order within a chunk and hints
+for the caches; the sums and the update have the bits of the two launches of `sago.kernels`.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,18 +26,18 @@ REDUCE, COMBINE = 0, 1
 
 @triton.jit
 def _pass(
-    forget, retain, out, size, a, b,
+    forget, retain, out, start, size, a, b,
     FORGET: tl.constexpr, RETAIN: tl.constexpr, OUT: tl.constexpr, COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr, V: tl.constexpr, REVERSE: tl.constexpr, HINT: tl.constexpr,
 ):  # fmt: skip
-    """`sago.kernels.stream` for aligned tensors and rules without a gate: sums or, unless OUT is None, the update.
+    """`stream` for aligned tensors and rules without a gate: the sums or, unless OUT is None, the update.
 
     REVERSE: from the end, where the update's order is free. HINT: the eviction policy of loads and stores.
     """
-    forget = pointer(forget, 0, FORGET, True)
-    retain = pointer(retain, 0, RETAIN, True)
+    forget = pointer(forget, start, FORGET, True)
+    retain = pointer(retain, start, RETAIN, True)
     if OUT is not None:
-        out = pointer(out, 0, OUT, True)
+        out = pointer(out, start, OUT, True)
     s0 = tl.zeros((BLOCK // V,), COMPUTE)
     s1, s2, s3 = s0, s0, s0
     t0 = tl.zeros((16,), COMPUTE)
@@ -111,21 +112,22 @@ def _work_kernel(
     forget = tl.load(entry)
     retain = tl.load(entry + 1)
     out = tl.load(entry + 2)
-    size = tl.load(entry + 3).to(tl.int32)
-    slot = tl.load(entry + 4)
-    row = tl.load(entry + 5)
+    start = tl.load(entry + 3)
+    size = tl.load(entry + 4).to(tl.int32)
+    slot = tl.load(entry + 5)
+    row = tl.load(entry + 6)
     combines = PHASE == "combine"
     if PHASE == "both":
-        combines = tl.load(entry + 6) != 0
+        combines = tl.load(entry + 7) != 0
     if PHASE == "resident":
         ff, fr, rr = _pass(
-            forget, retain, out, size, 0.0, 0.0, FORGET, RETAIN, None, COMPUTE, BLOCK, V, False, FIRST
+            forget, retain, out, start, size, 0.0, 0.0, FORGET, RETAIN, None, COMPUTE, BLOCK, V, False, FIRST
         )
         tl.store(table + row * 3, ff)
         tl.store(table + row * 3 + 1, fr)
         tl.store(table + row * 3 + 2, rr)
         a, b = _coefficients(ff, fr, rr, weights, FORMULA, COMPUTE)
-        _pass(forget, retain, out, size, a, b, FORGET, RETAIN, OUT, COMPUTE, BLOCK, V, REVERSE, SECOND)
+        _pass(forget, retain, out, start, size, a, b, FORGET, RETAIN, OUT, COMPUTE, BLOCK, V, REVERSE, SECOND)
     elif combines:
         if PHASE == "both":
             while tl.atomic_add(ready + row, 0, sem="acquire") == 0:
@@ -136,10 +138,10 @@ def _work_kernel(
         fr = tl.load(table + row * 3 + 1, cache_modifier=".cg")
         rr = tl.load(table + row * 3 + 2, cache_modifier=".cg")
         a, b = _coefficients(ff, fr, rr, weights, FORMULA, COMPUTE)
-        _pass(forget, retain, out, size, a, b, FORGET, RETAIN, OUT, COMPUTE, BLOCK, V, REVERSE, SECOND)
+        _pass(forget, retain, out, start, size, a, b, FORGET, RETAIN, OUT, COMPUTE, BLOCK, V, REVERSE, SECOND)
     else:
         sums = _pass(
-            forget, retain, out, size, 0.0, 0.0, FORGET, RETAIN, None, COMPUTE, BLOCK, V, False, FIRST
+            forget, retain, out, start, size, 0.0, 0.0, FORGET, RETAIN, None, COMPUTE, BLOCK, V, False, FIRST
         )
         _finish(sums, slot, row, rows, partials, slots, counters, ready, table, BLOCK)
 
@@ -150,15 +152,15 @@ class Experiment(NamedTuple):
     Attributes:
         phases: Of the launches: "reduce" and "combine", "both" or "resident".
         reverse: Chunks are combined from the last, each from its end.
-        first, second: Eviction policies of the read that reduces, and of the one that combines and its stores.
-        ahead: In "both", how many rows are reduced before the first is combined.
+        first, second: Eviction policies of the read that reduces, and of what combines.
+        lag: In "both", how many chunks of other rows are reduced before a row is combined.
     """
 
     phases: tuple[str, ...] = ("reduce", "combine")
     reverse: bool = False
     first: str = ""
     second: str = ""
-    ahead: int = 1
+    lag: int = 0
 
 
 EXPERIMENTS = {
@@ -168,7 +170,7 @@ EXPERIMENTS = {
     "reverse, keep, evict first": Experiment(reverse=True, first="evict_last", second="evict_first"),
     "one launch": Experiment(("both",)),
     "one launch, reverse, evict first": Experiment(("both",), True, "", "evict_first"),
-    "one launch, two ahead": Experiment(("both",), True, "", "evict_first", 2),
+    "one launch, lag": Experiment(("both",), True, "", "evict_first", 512),
     "resident": Experiment(("resident",)),
 }
 
@@ -192,30 +194,34 @@ def prepare(
     out: Sequence[Tensor],
     rows: Sequence[int] | None = None,
 ) -> Callable[[], tuple[list[Call], Tensor]]:
-    """Uploads the tables of an experiment; what it returns makes its launches and their Gram table, as often as asked.
+    """Uploads the tables of an experiment; what it returns makes its launches and their Gram table anew.
 
     The tensors are contiguous, of one dtype combination and start at multiples of 16 bytes.
     """
     formula = on_device(rule.coefficients)
     if rule.gated or formula is None:
-        raise ValueError(f"Parameter `rule` should have no gate and be compiled into kernels. Found {rule.name!r}.")
+        raise ValueError(
+            f"Parameter `rule` should have no gate and be compiled into kernels. Found {rule.name!r}."
+        )
     if any(t.data_ptr() % 16 for side in (forget, retain, out) for t in side):
         raise ValueError("Parameters `forget`, `retain` and `out` should start at multiples of 16 bytes.")
     device, dtypes = out[0].device, (forget[0].dtype, retain[0].dtype, out[0].dtype)
     row_of = list(range(len(out))) if rows is None else list(rows)
     chunks: list[list[list[int]]] = [[] for _ in range(max(row_of) + 1)]
     for f, r, o, row in zip(forget, retain, out, row_of, strict=True):
+        addresses = [t.data_ptr() for t in (f, r, o)]
         for start in range(0, o.numel(), CHUNK):
-            addresses = [t.data_ptr() + start * t.element_size() for t in (f, r, o)]
-            chunks[row].append([*addresses, min(CHUNK, o.numel() - start), 0, row])
+            chunks[row].append([*addresses, start, min(CHUNK, o.numel() - start), 0, row])
     row_table, slots = [], 0
     for members in chunks:
         row_table += [slots, len(members)]
         for chunk in members:
-            chunk[4] = slots
+            chunk[5] = slots
             slots += 1
     if "resident" in experiment.phases and any(len(members) > 1 for members in chunks):
-        raise ValueError(f"Rows that are resident should be of one chunk, {CHUNK} elements. Found longer ones.")
+        raise ValueError(
+            f"Rows that are resident should be of one chunk, {CHUNK} elements. Found longer ones."
+        )
     tables = [_table(lines(chunks, phase, experiment), device) for phase in experiment.phases]
     row_table = torch.tensor(row_table, dtype=torch.int64).to(device)
     weights = torch.tensor([gamma, alpha], dtype=torch.float64).to(device)
@@ -254,17 +260,23 @@ def prepare(
 def lines(chunks: Sequence[Sequence[list[int]]], phase: str, experiment: Experiment) -> list[list[int]]:
     """The work of a launch in its order. In "both" a row's chunks are reduced before they are combined."""
     step = -1 if experiment.reverse else 1
-    reduce = [[[*chunk, REDUCE, 0] for chunk in row] for row in chunks]
-    combine = [[[*chunk, COMBINE, 0] for chunk in row][::step] for row in chunks]
+    reduce = [[[*chunk, REDUCE] for chunk in row] for row in chunks]
+    combine = [[[*chunk, COMBINE] for chunk in row][::step] for row in chunks]
     if phase in ("reduce", "resident"):
         return [line for row in reduce for line in row]
     if phase == "combine":
         return [line for row in combine[::step] for line in row]
-    found = []
-    for i in range(len(chunks) + experiment.ahead - 1):
-        found += reduce[i] if i < len(chunks) else []
-        found += combine[i - experiment.ahead + 1] if i >= experiment.ahead - 1 else []
-    return found
+    found: list[list[int]] = []
+    waiting: deque[tuple[int, list[list[int]]]] = deque()
+    reduced = 0
+    for row in range(len(chunks)):
+        for line in reduce[row]:
+            while waiting and waiting[0][0] <= reduced:
+                found += waiting.popleft()[1]
+            found.append(line)
+            reduced += 1
+        waiting.append((reduced + experiment.lag, combine[row]))
+    return found + [line for _, row in waiting for line in row]
 
 
 def _table(work: list[list[int]], device: torch.device) -> Tensor:

@@ -1,5 +1,8 @@
 """Other orders of work give the bits of the two launches that ship."""
 
+import importlib
+from unittest import mock
+
 import pytest
 import torch
 
@@ -9,11 +12,14 @@ from tests import inputs, properties
 from tests.backends import DTYPES, on_device
 
 kernels = pytest.importorskip("benchmarks.experiments.kernels", reason="needs Triton")
+timing = pytest.importorskip("benchmarks.experiments.timing", reason="needs Triton")
+main = importlib.import_module("benchmarks.experiments.__main__").main
 
 BF16, _, FP32, _ = DTYPES
 CHUNK = inputs.CHUNK
-SIZES = (1, 17, 2049, CHUNK, CHUNK + 5, 2 * CHUNK - 3)
-SMALL = (1, 15, 16, 17, 2047, 2049, 5000, CHUNK)
+SIZES = (17, CHUNK + 5, 1, 2049)
+ONE_CHUNK = (1, 17, 2049, CHUNK)
+NAMES = list(kernels.EXPERIMENTS)
 
 
 def pairs(sizes, dtype, device):
@@ -21,13 +27,10 @@ def pairs(sizes, dtype, device):
     return [[on_device(t.float().to(dtype), device) for t in side] for side in zip(*both, strict=True)]
 
 
-def fenced(like):
-    """NaN of one more vector than is to be written."""
-    return [torch.full((t.numel() + 16,), torch.nan, dtype=t.dtype, device=t.device) for t in like]
-
-
-def run(name, forget, retain, out, rows=None, rule=RULES["pcgrad"]):
-    launches = kernels.prepare(kernels.EXPERIMENTS[name], forget, retain, rule, 0.75, 1.5, out, rows)
+def run(experiment, forget, retain, out, rows=None, rule=RULES["pcgrad"]):
+    if isinstance(experiment, str):
+        experiment = kernels.EXPERIMENTS[experiment]
+    launches = kernels.prepare(experiment, forget, retain, rule, 0.75, 1.5, out, rows)
     return kernels.run(launches)
 
 
@@ -40,51 +43,65 @@ def shipped(forget, retain, rows):
     return out, gram
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
-@pytest.mark.parametrize("name", list(kernels.EXPERIMENTS))
-def test_bits_of_two_launches(device, name, dtype):
-    forget, retain = pairs(SMALL if name == "resident" else SIZES, dtype, device)
-    rows = list(range(len(retain)))
-    expected, gram = shipped(forget, retain, rows)
-    out = fenced(retain)
+@pytest.mark.parametrize("name", NAMES)
+def test_bits_of_two_launches(device, name):
+    dtype = FP32 if NAMES.index(name) % 2 else BF16
+    forget, retain = pairs(ONE_CHUNK if name == "resident" else SIZES, dtype, device)
+    expected, gram = shipped(forget, retain, list(range(len(retain))))
+    out = [torch.full((r.numel() + 16,), torch.nan, dtype=dtype, device=device) for r in retain]
     table = run(name, forget, retain, [o[: r.numel()] for o, r in zip(out, retain, strict=True)])
     properties.assert_equal_bits([table], [gram])
     properties.assert_equal_bits([o[:-16] for o in out], expected)
     assert all(o[-16:].isnan().all() for o in out)
 
 
-@pytest.mark.parametrize("name", list(kernels.EXPERIMENTS))
-def test_in_place_against_the_reference(device, name):
-    forget, retain = pairs(SMALL[:5] if name == "resident" else SIZES[:4], FP32, device)
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_in_place_against_the_reference(device, name, dtype):
+    forget, retain = pairs((1, 15, 16, 17, 2047, 5000), dtype, device)
     expected, _ = sago.reference.synthesize(forget, retain, "pcgrad", 0.75, 1.5)
     run(name, forget, retain, retain)
     for found, u in zip(retain, expected, strict=True):
-        torch.testing.assert_close(found, u, rtol=1e-6, atol=1e-6)
+        # k may differ in its last bits, and the update be rounded the other way.
+        torch.testing.assert_close(found, u, rtol=2**-7 if dtype == BF16 else 1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["reverse", "one launch", "one launch, two ahead"])
-def test_rows_of_several_tensors(device, name):
-    forget, retain = pairs(SIZES[:5], BF16, device)
+@pytest.mark.parametrize(
+    "experiment",
+    [
+        kernels.EXPERIMENTS["reverse"],
+        kernels.EXPERIMENTS["one launch"],
+        kernels.EXPERIMENTS["one launch, lag"]._replace(lag=2),
+    ],
+)
+def test_rows_of_several_tensors(device, experiment):
+    forget, retain = pairs((33, CHUNK + 1, 2048, 7, 4097), BF16, device)
     rows = [0, 1, 0, 2, 1]
     expected, gram = shipped(forget, retain, rows)
     out = [torch.empty_like(r) for r in retain]
-    properties.assert_equal_bits([run(name, forget, retain, out, rows)], [gram])
+    properties.assert_equal_bits([run(experiment, forget, retain, out, rows)], [gram])
     properties.assert_equal_bits(out, expected)
 
 
-@pytest.mark.parametrize("name", [name for name, e in kernels.EXPERIMENTS.items() if "both" in e.phases])
-def test_no_one_waits_for_work_behind_its_own(name):
-    experiment = kernels.EXPERIMENTS[name]
-    chunks = [[[0, 0, 0, 1, 0, row]] * n for row, n in enumerate((2, 1, 3, 1))]
-    reduced = dict.fromkeys(range(4), 0)
-    combined = dict.fromkeys(range(4), 0)
-    for *_, row, combines, _ in kernels.lines(chunks, "both", experiment):
+@pytest.mark.parametrize("lag", [0, 1, 3, 512])
+def test_no_one_waits_for_work_behind_its_own(lag):
+    sizes = {0: 2, 1: 1, 2: 3, 3: 1}
+    chunks = [[[0, 0, 0, 0, 1, 0, row]] * n for row, n in sizes.items()]
+    reduced, combined = dict.fromkeys(sizes, 0), dict.fromkeys(sizes, 0)
+    for *_, row, combines in kernels.lines(chunks, "both", kernels.Experiment(("both",), lag=lag)):
         if combines:
-            assert reduced[row] == len(chunks[row])
+            assert reduced[row] == sizes[row]
+            assert sum(reduced.values()) >= min(7, lag + sum(sizes[r] for r in range(row + 1)))
             combined[row] += 1
         else:
             reduced[row] += 1
-    assert reduced == combined == {0: 2, 1: 1, 2: 3, 3: 1}
+    assert reduced == combined == sizes
+
+
+def test_reverse_is_the_last_chunk_first():
+    chunks = [[[0, 0, 0, start, 1, 0, row] for start in (0, CHUNK)] for row in range(2)]
+    found = kernels.lines(chunks, "combine", kernels.EXPERIMENTS["reverse"])
+    assert [(line[6], line[3]) for line in found] == [(1, CHUNK), (1, 0), (0, CHUNK), (0, 0)]
 
 
 def test_what_does_not_fit_is_refused(device):
@@ -93,7 +110,42 @@ def test_what_does_not_fit_is_refused(device):
         run("resident", forget, retain, retain)
     with pytest.raises(ValueError, match="multiples of 16"):
         run("reverse", [forget[0][1:]], [retain[0][1:]], [retain[0][1:]])
-    with pytest.raises(ValueError, match="no gate"):
-        run("reverse", forget, retain, retain, rule=RULES["sago"])
-    with pytest.raises(ValueError, match="no gate"):
-        run("reverse", forget, retain, retain, rule=Rule("torch", lambda *numbers: (1.0, 1.0), "tensor"))
+    for rule in (RULES["sago"], Rule("torch", lambda *numbers: (1.0, 1.0), "tensor")):
+        with pytest.raises(ValueError, match="no gate"):
+            run("reverse", forget, retain, retain, rule=rule)
+
+
+def test_another_configuration_is_launched_and_not_remembered():
+    forget, retain = pairs((5000,), BF16, "cpu")
+    out = [torch.empty_like(r) for r in retain]
+    batch = sago.kernels.Batch(out[0].device, forget, retain, out, [0], 1)
+    gram = torch.tensor([[1.0, -0.3, 1.0]], dtype=torch.float64)
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: launched.append((grid, kwargs["BLOCK"], kwargs["num_warps"]))
+
+    def call():
+        sago.kernels.combine(batch, RULES["pcgrad"], 0.75, 1.5, 0.0, gram, 0)
+
+    module = importlib.import_module("sago.kernels.combine")
+    with mock.patch.object(module, "_combine_kernel", Kernel()):
+        for block, threads in ((1024, 128), (8192, 512)):
+            timing._configured(batch, call, block, threads)
+        assert isinstance(module._combine_kernel, Kernel)
+    assert launched == [((1,), 1024, 4), ((1,), 8192, 16)]
+
+
+def test_nothing_is_timed_that_has_other_bits():
+    retain = [torch.ones(5), torch.ones(3)]
+    work = [r.clone() for r in retain]
+    calls = {"ships": lambda: work[0].add_(1), "right": lambda: work[0].mul_(2)}
+    timing.check(calls, work, retain)
+    with pytest.raises(timing.WrongResult, match="wrong has not the bits of ships"):
+        timing.check(calls | {"wrong": lambda: work[1].mul_(2)}, work, retain)
+
+
+def test_the_command(capsys):
+    assert main(["model", "--workload", "tiny"]) == 0
+    assert "one launch" in capsys.readouterr().out

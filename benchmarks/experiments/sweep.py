@@ -1,7 +1,7 @@
 """Configurations: what the compiler makes of a kernel for each BLOCK and number of threads, and its time.
 
-Without a GPU, for each: registers, spills, the blocks of threads that an SM holds, and from the machine code of the
-loop over a chunk
+Without a GPU, for each: registers, spills, the blocks of threads that an SM holds, and from the machine code
+of the loop over a chunk
 
 - the bytes that its loads have in flight on an SM, which latency times bandwidth asks `NEEDED` of, and
 - the time to issue its instructions as a share of the time that its bytes take at full bandwidth. Near 1 and
@@ -51,8 +51,8 @@ THREADS = (128, 256, 512)
 RULES = ("sum", "sago", "pcgrad")
 DTYPES = ("bf16/bf16", "fp32/fp32")
 COLUMNS = (
-    "arch", "kernel", "rule", "sums", "dtypes", "block", "threads", "registers", "spill_bytes", "blocks_per_sm",
-    "threads_per_sm", "kib_in_flight", "kib_needed", "instructions", "issue_share", "failures",
+    "arch", "kernel", "rule", "sums", "dtypes", "block", "threads", "registers", "spill_bytes",
+    "blocks_per_sm", "threads_per_sm", "kib_in_flight", "kib_needed", "instructions", "issue_share", "failures",
 )  # fmt: skip
 
 _REGISTERS, _WARPS, _BLOCKS = 65536, 64, 32  # of an SM; the same on all three
@@ -68,7 +68,7 @@ def resident(registers: int, threads: int) -> int:
 
 
 def loop(sass: str) -> tuple[int, int, int]:
-    """Of the loop that loads most: its instructions, the bytes that a thread loads, and the most in flight at once."""
+    """Of the loop that loads most: its instructions, and the bytes a thread loads, in all and at once."""
     code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(\S[^;]*);", sass)]
     found = [(0, 0, 0)]
     for end, text in code:
@@ -80,7 +80,7 @@ def loop(sass: str) -> tuple[int, int, int]:
 
 
 def _loaded(body: Sequence[str]) -> tuple[int, int]:
-    """The bytes that these instructions load, and the most that are under way before the first one is needed."""
+    """The bytes that these instructions load, and the most that are under way at once."""
     total = most = 0
     waiting: dict[int, int] = {}  # the load that a register waits for
     under_way: dict[int, int] = {}  # the bytes of a load
