@@ -52,7 +52,8 @@ RULES = ("sum", "sago", "pcgrad")
 DTYPES = ("bf16/bf16", "fp32/fp32")
 COLUMNS = (
     "arch", "kernel", "rule", "sums", "dtypes", "block", "threads", "registers", "spill_bytes",
-    "blocks_per_sm", "threads_per_sm", "kib_in_flight", "kib_needed", "instructions", "issue_share", "failures",
+    "blocks_per_sm", "threads_per_sm", "kib_in_flight", "kib_needed", "instructions", "issue_share",
+    "failures",
 )  # fmt: skip
 
 _REGISTERS, _WARPS, _BLOCKS = 65536, 64, 32  # of an SM; the same on all three
