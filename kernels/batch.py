@@ -14,8 +14,8 @@ from sago.cache import Cache, is_capturing
 # CHUNK, BLOCK and THREADS fix the order of every sum: changing one changes the last bits of results.
 # A lane of the sums adds at most CHUNK / THREADS squares in fp32, so magnitudes up to 1e18 stay in range.
 CHUNK = 32768
-BLOCK = 2048
-THREADS = 256
+BLOCK = 1024
+THREADS = 128
 
 TRITON_DTYPES = {
     torch.bfloat16: tl.bfloat16,
