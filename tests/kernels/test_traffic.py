@@ -136,7 +136,9 @@ def test_tables_are_read_and_sums_written(rule):
     ids=str,
 )
 @pytest.mark.parametrize(
-    ("accumulate_dtype", "missing"), [(None, False), (None, True), (FP32, True)], ids=["whole", "missing", "in fp32"]
+    ("accumulate_dtype", "missing"),
+    [(None, False), (None, True), (FP32, True)],
+    ids=["whole", "missing", "in fp32"],
 )
 def test_buckets(rule, options, reads, accumulate_dtype, missing):
     """Clipping, and an update that may be zero as a whole, cost an elementwise rule its second read."""
