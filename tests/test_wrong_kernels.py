@@ -325,8 +325,6 @@ KERNELS = {
         ),
         "only forget propagates": ("(u - (f - f)) - (r - r)", "u - (f - f)", propagated),
         "only retain propagates": ("(u - (f - f)) - (r - r)", "u - (r - r)", propagated),
-        "only forget propagates behind a gate": ("(f - f) + (r - r)", "f - f", propagated),
-        "only retain propagates behind a gate": ("(f - f) + (r - r)", "r - r", propagated),
         "-0 becomes 0 behind a gate": ("u - ((f - f)", "u + ((f - f)", propagated),
         "inf does not propagate": (
             "(u - (f - f)) - (r - r)",
