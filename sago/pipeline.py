@@ -68,14 +68,12 @@ class Pipeline:
         """Writes the update of every pair, and reports on it."""
         return report(call, self.keys, self.numel, self.update(call))
 
-    @torch.no_grad()
     def update(self, call: Call) -> Sums | None:
         """Writes the update of every pair; returns the sums, if any were taken."""
         rule, columns = call.rule, call.sums
         self.writing = False
         for part in self.parts:
-            for target, source in part.before:
-                target.copy_(source)
+            _copy(part.before)
         # Sums that decide on the update come ahead of it, and so do sums for `reduce_gram`: it may raise.
         ahead = columns > 0 and (rule.scope != "element" or call.limited or call.reduce_gram is not None)
         sums = gram = coefficients = None
@@ -100,8 +98,7 @@ class Pipeline:
                     call.nonfinite == "propagate",
                 )
             )
-            for target, source in part.after:
-                target.copy_(source)
+            _copy(part.after)
         self.writing = False
         if columns and not ahead:
             sums = self._reduced(taken, call)
@@ -147,6 +144,11 @@ def _part(pairs: Pairs, device: torch.device, backend: str) -> Part:
         rows.append(row)
     batch = module.Batch(device, forget, retain, out, rows, len(pairs.keys))
     return Part(module, batch, device, before, after)
+
+
+def _copy(copies: list[tuple[Tensor, Tensor]]) -> None:
+    for target, source in copies:
+        target.detach().copy_(source.detach())
 
 
 def _dense(t: Tensor | None, before: list[tuple[Tensor, Tensor]]) -> Tensor | None:

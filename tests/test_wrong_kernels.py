@@ -38,6 +38,15 @@ def specials(run):
         properties.assert_as_reference(run, *inputs.specials(FP32, FP32), rule, stats=False, **WEIGHTS)
 
 
+def negative_nan(run):
+    """The sign of a NaN is a bit like any other."""
+    nan = torch.tensor([0x7FC00000, -0x400000], dtype=torch.int32).view(FP32)
+    f, r = (t.flatten() for t in torch.meshgrid(nan, torch.tensor([2.0, -3.0]), indexing="ij"))
+    for forget, retain in ((f, r), (r, f)):
+        properties.assert_as_reference(run, [forget], [retain], "sago", stats=False)
+        properties.assert_report(run([forget], [retain], "sago")[1], [forget], [retain], "sago")
+
+
 def subnormals(run):
     properties.assert_as_reference(run, *inputs.subnormals(FP16, FP16), "sago", stats=False)
     properties.assert_as_reference(run, *inputs.subnormals(FP32, FP32), "sago", stats=False)
@@ -254,6 +263,7 @@ def traffic(run):
 CHECKS = [
     *(
         specials,
+        negative_nan,
         subnormals,
         signed_zeros,
         weights_of_zero,
@@ -287,7 +297,7 @@ class Mutant(NamedTuple):
     check: object
 
 
-SIGNS = "((f > 0) & (r < 0)) | ((f < 0) & (r > 0))"
+SIGNS = "is_negative(f * r) & (tl.abs(f) > 0) & (tl.abs(r) > 0)"
 GUARDS = " and seen.guards.check(*tensors)"
 ROW, SLOT = "row = tl.load(shape + 3)", "slot = tl.program_id(0) - tl.load(shape + 1) + tl.load(shape + 2)"
 FORGET = "f = upcast(tl.load(forget + at, mask=at < forget_body, other=0.0), COMPUTE)"
@@ -298,13 +308,15 @@ FACTOR = "values * torch.where(norm.isfinite(), clip, torch.nan)"
 KERNELS = {
     (stream, "in_conflict"): {
         "product instead of signs": (SIGNS, "f * r < 0", subnormals),
-        "zeros conflict": ("(f > 0) & (r < 0)", "(f >= 0) & (r < 0)", specials),
+        "zeros conflict": ("(tl.abs(f) > 0)", "(tl.abs(f) >= 0)", specials),
         "NaN conflicts": (SIGNS, "(f > 0) != (r > 0)", specials),
-        "one sign of conflict": ("| ((f < 0) & (r > 0))", "", tails),
+        "one sign of conflict": ("is_negative(f * r)", "is_negative(f)", tails),
+        "zeros of retain conflict": (" & (tl.abs(r) > 0)", "", specials),
+        "any NaN conflicts": (SIGNS, "is_negative(f * r) & (f != 0) & (r != 0)", negative_nan),
     },
     (stream, "store"): {
-        "swapped branches": ("= in_conflict(f, r)", "= ~in_conflict(f, r)", tails),
-        "a of the wrong branch": ("tl.where(conflict, a_c, a)", "a", tails),
+        "swapped branches": ("where(in_conflict(f, r)", "where(~in_conflict(f, r)", tails),
+        "a of the wrong branch": ("weighted(a_c, f", "weighted(a, f", tails),
         "swapped gradients": ("u = weighted(a, f, b, r)", "u = weighted(a, r, b, f)", specials),
         "rounded twice": (
             "u = weighted(a, f, b, r)",
@@ -313,8 +325,6 @@ KERNELS = {
         ),
         "only forget propagates": ("(u - (f - f)) - (r - r)", "u - (f - f)", propagated),
         "only retain propagates": ("(u - (f - f)) - (r - r)", "u - (r - r)", propagated),
-        "only forget propagates behind a gate": ("(f - f) + (r - r)", "f - f", propagated),
-        "only retain propagates behind a gate": ("(f - f) + (r - r)", "r - r", propagated),
         "-0 becomes 0 behind a gate": ("u - ((f - f)", "u + ((f - f)", propagated),
         "inf does not propagate": (
             "(u - (f - f)) - (r - r)",

@@ -1,6 +1,6 @@
-"""`python -m tests.kernels.launched FOLDER ORDER` prints what every case launches, twice, as JSON.
+"""`python -m tests.kernels.launched FOLDER` prints what every case launches, twice, as JSON.
 
-ORDER is `forward` or `backward`: what is launched must not depend on what was launched before.
+Cold: each in a process that has launched nothing else. Warm: all in one, so that what is cached is used.
 """
 
 import functools
@@ -8,8 +8,9 @@ import json
 import struct
 import sys
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -59,20 +60,22 @@ CASES = {
 }
 
 
-def main(folder: str, order: str) -> None:
-    stub = StubDriver(Path(folder))
+def main() -> None:
     for rule in RULES.values():
         on_device(rule.coefficients)  # numbered in the order of use, and the number is in the code
-    found = {}
-    for name in CASES if order == "forward" else reversed(CASES):
-        launch, expected = prepared(CASES[name])
-        # A call allocates memory for its sums and coefficients. The second gets that of the first.
-        made = {make: functools.cache(getattr(torch, make)) for make in ("empty", "zeros")}
-        repeat = functools.cache(Tensor.repeat)
-        with mock.patch.multiple(torch, **made), mock.patch.object(Tensor, "repeat", repeat):
-            first, second = [(launch(), stub.launches())[1] for _ in range(2)]
-        found[name] = {"first": first, "second": second, "expected": expected}
-    json.dump(found, sys.stdout)
+    with get_context("fork").Pool(2, maxtasksperchild=1) as processes:
+        cold = dict(zip(CASES, processes.map(launched, CASES, chunksize=1), strict=True))
+    json.dump({"cold": cold, "warm": {name: launched(name) for name in CASES}}, sys.stdout)
+
+
+def launched(name: str) -> dict[str, Any]:
+    launch, expected = prepared(CASES[name])
+    # A call allocates memory for its sums and coefficients. The second gets that of the first.
+    made = {make: functools.cache(getattr(torch, make)) for make in ("empty", "zeros")}
+    repeat = functools.cache(Tensor.repeat)
+    with mock.patch.multiple(torch, **made), mock.patch.object(Tensor, "repeat", repeat):
+        first, second = [(launch(), stub.launches())[1] for _ in range(2)]
+    return {"first": first, "second": second, "expected": expected}
 
 
 def prepared(case: Case) -> tuple[Callable[[], None], list[int]]:
@@ -123,4 +126,5 @@ def parameter(weight: float | Tensor) -> int:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    stub = StubDriver(Path(sys.argv[1]))  # found by the processes that are forked
+    main()

@@ -1,6 +1,6 @@
 """What reaches the driver: the first launch of a kind and the ones after it, without a GPU.
 
-`tests.kernels.launched` says what is launched, and runs in processes of its own.
+`tests.kernels.launched` says what is launched, and runs in a process of its own.
 """
 
 import json
@@ -28,17 +28,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
-    """The launches of every case, each a `tests.kernels.driver.Launch`, by the order of the cases."""
-    cache = tmp_path_factory.mktemp("cache")
+    """The launches of every case, each a `tests.kernels.driver.Launch`, cold and warm."""
+    cache, folder = tmp_path_factory.mktemp("cache"), tmp_path_factory.mktemp("driver")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(cache)}
-    found = {}
-    for order in ("forward", "backward"):
-        command = [sys.executable, "-m", "tests.kernels.launched", tmp_path_factory.mktemp(order), order]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        found[order] = json.loads(done.stdout)
-    return found
+    command = [sys.executable, "-m", "tests.kernels.launched", folder]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def parameters(launch):
@@ -49,27 +46,27 @@ def program(launch):
     return [*launch[:5], *launch[6:]]
 
 
-@pytest.mark.parametrize("order", ["forward", "backward"])
-def test_the_second_launch_is_the_first(launched, order):
-    for name, case in launched[order].items():
+@pytest.mark.parametrize("state", ["cold", "warm"])
+def test_the_second_launch_is_the_first(launched, state):
+    for name, case in launched[state].items():
         assert case["second"] == case["first"], name
 
 
 def test_what_is_launched_does_not_depend_on_what_was_launched_before(launched):
-    for name, case in launched["forward"].items():
-        other = launched["backward"][name]
-        assert [program(x) for x in case["first"]] == [program(x) for x in other["first"]], name
+    for name, case in launched["warm"].items():
+        alone = launched["cold"][name]
+        assert [program(x) for x in case["first"]] == [program(x) for x in alone["first"]], name
 
 
-@pytest.mark.parametrize("order", ["forward", "backward"])
-def test_weights_and_tables_arrive_whole(launched, order):
-    for name, case in launched[order].items():
+@pytest.mark.parametrize("state", ["cold", "warm"])
+def test_weights_and_tables_arrive_whole(launched, state):
+    for name, case in launched[state].items():
         for attempt in ("first", "second"):
             assert set(case["expected"]) <= set(parameters(case[attempt][-1])), (name, attempt)
 
 
 def test_a_rule_is_one_launch_for_each_dtype_and_one_program_for_each_chunk(launched):
-    for name, case in launched["forward"].items():
+    for name, case in launched["warm"].items():
         kernels = ["_combine_kernel"]
         if name in ("pcgrad", "pcgrad_global", "blur", "6 sums ahead", "bf16, sums ahead"):
             kernels = ["_gram_kernel", *kernels]

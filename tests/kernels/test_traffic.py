@@ -18,6 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 tl = triton.language
 
 BF16, FP16, FP32, FP64 = DTYPES
+TRITON = Backend("triton", "cpu")
 READS = {**dict.fromkeys(ELEMENTWISE, 1), **dict.fromkeys(GRAM, 2)}
 WIDTHS = [*((d, d) for d in DTYPES), (BF16, FP32), (FP64, FP16)]
 
@@ -42,7 +43,7 @@ def filled(side, other):
 
 def synthesized(forget, retain, out, rule, **options):
     with counted(*forget, *retain, *out) as traffic:
-        sago.synthesize_(forget, retain, rule, out=out, backend="triton", **options)
+        sago.synthesize_(forget, retain, rule, out=out, backend=TRITON.name, **options)
     return traffic
 
 
@@ -86,7 +87,7 @@ def test_several_chunks(rule):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rule", "widths"), [("sum", 3), ("sago", 3), ("pcgrad", 5), ("blur", 5)])
 def test_bytes_an_element(rule, widths, dtype):
-    """3s for a rule without inner products, statistics included; 5s for one with them."""
+    """3s for a rule without inner products, its statistics included; 5s for one with them."""
     forget, retain = ([t.to(dtype)] for t in inputs.pair(5000))
     traffic = synthesized(forget, retain, retain, rule)
     moved = traffic.loads.within([*forget, *retain]) + traffic.stores.within([*forget, *retain])
@@ -134,12 +135,17 @@ def test_tables_are_read_and_sums_written(rule):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("accumulate_dtype", [None, FP32], ids=["in place", "in fp32"])
-def test_buckets(rule, options, reads, accumulate_dtype):
+@pytest.mark.parametrize(
+    ("accumulate_dtype", "missing"),
+    [(None, False), (None, True), (FP32, True)],
+    ids=["whole", "missing", "in fp32"],
+)
+def test_buckets(rule, options, reads, accumulate_dtype, missing):
     """Clipping, and an update that may be zero as a whole, cost an elementwise rule its second read."""
     forget, retain = (side[:5] for side in gradients(BF16, BF16))
-    forget[0] = retain[1] = None
-    params, buckets = fresh(Backend("triton", "cpu"), forget, retain, accumulate_dtype=accumulate_dtype)
+    if missing:
+        forget[0] = retain[1] = None
+    params, buckets = fresh(TRITON, forget, retain, accumulate_dtype=accumulate_dtype)
     window(buckets, params, forget, retain)
     buckets.synthesize_("sum", stats=False)
     out = [p.grad for p in params]  # in the next window too
@@ -155,7 +161,7 @@ def test_buckets(rule, options, reads, accumulate_dtype):
 @pytest.mark.parametrize("rule", ["sago", "pcgrad"])
 def test_buckets_in_backward(rule):
     forget, retain = (side[:4] for side in gradients())
-    params, buckets = fresh(Backend("triton", "cpu"), forget, retain, bucket_cap_mb=0.01)
+    params, buckets = fresh(TRITON, forget, retain, bucket_cap_mb=0.01)
     window(buckets, params, forget, retain)
     both = buckets.forget_grads, buckets.retain_grads
     buckets.synthesize_("sum")
