@@ -34,7 +34,9 @@ def test_what_misses_is_read_twice(name):
     ("name", "hits"),
     [
         ("two launches", 0),  # the last used is dropped just before it is asked for
-        ("reverse, evict first", 5),  # all that the cache holds
+        ("reverse, chunks only", 4),  # the last chunk; the piece before it is dropped just in time
+        ("reverse", 5),  # all that the cache holds
+        ("reverse, evict first", 5),
         ("one launch", 0),
         ("one launch, reverse, evict first", 10),  # of each of two tensors
     ],
@@ -47,13 +49,19 @@ def test_one_program_at_a_time(name, hits):
 
 def test_many_programs_need_more_than_chunks_in_reverse():
     """They are at the ends of their chunks when the reduction ends, and start over at the beginnings."""
-    sizes, some = [64 * CHUNK], machine(16, sms=2)
-    share = {
-        name: cache.simulate(sizes, 2, some, ORDERS[name])["hit_share"]
-        for name in ("reverse, chunks only", "reverse, evict first")
-    }
-    assert share["reverse, chunks only"] < share["reverse, evict first"]
-    assert share["reverse, evict first"] == cache.best_share(sizes, 2, some, 2)
+    sizes, some = [70 * CHUNK], machine(16, sms=4)
+    chunks, pieces, evict_first = (
+        cache.simulate(sizes, 2, some, ORDERS[name])["hit_share"]
+        for name in ("reverse, chunks only", "reverse", "reverse, evict first")
+    )
+    assert chunks < pieces < evict_first == pytest.approx(cache.best_share(sizes, 2, some, 2))
+
+
+def test_what_lags():
+    order = ORDERS["one launch, lag"]._replace(lag=2)
+    found = [(c, combines) for c, _, combines in cache.tickets([CHUNK] * 4, order)]
+    reduced = [(c, False) for c in range(4)]
+    assert found == [*reduced[:3], (0, True), reduced[3], (1, True), (2, True), (3, True)]
 
 
 @pytest.mark.parametrize("name", list(ORDERS))
