@@ -298,7 +298,7 @@ class Mutant(NamedTuple):
 
 
 SIGNS = "is_negative(f * r) & (tl.abs(f) > 0) & (tl.abs(r) > 0)"
-GUARDS = " and seen.guards.check(*tensors)"
+GUARDS = " and seen.guards.hold(tensors)"
 ROW, SLOT = "row = tl.load(shape + 3)", "slot = tl.program_id(0) - tl.load(shape + 1) + tl.load(shape + 2)"
 FORGET = "f = upcast(tl.load(forget + at, mask=at < forget_body, other=0.0), COMPUTE)"
 OF_BODY = "store(out + at, at < body, f, r, a_c, b_c, a, b, OUT, GATED, PROPAGATE)"
