@@ -58,8 +58,7 @@ class Pairs:
         return found
 
 
-@dataclass
-class Call:
+class Call(NamedTuple):
     """What is asked of a synthesis besides its gradients, checked.
 
     Attributes:
@@ -484,6 +483,8 @@ def non_negative(name: str, value: Any, finite: bool = True) -> float:
 
 
 def check_weight(name: str, weight: Any, devices: Collection[torch.device]) -> Weight:
+    if type(weight) is float:
+        return weight
     if isinstance(weight, Tensor):
         if weight.ndim != 0:
             raise ValueError(
