@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sago.arguments import Call, Pairs, Weight, is_dense
+from sago.arguments import Call, Pairs, Weight
+from sago.overlap import is_dense
 from sago.report import SynthesisReport
 from sago.rules import Coefficients, Rule, evaluate
 
@@ -73,7 +74,8 @@ class Pipeline:
         rule, columns = call.rule, call.sums
         self.writing = False
         for part in self.parts:
-            _copy(part.before)
+            if part.before:
+                _copy(part.before)
         # Sums that decide on the update come ahead of it, and so do sums for `reduce_gram`: it may raise.
         ahead = columns > 0 and (rule.scope != "element" or call.limited or call.reduce_gram is not None)
         sums = gram = coefficients = None
@@ -85,12 +87,12 @@ class Pipeline:
         taken = []
         self.writing = True
         for part in self.parts:
-            arguments = [_to(x, part.device) for x in (call.gamma, call.alpha)]
             taken.append(
                 part.module.combine(
                     part.batch,
                     rule,
-                    *arguments,
+                    _to(call.gamma, part.device),
+                    _to(call.alpha, part.device),
                     call.eps,
                     _to(gram, part.device),
                     0 if ahead else columns,
@@ -98,7 +100,8 @@ class Pipeline:
                     call.nonfinite == "propagate",
                 )
             )
-            _copy(part.after)
+            if part.after:
+                _copy(part.after)
         self.writing = False
         if columns and not ahead:
             sums = self._reduced(taken, call)
