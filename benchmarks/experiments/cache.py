@@ -17,7 +17,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from sago.kernels.batch import CHUNK
+from sago.kernels.batch import BLOCK, CHUNK, THREADS
 from tqdm import tqdm
 
 COLUMNS = (
@@ -26,7 +26,7 @@ COLUMNS = (
 )  # fmt: skip
 PIECE = 8192  # elements
 LAG = 512  # chunks, 64 MiB of 16-bit gradients
-_MICROSECONDS = 4.0  # that a program takes at least for a piece: four loads to wait for
+_MICROSECONDS = PIECE / BLOCK  # that a program takes at least for a piece: a load of each block to wait for
 _L2_SPEED = 2.0  # of the L2, in units of the memory's
 
 
@@ -54,7 +54,7 @@ class Order(NamedTuple):
         reverse: What is combined from the end: "" (nothing), "chunks", or also the "pieces" of a chunk.
         evict_first: Whether what has been combined makes room before anything else.
         lag: With one launch, how many chunks of other tensors are reduced before a tensor is combined.
-        programs: That an SM holds, after what `python -m benchmarks.experiments compile` says of registers.
+        threads: That an SM holds, after what `python -m benchmarks.experiments compile` says of registers.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Order(NamedTuple):
     reverse: str = ""
     evict_first: bool = False
     lag: int = 0
-    programs: int = 8
+    threads: int = 2048
 
 
 ORDERS = (
@@ -70,9 +70,9 @@ ORDERS = (
     Order("reverse, chunks only", reverse="chunks"),
     Order("reverse", reverse="pieces"),
     Order("reverse, evict first", reverse="pieces", evict_first=True),
-    Order("one launch", launches=1, programs=6),
-    Order("one launch, reverse, evict first", 1, "pieces", True, programs=6),
-    Order("one launch, lag", 1, "pieces", True, LAG, programs=6),
+    Order("one launch", launches=1, threads=1536),
+    Order("one launch, reverse, evict first", 1, "pieces", True, threads=1536),
+    Order("one launch, lag", 1, "pieces", True, LAG, threads=1536),
 )
 
 
@@ -154,7 +154,7 @@ def simulate(
     running: list[list[int]] = []  # chunk, group, whether it is combined, pieces done
     hits = moved = microseconds = 0.0
     while queue or running:
-        while queue and len(running) < machine.sms * order.programs:
+        while queue and len(running) < machine.sms * (order.threads // THREADS):
             running.append([*queue.popleft(), 0])
         read = written = from_memory = 0
         arrived = []

@@ -7,7 +7,7 @@ cache = pytest.importorskip("benchmarks.experiments.cache")
 
 CHUNK, PIECE = cache.CHUNK, cache.PIECE
 ORDERS = {order.name: order for order in cache.ORDERS}
-IN_TURN = {name: order._replace(programs=1) for name, order in ORDERS.items()}
+IN_TURN = {name: order._replace(threads=cache.THREADS) for name, order in ORDERS.items()}
 
 
 def machine(pieces, sms=1):
@@ -49,7 +49,8 @@ def test_one_program_at_a_time(name, hits):
 
 def test_many_programs_need_more_than_chunks_in_reverse():
     """They are at the ends of their chunks when the reduction ends, and start over at the beginnings."""
-    sizes, some = [70 * CHUNK], machine(16, sms=4)
+    programs = 2048 // cache.THREADS
+    sizes, some = [(4 * programs + 6) * CHUNK], machine(programs, sms=2)
     chunks, pieces, evict_first = (
         cache.simulate(sizes, 2, some, ORDERS[name])["hit_share"]
         for name in ("reverse, chunks only", "reverse", "reverse, evict first")
