@@ -22,6 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = commands.add_parser("model", help="what a model of the L2 predicts for the second read")
     command.set_defaults(run=_model, workload=LISTS)
     command.add_argument("--random", action="store_true", help="random replacement too")
+    command.add_argument("--threads", type=int, help="of a program (default: as the kernels have)")
 
     command = commands.add_parser(
         "compile", help="registers, spills and widths of the experiments, without a GPU"
@@ -57,7 +58,8 @@ def _model(options: argparse.Namespace) -> tuple[dict[str, Any], tuple[str, ...]
     sizes = {name: [math.prod(s) for s in WORKLOADS[name]] for name in options.workload}
     replacements = ("lru", "random") if options.random else ("lru",)
     itemsizes = {dtype: getattr(torch, dtype).itemsize for dtype in options.dtype}
-    return cache.run(sizes, itemsizes, replacements=replacements), cache.COLUMNS
+    threads = options.threads or cache.THREADS
+    return cache.run(sizes, itemsizes, replacements=replacements, threads=threads), cache.COLUMNS
 
 
 def _compile(options: argparse.Namespace) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -26,7 +26,7 @@ COLUMNS = (
 )  # fmt: skip
 PIECE = 8192  # elements
 LAG = 512  # chunks, 64 MiB of 16-bit gradients
-_MICROSECONDS = PIECE / BLOCK  # that a program takes at least for a piece: a load of each block to wait for
+_MICROSECONDS = 1.0  # that a program waits at least for the loads of a BLOCK
 _L2_SPEED = 2.0  # of the L2, in units of the memory's
 
 
@@ -140,9 +140,18 @@ def _combined(groups: list[list[int]], g: int, order: Order) -> Iterable[tuple[i
 
 
 def simulate(
-    sizes: Sequence[int], itemsize: int, machine: Machine, order: Order, replacement: str = "lru"
+    sizes: Sequence[int],
+    itemsize: int,
+    machine: Machine,
+    order: Order,
+    replacement: str = "lru",
+    threads: int = THREADS,
 ) -> dict[str, float]:
-    """The share of the second read that hits, bytes moved in s an element, and the time by that of 5s."""
+    """The share of the second read that hits, bytes moved in s an element, and the time by that of 5s.
+
+    Programs are of `threads` threads, each with as many elements at a time as in the kernels.
+    """
+    wait = _MICROSECONDS * PIECE / (BLOCK // THREADS * threads)
     elements = sum(sizes)
     chunks = [min(CHUNK, size - at) for size in sizes for at in range(0, size, CHUNK)]
     cache = Cache(int(machine.l2 // (2 * itemsize * PIECE)), replacement)
@@ -154,7 +163,7 @@ def simulate(
     running: list[list[int]] = []  # chunk, group, whether it is combined, pieces done
     hits = moved = microseconds = 0.0
     while queue or running:
-        while queue and len(running) < machine.sms * (order.threads // THREADS):
+        while queue and len(running) < machine.sms * (order.threads // threads):
             running.append([*queue.popleft(), 0])
         read = written = from_memory = 0
         arrived = []
@@ -178,7 +187,7 @@ def simulate(
         running = [p for p in running if p[3] < -(-chunks[p[0]] // PIECE)]
         moved += from_memory + written
         at_once = itemsize * max(from_memory + written, (read + written) / _L2_SPEED)
-        microseconds += max(_MICROSECONDS, at_once / (1e6 * machine.tbps))
+        microseconds += max(wait, at_once / (1e6 * machine.tbps))
     floor = 5 * elements * itemsize / (1e6 * machine.tbps)
     return {
         "hit_share": hits / elements,
@@ -199,6 +208,7 @@ def run(
     machines: Sequence[Machine] = MACHINES,
     orders: Sequence[Order] = ORDERS,
     replacements: Sequence[str] = ("lru",),
+    threads: int = THREADS,
 ) -> dict[str, Any]:
     """Plays every order over the elements of every list of tensors."""
     cases = [
@@ -220,7 +230,7 @@ def run(
                 "order": order.name,
                 "replacement": replacement,
                 "best_share": best_share(sizes, itemsize, machine, order.launches),
-                **simulate(sizes, itemsize, machine, order, replacement),
+                **simulate(sizes, itemsize, machine, order, replacement, threads),
             }
         )
-    return {"piece": PIECE, "rows": rows}
+    return {"threads": threads, "rows": rows}
