@@ -91,7 +91,7 @@ def warn_if_stale(path: str | Path) -> None:
     record = json.loads(Path(path).read_text())
     sources = record.get("sources")
     if not sources or record["source"] != source_hash(*sources):
-        changed = ", ".join(sources or ["of which it does not say which"])
+        changed = ", ".join(sources or ["it does not say with which"])
         warnings.warn(
             f"{Path(path).name} was taken with other sources ({changed}): record it anew.",
             StaleRecord,
