@@ -32,7 +32,7 @@ def gradients():
         if (workload, dtype) not in kept:
             kept.clear()
             shapes = WORKLOADS[workload]
-            shapes = shapes if DEVICE == "cuda" else shrink(shapes, max(MOST, len(shapes)))
+            shapes = shapes if DEVICE == "cuda" else shrink(shapes, MOST)
             kept[workload, dtype] = Gradients(shapes, getattr(torch, dtype), DEVICE)
         return kept[workload, dtype]
 

@@ -75,24 +75,25 @@ class Gradients:
                 self._copy(side)
 
     def check(self, name: str, rule: str, updates: Tensors, tolerance: float) -> None:
-        """Raises `WrongResult` unless updates are the reference's within `tolerance * (|f| + |r|)`.
+        """Raises `WrongResult` unless updates are the reference's within `tolerance * (|a*f| + |b*r|)`.
 
-        The rule "add" is `f + r`, rounded once.
+        `a` and `b` are the rule's coefficients, the larger ones of a gated rule's branches. The rule "add" is
+        `f + r`, rounded once.
         """
         right = torch.ones((), dtype=torch.bool, device=self.device)
         for i, (u, coefficients) in enumerate(zip(updates, self._coefficients(rule), strict=True)):
             f, r = self.stretch(i)
             expected = torch.empty_like(r)
             reference.write(reference.update(f, r, coefficients), expected)
-            # As the plain formulas have it: 0 where the tolerance is 0.
-            allowed = (f.abs().to(torch.float32) + r.abs().to(torch.float32)) * tolerance
+            a_c, b_c, a, b = map(abs, coefficients)
+            allowed = (max(a, a_c) * f.float().abs() + max(b, b_c) * r.float().abs()) * tolerance
             for piece in self._split(u):
                 error = (piece.float() - expected[: len(piece)].float()).abs()
                 right &= (error <= allowed[: len(piece)]).all()  # not `>`: a NaN is wrong
         if not right.item():
             raise WrongResult(
                 f"{name} ({_name(self.dtype)}) is not `{rule}` of sago.reference within {tolerance} * "
-                "(|f| + |r|). Nothing is reported."
+                "(|a*f| + |b*r|). Nothing is reported."
             )
 
     @cached_property

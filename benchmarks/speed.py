@@ -122,7 +122,7 @@ def run(
     }
     for case in cases(suite, device == "cuda", workloads, rules, dtypes):
         shapes = {**WORKLOADS, **SWEEP}[case.workload]
-        shapes = shapes if most is None else shrink(shapes, max(most, len(shapes)))
+        shapes = shapes if most is None else shrink(shapes, most)
         record["workloads"][case.workload] = {"tensors": len(shapes), "elements": elements(shapes)}
         record["rows"] += measure(case, shapes, device, repeats, seconds)
         record["targets"] = targets(record["rows"])

@@ -52,6 +52,8 @@ def down_projections(m: Decoder, layers: int) -> Shapes:
     return [(m.hidden, m.mlp)] * layers
 
 
+LEAST = 16  # of a dimension that was shrunk: inner products of fewer elements are anything
+
 WORKLOADS: dict[str, Shapes] = {
     "one": [(1 << 15, 1 << 15)],
     "llama-3-8b": decoder(LLAMA_3_8B, linears(LLAMA_3_8B)),
@@ -71,14 +73,7 @@ def elements(shapes: Shapes) -> int:
 
 
 def shrink(shapes: Shapes, most: int) -> Shapes:
-    """As many tensors, every dimension divided by a power of two that leaves `most` elements or fewer."""
-    if most < len(shapes):
-        raise ValueError(
-            f"Parameter `most` should be at least the number of tensors, {len(shapes)}. Found {most}."
-        )
-    divisor = 1
-    smaller = shapes
-    while elements(smaller) > most:
-        divisor *= 2
-        smaller = [tuple(max(1, d // divisor) for d in shape) for shape in shapes]
-    return smaller
+    """As many tensors, every dimension halved while there are more than `most` elements, down to 16."""
+    while elements(shapes) > most and any(d > LEAST for shape in shapes for d in shape):
+        shapes = [tuple(max(min(d, LEAST), d // 2) for d in shape) for shape in shapes]
+    return shapes

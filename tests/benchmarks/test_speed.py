@@ -15,7 +15,7 @@ from benchmarks.workloads import SWEEP, WORKLOADS
 
 LIST, FEW = "llama-3.2-1b", "rmu"
 SMALL = ["speed", "--workload", LIST, FEW, "--rule", "sago", "pcgrad", "--dtype", "bfloat16"]
-SMALL += ["--elements=2000", "--repeats=5"]
+SMALL += ["--elements=50000", "--repeats=5"]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_the_record_says_where_it_comes_from(record):
     origin = ("device", "cpu", "threads", "torch", "python", "date", "sources", "source", "suite")
     assert all(record[key] for key in origin)
     assert record["workloads"][LIST]["tensors"] == 146
-    assert record["workloads"][LIST]["elements"] <= 2000
+    assert record["workloads"][LIST]["elements"] <= 50_000
 
 
 def oom(forget, retain, gamma, alpha):

@@ -44,14 +44,13 @@ def test_adapters_come_in_pairs_of_the_rank():
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_a_shrunk_list_has_as_many_tensors(name):
     shapes = WORKLOADS[name]
-    small = shrink(shapes, 100_000)
+    small = shrink(shapes, 200_000)
     assert len(small) == len(shapes)
     assert [len(shape) for shape in small] == [len(shape) for shape in shapes]
-    assert 25_000 < elements(small) <= 100_000
+    assert 40_000 < elements(small) <= 200_000
     assert shrink(shapes, elements(shapes)) == shapes
 
 
-def test_fewer_elements_than_tensors_are_refused():
-    with pytest.raises(ValueError, match=r"number of tensors, 448. Found 447"):
-        shrink(WORKLOADS["lora"], 447)
-    assert elements(shrink(WORKLOADS["lora"], 448)) == 448
+def test_no_dimension_is_shrunk_below_16():
+    assert set(shrink(WORKLOADS["lora"], 1)) == {(16, 16)}
+    assert shrink([(4, 100), (20,)], 90) == [(4, 16), (16,)]
