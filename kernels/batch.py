@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
+from sago.cache import Cache, is_capturing
+
 # CHUNK, BLOCK and THREADS fix the order of every sum: changing one changes the last bits of results.
 # A lane of the sums adds at most CHUNK / THREADS squares in fp32, so magnitudes up to 1e18 stay in range.
 CHUNK = 32768
-BLOCK = 2048
-THREADS = 256
+BLOCK = 1024
+THREADS = 128
 
 TRITON_DTYPES = {
     torch.bfloat16: tl.bfloat16,
@@ -29,27 +28,42 @@ Signature = tuple[torch.dtype, torch.dtype, torch.dtype]
 Entry = tuple[int, int, int, int]  # addresses of forget, retain and out; whether all are multiples of 16
 
 
-class Uploaded(NamedTuple):
-    """A table on the device, and the host memory that a captured copy reads at every replay."""
-
-    tensor: Tensor
-    source: Tensor
-
-
-class Launch(NamedTuple):
-    """The tensors of one dtype combination, in the order of the list.
+class Group(NamedTuple):
+    """The tensors of one dtype combination, in the order of the list: one launch.
 
     Attributes:
         dtypes: Of forget, retain and out.
         members: Positions in the list.
         shapes: int64 `[members, 4]`: elements, first chunk in this launch, first slot, row.
         owner: int32 `[chunks]`: which member a chunk belongs to.
+        compiled: Kernels that were compiled for these dtypes; see `launch`.
     """
 
     dtypes: Signature
     members: list[int]
-    shapes: Uploaded
-    owner: Uploaded
+    shapes: Tensor
+    owner: Tensor
+    compiled: dict[Hashable, Any]
+
+
+class Part(NamedTuple):
+    """A launch of a batch.
+
+    Attributes:
+        dtypes: Of forget, retain and out.
+        chunks: Programs of the launch.
+        tables: The first arguments of both kernels: addresses int64 `[members, 4]`, shapes, owner and rows.
+        addresses: Of these tables.
+        aligned: Whether the addresses of all gradients are multiples of 16.
+        compiled: Kernels that were compiled for these dtypes and this alignment; see `launch`.
+    """
+
+    dtypes: Signature
+    chunks: int
+    tables: tuple[Tensor, Tensor, Tensor, Tensor]
+    addresses: tuple[int, ...]
+    aligned: bool
+    compiled: dict[Hashable, Any]
 
 
 class Layout:
@@ -86,62 +100,29 @@ class Layout:
             row_table.append((start, self.slots - start))
         self.rows = _upload(row_table, torch.int64, device)
 
-        self.launches = []
+        self.groups = []
         for signature in dict.fromkeys(dtypes):
             members = [i for i, s in enumerate(dtypes) if s == signature and numels[i]]
-            shapes, owner, first_chunk = [], [], 0
-            for m, i in enumerate(members):
+            shapes, first_chunk = [], 0
+            for i in members:
                 shapes.append((numels[i], first_chunk, first_slot[i], rows[i]))
-                owner += [m] * chunks[i]
                 first_chunk += chunks[i]
             if members:
-                self.launches.append(
-                    Launch(
-                        signature,
-                        members,
-                        _upload(shapes, torch.int64, device),
-                        _upload(owner, torch.int32, device),
-                    )
+                owner = torch.arange(len(members), dtype=torch.int32, device="cpu").repeat_interleave(
+                    torch.tensor([chunks[i] for i in members], device="cpu")
                 )
-
-
-class Cache:
-    """Device tables by what they were made from, the least recently used dropped first.
-
-    What a CUDA graph captures is replayed on the same memory, so it is kept for good; and what is made
-    during a capture is not filled before the first replay, so it is not shared.
-    """
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._found: OrderedDict[Hashable, tuple[int, Any]] = OrderedDict()
-        self._kept: list[Any] = []
-
-    def get(self, key: Hashable, device: torch.device, make: Callable[[], Any]) -> Any:
-        # A copy to the device is ordered by its stream only, and so is the reuse of memory. A capture
-        # starts behind everything, and must not pin memory if it can be helped.
-        current = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        stream, found = self._found.get(key, (current, None))
-        if found is not None and (stream == current or capturing):
-            self._found.move_to_end(key)
-        else:
-            found = make()
-            if not capturing:
-                self._found[key] = current, found
-                if len(self._found) > self._size:
-                    self._found.popitem(last=False)
-        if capturing:
-            self._kept.append(found)
-        return found
+                tables = _upload(shapes, torch.int64, device), _upload(owner, torch.int32, device)
+                self.groups.append(Group(signature, members, *tables, {}))
 
 
 _layouts = Cache(64)
-_addresses = Cache(256)
+_captured: list[Tensor] = []  # host memory that copies in CUDA graphs read at every replay
 
 
 class Batch:
-    """Gradient pairs on one device and where their update goes, ready for `gram` and `combine`.
+    """Where gradient pairs on one device and their updates lie, ready for `gram` and `combine`.
+
+    It is for one stream at a time, and keeps the tensors alive until `release`.
 
     Args:
         device: Where all of them are.
@@ -150,6 +131,9 @@ class Batch:
         out: Where `combine` writes; may be forget or retain themselves.
         rows: The row of the Gram table a pair belongs to.
         row_count: Rows of the table; a row without elements is zero.
+
+    Attributes:
+        parts: Its launches.
     """
 
     def __init__(
@@ -174,26 +158,51 @@ class Batch:
             )
             addresses.append((f_at, r_at, o_at, int((f_at | r_at | o_at) % 16 == 0)))
         self.device = device
-        self.tensors = (forget, retain, out)  # the tables hold bare addresses
+        self._tensors: object = (forget, retain, out)  # the tables hold bare addresses
         self.row_count = row_count
         key = (tuple(numels), tuple(dtypes), tuple(rows), row_count, device)
-        self.layout: Layout = _layouts.get(key, device, lambda: Layout(*key))
-        self.tables = []
-        for launch in self.layout.launches:
-            table = tuple(addresses[i] for i in launch.members)
-            aligned = all(entry[3] for entry in table)
-            uploaded: Uploaded = _addresses.get(
-                (table, device), device, partial(_upload, table, torch.int64, device)
+        self.layout: Layout = _layouts.get(key, [device], lambda: Layout(*key))
+        self.parts = []
+        for group in self.layout.groups:
+            entries = [addresses[i] for i in group.members]
+            aligned = all(entry[3] for entry in entries)
+            tables = _upload(entries, torch.int64, device), group.shapes, group.owner, self.layout.rows
+            self.parts.append(
+                Part(
+                    group.dtypes,
+                    len(group.owner),
+                    tables,
+                    tuple(t.data_ptr() for t in tables),
+                    aligned,
+                    group.compiled.setdefault(aligned, {}),
+                )
             )
-            self.tables.append((launch, uploaded.tensor, aligned))
+        self._empty_rows = len(set(rows)) < row_count or 0 in numels
+        self._counters: Tensor | None = None
 
-    def scratch(self, sums: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Partial sums `[sums, slots]`, the zeroed table `[rows, sums]` and a zeroed counter a row."""
+    def scratch(self, sums: int) -> tuple[Tensor, Tensor]:
+        """Partial sums `[sums, slots]`, and a counter for each row that is 0 between launches."""
         partials = torch.empty(sums, self.layout.slots, dtype=torch.float64, device=self.device)
-        counters = -(-self.row_count // 4) * 2  # in doubles; even, which keeps the table aligned
-        zeros = torch.zeros(counters + self.row_count * sums, dtype=torch.float64, device=self.device)
-        table = zeros[counters:].view(self.row_count, sums)
-        return partials, table, zeros[:counters].view(torch.int32)
+        # A CUDA graph has counters of its own, because it may be replayed beside eager calls.
+        capturing = is_capturing([self.device])
+        counters = None if capturing else self._counters
+        if counters is None:
+            counters = torch.zeros(self.row_count, dtype=torch.int32, device=self.device)
+            self._counters = None if capturing else counters
+        return partials, counters
+
+    def release(self) -> None:
+        """Leaves it to the caller to keep the tensors alive."""
+        self._tensors = None
+
+    def discard_counters(self) -> None:
+        """After a failure, which may have left them in the middle."""
+        self._counters = None
+
+    def table(self, sums: int) -> Tensor:
+        """Where the sums of every row go, fp64 `[rows, sums]`; 0 in rows that no kernel writes."""
+        make = torch.zeros if self._empty_rows else torch.empty
+        return make(self.row_count, sums, dtype=torch.float64, device=self.device)
 
 
 def compute_dtype(signature: Signature) -> tl.dtype:
@@ -205,11 +214,15 @@ def vector(signature: Signature) -> int:
     return 16 // min(dtype.itemsize for dtype in signature)
 
 
-def _upload(values: Sequence[object], dtype: torch.dtype, device: torch.device) -> Uploaded:
-    # Pinned, because a pageable copy synchronises and is an error while a CUDA graph is captured.
-    pinned = device.type == "cuda"
-    source = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=pinned)
-    return Uploaded(source.to(device, non_blocking=pinned), source)
+def _upload(values: Sequence[object] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    table = values if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype, device="cpu")
+    if device.type != "cuda":
+        return table.to(device)
+    # A copy from pageable memory synchronises, and is an error while a CUDA graph is captured.
+    table = table.pin_memory()
+    if is_capturing([device]):
+        _captured.append(table)
+    return table.to(device, non_blocking=True)
 
 
 def lanes(device: torch.device) -> int:
@@ -226,8 +239,3 @@ def options(device: torch.device, aligned: bool, dtypes: Signature) -> dict[str,
         # it is told not to.
         found["maxnreg"] = 255
     return found
-
-
-def on(device: torch.device) -> AbstractContextManager[object]:
-    """Makes `device` current, as a launch needs."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

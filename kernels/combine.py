@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import struct
+from typing import Any
 
 import triton
 import triton.language as tl
-from sago.kernels.batch import BLOCK, CHUNK, TRITON_DTYPES, Batch, compute_dtype, on, options, vector
+from sago.kernels.batch import BLOCK, CHUNK, TRITON_DTYPES, Batch, Part, compute_dtype, options, vector
 from sago.kernels.formula import on_device
+from sago.kernels.launch import bits, launch
 from sago.kernels.stream import finish, locate, stream
 from torch import Tensor
 
@@ -15,19 +16,26 @@ from sago.rules import Coefficients, Rule, evaluate
 
 
 @triton.jit
-def _weight(weight):
-    """A weight as an fp64 scalar: the bits of a host float, or a scalar on the device."""
-    if weight.dtype.is_ptr():
-        value = tl.load(weight).to(tl.float64)
+def _weight(weight, IN_MEMORY: tl.constexpr):
+    """A weight as an fp64 scalar: its bits, or its address."""
+    if IN_MEMORY:
+        value = tl.load(weight.to(tl.int64).to(tl.pointer_type(tl.float64)))
     else:
-        value = weight.to(tl.int64).to(tl.float64, bitcast=True)  # the bits of 0.0 arrive as an int32
+        value = weight.to(tl.int64).to(tl.float64, bitcast=True)
     return value
 
 
-@triton.jit(do_not_specialize=["gamma", "alpha", "eps", "slots", "gram_stride"])
+# Scalar loads gain nothing from aligned addresses, and one kernel serves all values.
+@triton.jit(
+    do_not_specialize=[
+        *("addresses", "shapes", "owner", "rows", "partials", "counters", "table", "coefficients", "gram"),
+        *("gamma", "alpha", "eps", "slots", "gram_stride"),
+    ]
+)
 def _combine_kernel(
     addresses, shapes, owner, rows, partials, counters, table, coefficients, gram,
-    gamma, alpha, eps, slots, gram_stride,
+    gamma: tl.int64, alpha: tl.int64, eps: tl.int64, slots: tl.int32, gram_stride: tl.int32,
+    GAMMA_IN_MEMORY: tl.constexpr, ALPHA_IN_MEMORY: tl.constexpr,
     FORGET: tl.constexpr, RETAIN: tl.constexpr, OUT: tl.constexpr, COMPUTE: tl.constexpr,
     FORMULA: tl.constexpr, GATED: tl.constexpr, PROPAGATE: tl.constexpr, GRAM: tl.constexpr,
     SUMS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr,
@@ -51,15 +59,17 @@ def _combine_kernel(
         zero = tl.full((), 0.0, tl.float64)
         ff, fr, rr = zero, zero, zero
         if GRAM:
-            ff = tl.load(gram + row * gram_stride) + _weight(eps)
+            ff = tl.load(gram + row * gram_stride) + _weight(eps, False)
             fr = tl.load(gram + row * gram_stride + 1)
-            rr = tl.load(gram + row * gram_stride + 2) + _weight(eps)
+            rr = tl.load(gram + row * gram_stride + 2) + _weight(eps, False)
+        gamma = _weight(gamma, GAMMA_IN_MEMORY)
+        alpha = _weight(alpha, ALPHA_IN_MEMORY)
         if GATED:
-            a_c, b_c, a, b = FORMULA(ff, fr, rr, _weight(gamma), _weight(alpha))
+            a_c, b_c, a, b = FORMULA(ff, fr, rr, gamma, alpha)
             a_c = zero + a_c
             b_c = zero + b_c
         else:
-            a, b = FORMULA(ff, fr, rr, _weight(gamma), _weight(alpha))
+            a, b = FORMULA(ff, fr, rr, gamma, alpha)
         a = zero + a
         b = zero + b
         if not GATED:
@@ -103,21 +113,43 @@ def combine(
     if formula is None:
         coefficients = coefficients or evaluate(rule, gram, gamma, alpha, eps, batch.device)
         values, gram = _table(batch, rule, coefficients.values), None
-    partials, table, counters = batch.scratch(sums) if sums else (None, None, None)
-    with on(batch.device):
-        for launch, addresses, aligned in batch.tables:
-            forget, retain, out = launch.dtypes
-            _combine_kernel[(len(launch.owner.tensor),)](
-                addresses, launch.shapes.tensor, launch.owner.tensor, batch.layout.rows.tensor,
-                partials, counters, table, values, gram,
-                _argument(gamma), _argument(alpha), _argument(eps),
-                batch.layout.slots, 0 if gram is None else gram.stride(0),
-                FORGET=TRITON_DTYPES[forget], RETAIN=TRITON_DTYPES[retain], OUT=TRITON_DTYPES[out],
-                COMPUTE=compute_dtype(launch.dtypes), FORMULA=formula, GATED=rule.gated, PROPAGATE=propagate,
-                GRAM=gram is not None, SUMS=sums,
-                CHUNK=CHUNK, BLOCK=BLOCK, V=vector(launch.dtypes), ALIGNED=aligned,
-                **options(batch.device, aligned, launch.dtypes),
-            )  # fmt: skip
+    partials, counters = batch.scratch(sums) if sums else (None, None)
+    table = batch.table(sums) if sums else None
+    in_memory = (
+        formula is not None and isinstance(gamma, Tensor),
+        formula is not None and isinstance(alpha, Tensor),
+    )
+
+    def constants(part: Part) -> dict[str, Any]:
+        forget, retain, out = part.dtypes
+        return {
+            "GAMMA_IN_MEMORY": in_memory[0],
+            "ALPHA_IN_MEMORY": in_memory[1],
+            "FORGET": TRITON_DTYPES[forget],
+            "RETAIN": TRITON_DTYPES[retain],
+            "OUT": TRITON_DTYPES[out],
+            "COMPUTE": compute_dtype(part.dtypes),
+            "FORMULA": formula,
+            "GATED": rule.gated,
+            "PROPAGATE": propagate,
+            "GRAM": gram is not None,
+            "SUMS": sums,
+            "CHUNK": CHUNK,
+            "BLOCK": BLOCK,
+            "V": vector(part.dtypes),
+            "ALIGNED": part.aligned,
+        }
+
+    function = None if formula is None else rule.coefficients
+    launch(
+        _combine_kernel,
+        batch,
+        ("combine", function, rule.gated, propagate, gram is not None, sums, in_memory),
+        (partials, counters, table, values, gram),
+        (bits(gamma), bits(alpha), bits(eps), batch.layout.slots, 0 if gram is None else gram.stride(0)),
+        constants,
+        options,
+    )
     return table
 
 
@@ -125,10 +157,3 @@ def _table(batch: Batch, rule: Rule, values: Tensor) -> Tensor:
     """All four coefficients of every row."""
     both = values if rule.gated else values.repeat(1, 2)
     return both.expand(batch.row_count, 4).contiguous()
-
-
-def _argument(weight: float | Tensor) -> int | Tensor:
-    # Triton passes a float argument as fp32; the bits of the fp64 value arrive whole.
-    if isinstance(weight, Tensor):
-        return weight
-    return int.from_bytes(struct.pack("<d", weight), "little", signed=True)

@@ -1,15 +1,20 @@
 """The reduction: inner products and counts of gradient pairs, one row a group."""
 
+from typing import Any
+
 import triton
 import triton.language as tl
-from sago.kernels.batch import BLOCK, CHUNK, TRITON_DTYPES, Batch, compute_dtype, on, options, vector
+from sago.kernels.batch import BLOCK, CHUNK, TRITON_DTYPES, Batch, Part, compute_dtype, options, vector
+from sago.kernels.launch import launch
 from sago.kernels.stream import finish, locate, stream
 from torch import Tensor
 
 
-@triton.jit(do_not_specialize=["slots"])
+@triton.jit(
+    do_not_specialize=["addresses", "shapes", "owner", "rows", "partials", "counters", "table", "slots"]
+)
 def _gram_kernel(
-    addresses, shapes, owner, rows, partials, counters, table, slots,
+    addresses, shapes, owner, rows, partials, counters, table, slots: tl.int32,
     FORGET: tl.constexpr, RETAIN: tl.constexpr, COMPUTE: tl.constexpr, SUMS: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -29,16 +34,22 @@ def gram(batch: Batch, sums: int) -> Tensor:
     and retain; 9 has ff, fr, rr of the elements out of conflict, the counts, and ff, fr, rr of those in
     conflict. Reads each gradient once, in one launch for each combination of dtypes.
     """
-    partials, table, counters = batch.scratch(sums)
-    with on(batch.device):
-        for launch, addresses, aligned in batch.tables:
-            forget, retain, _ = launch.dtypes
-            _gram_kernel[(len(launch.owner.tensor),)](
-                addresses, launch.shapes.tensor, launch.owner.tensor, batch.layout.rows.tensor,
-                partials, counters, table, batch.layout.slots,
-                FORGET=TRITON_DTYPES[forget], RETAIN=TRITON_DTYPES[retain],
-                COMPUTE=compute_dtype(launch.dtypes), SUMS=sums,
-                CHUNK=CHUNK, BLOCK=BLOCK, V=vector(launch.dtypes), ALIGNED=aligned,
-                **options(batch.device, aligned, launch.dtypes),
-            )  # fmt: skip
+    partials, counters = batch.scratch(sums)
+    table = batch.table(sums)
+
+    def constants(part: Part) -> dict[str, Any]:
+        forget, retain, _ = part.dtypes
+        return {
+            "FORGET": TRITON_DTYPES[forget],
+            "RETAIN": TRITON_DTYPES[retain],
+            "COMPUTE": compute_dtype(part.dtypes),
+            "SUMS": sums,
+            "CHUNK": CHUNK,
+            "BLOCK": BLOCK,
+            "V": vector(part.dtypes),
+            "ALIGNED": part.aligned,
+        }
+
+    tensors = partials, counters, table
+    launch(_gram_kernel, batch, ("gram", sums), tensors, [batch.layout.slots], constants, options)
     return table

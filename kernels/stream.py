@@ -10,9 +10,16 @@ import triton.language as tl
 
 
 @triton.jit
+def is_negative(x):
+    """The sign bit, also of -0."""
+    INTEGER: tl.constexpr = tl.int64 if x.dtype == tl.float64 else tl.int32
+    return x.to(INTEGER, bitcast=True) < 0
+
+
+@triton.jit
 def in_conflict(f, r):
-    # Signs are compared, never the product: f * r underflows.
-    return ((f > 0) & (r < 0)) | ((f < 0) & (r > 0))
+    # f * r may underflow, but its sign bit is always that of the product; NaN is not above 0.
+    return is_negative(f * r) & (tl.abs(f) > 0) & (tl.abs(r) > 0)
 
 
 # The interpreter truncates fp32 to bf16 and bends bf16 subnormals, so there the casts go by bits.
@@ -47,8 +54,13 @@ def weighted(a, f, b, r):
 
 
 @triton.jit
+def one_if(condition, DTYPE: tl.constexpr):
+    return tl.where(condition, 1.0, 0.0).to(DTYPE)
+
+
+@triton.jit
 def is_finite(x):
-    return x - x == 0  # NaN for NaN and inf
+    return x - x == 0  # NaN for NaN and inf; the compiler makes more of |x| < inf
 
 
 @triton.jit
@@ -69,9 +81,9 @@ def accumulate(f, r, s0, s1, s2, s3, s4, s5, s6, s7, s8, SUMS: tl.constexpr, V: 
     rr = r * r
     if SUMS > 3:
         conflict = in_conflict(f, r)
-        s3 += fold(conflict.to(f.dtype), V)
-        s4 += fold((~is_finite(f)).to(f.dtype), V)
-        s5 += fold((~is_finite(r)).to(f.dtype), V)
+        s3 += fold(one_if(conflict, f.dtype), V)
+        s4 += fold(one_if(~is_finite(f), f.dtype), V)
+        s5 += fold(one_if(~is_finite(r), r.dtype), V)
     if SUMS == 9:
         s6 += fold(tl.where(conflict, ff, 0.0), V)
         s7 += fold(tl.where(conflict, fr, 0.0), V)
@@ -193,8 +205,7 @@ def store(
     at, mask, f, r, a_c, b_c, a, b, OUT: tl.constexpr, GATED: tl.constexpr, PROPAGATE: tl.constexpr
 ):  # fmt: skip
     if GATED:
-        conflict = in_conflict(f, r)
-        u = weighted(tl.where(conflict, a_c, a), f, tl.where(conflict, b_c, b), r)
+        u = tl.where(in_conflict(f, r), weighted(a_c, f, b_c, r), weighted(a, f, b, r))
     else:
         u = weighted(a, f, b, r)
     if PROPAGATE:
@@ -229,3 +240,4 @@ def finish(sums, shape, partials, counters, table, rows, slots, SUMS: tl.constex
                 at = i + tl.arange(0, WIDTH)
                 total += tl.load(column + at, mask=at < count, other=0.0, cache_modifier=".cg")
             tl.store(table + row * SUMS + k, tl.sum(total))
+        tl.store(counters + row, 0)  # for the next launch

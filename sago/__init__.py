@@ -2,6 +2,7 @@
 
 from sago import reference
 from sago.buckets import GradientBuckets
+from sago.plan import Plan
 from sago.report import SynthesisReport
 from sago.rules import Rule, list_rules
 from sago.synthesis import synthesize, synthesize_
@@ -10,6 +11,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GradientBuckets",
+    "Plan",
     "Rule",
     "SynthesisReport",
     "list_rules",

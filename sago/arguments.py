@@ -92,21 +92,16 @@ class Call:
         return self.max_norm is not None or self.nonfinite == "zero_update"
 
 
-def check(
+def check_pairs(
     forget: Gradients,
     retain: Gradients,
-    rule: str | Rule,
-    gamma: Weight,
-    alpha: Weight,
+    rule: Rule,
     out: Any,
     groups: Sequence[Hashable] | None,
-    eps: float,
-    stats: bool,
     reduce_gram: ReduceGram | None,
     backend: str | None,
-) -> tuple[Pairs, Call]:
-    """Raises ValueError or TypeError for a call that cannot be right. `out` may be `NEW`."""
-    rule = resolve(rule)
+) -> Pairs:
+    """Raises ValueError or TypeError for gradients that cannot be right. `out` may be `NEW`."""
     check_backend(backend)
     forget, retain = as_list("forget", forget), as_list("retain", retain)
     if len(forget) != len(retain):
@@ -132,7 +127,7 @@ def check(
                 raise TypeError(f"Parameter `{name}[{i}]` should hold data. Found {type(t).__name__}.")
     _check_overlap(*local)
     devices = dict.fromkeys(t.device for t in local[2] if t is not None) or {torch.device("cpu"): None}
-    pairs = Pairs(
+    return Pairs(
         forget=local[0],
         retain=local[1],
         out=local[2],
@@ -141,7 +136,6 @@ def check(
         keys=keys,
         backends={device: choose_backend(backend, device) for device in devices},
     )
-    return pairs, check_call(rule, gamma, alpha, eps, stats, reduce_gram, devices)
 
 
 def check_call(
@@ -164,8 +158,8 @@ def check_call(
         )
     return Call(
         rule=resolve(rule),
-        gamma=_weight("gamma", gamma, devices),
-        alpha=_weight("alpha", alpha, devices),
+        gamma=check_weight("gamma", gamma, devices),
+        alpha=check_weight("alpha", alpha, devices),
         eps=non_negative("eps", eps),
         stats=stats,
         reduce_gram=None if reduce_gram is None else _checked(reduce_gram),
@@ -459,7 +453,7 @@ def non_negative(name: str, value: Any, finite: bool = True) -> float:
     return number
 
 
-def _weight(name: str, weight: Any, devices: Collection[torch.device]) -> Weight:
+def check_weight(name: str, weight: Any, devices: Collection[torch.device]) -> Weight:
     if isinstance(weight, Tensor):
         if weight.ndim != 0:
             raise ValueError(

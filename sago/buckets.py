@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
@@ -22,14 +22,15 @@ from sago.arguments import (
     choose_backend,
     non_negative,
 )
+from sago.cache import Cache
 from sago.extraction import Extraction, Side
 from sago.flat import flatten
 from sago.in_backward import InBackward, check_exact
-from sago.plan import Plan
+from sago.pipeline import Pipeline
 from sago.report import SynthesisReport
 from sago.rules import Rule, resolve
 
-_PATTERNS = 8  # of parameters without a gradient, whose plans are kept
+_PATTERNS = 8  # of parameters without a gradient, whose pipelines are kept
 
 
 class GradientBuckets:
@@ -143,7 +144,7 @@ class GradientBuckets:
         everything: list[int | None] = [None, *range(len(self._retain.buffers))]
         owner = self._retain.owner
         self._members = {b: [i for i, o in enumerate(owner) if b is None or o == b] for b in everything}
-        self._plans: dict[int | None, OrderedDict[Hashable, Plan]] = {b: OrderedDict() for b in everything}
+        self._pipelines = {b: Cache(_PATTERNS) for b in everything}
 
     def forget(self) -> AbstractContextManager[None]:
         """Backwards within `with buckets.forget():` accumulate the forget gradient, as minimised."""
@@ -212,12 +213,12 @@ class GradientBuckets:
             _policy(nonfinite),
             self._scales(self._retain.captures),
         )
-        plan = self._plan(call)
+        pipeline = self._pipeline(call)
         self._check_unscaled(call)
         try:
-            found = plan.synthesize(call)
+            found = pipeline.synthesize(call)
         except BaseException as error:
-            if plan.writing:
+            if pipeline.writing:
                 self._extraction.spoil(f"a synthesis ended in {error!r}")
             raise
         self._finish()
@@ -266,7 +267,7 @@ class GradientBuckets:
         check_exact(call, rows, keys, retain.owner, list(self._backends))
         expected = [p.requires_grad for p in self._params]
         step = InBackward(
-            call, keys, extraction.names, retain.owner, expected, lambda bucket: self._plan(call, bucket)
+            call, keys, extraction.names, retain.owner, expected, lambda bucket: self._pipeline(call, bucket)
         )
         with extraction.capture(retain, step.arrived):
             yield step
@@ -337,31 +338,20 @@ class GradientBuckets:
         grouped = self._grouped or rule.scope != "global"
         return check_groups(self._keys if grouped else None, len(self._keys), rule)
 
-    def _plan(self, call: Call, bucket: int | None = None) -> Plan:
-        """The plan of a bucket or of all, for the gradients that there are in this window."""
+    def _pipeline(self, call: Call, bucket: int | None = None) -> Pipeline:
+        """The pipeline of a bucket or of all, for the gradients that there are in this window."""
         members = self._members[bucket]
         touched = tuple((self._forget.touched[i], self._retain.touched[i]) for i in members)
         one_row = call.rule.scope == "global" and not self._grouped
         no_rows = call.rule.scope == "element" and call.sums == 0
         # Where parameters need no rows of their own, a buffer is as good as the parameters in it.
         whole = (one_row or no_rows) and self._in_place and all(f and r for f, r in touched)
-        devices = [d for d in self._backends if d.type == "cuda"]
-        if devices and torch.cuda.is_current_stream_capturing():
-            # What a graph captures belongs to the graph: `sago.kernels` keeps its tables.
-            return self._new_plan(call.rule, members, whole)
-        # A plan's tables are filled on the stream that it was made on.
-        streams = tuple(torch.cuda.current_stream(d).cuda_stream for d in devices)
-        key = one_row, whole, streams, touched
-        plans = self._plans[bucket]
-        plan = plans.get(key)
-        if plan is None:
-            plan = plans[key] = self._new_plan(call.rule, members, whole)
-            if len(plans) > _PATTERNS:
-                plans.popitem(last=False)
-        plans.move_to_end(key)
-        return plan
+        key = one_row, whole, touched
+        return self._pipelines[bucket].get(
+            key, self._backends, lambda: self._new_pipeline(call.rule, members, whole)
+        )
 
-    def _new_plan(self, rule: Rule, members: Sequence[int], whole: bool) -> Plan:
+    def _new_pipeline(self, rule: Rule, members: Sequence[int], whole: bool) -> Pipeline:
         rows, keys = self._rows(rule)
         forget, retain = ([_touched(side)[i] for i in members] for side in (self._forget, self._retain))
         neither = [f is None and r is None for f, r in zip(forget, retain, strict=True)]
@@ -382,7 +372,7 @@ class GradientBuckets:
             pairs.forget = [self._forget.buffers[b] for b in owners]
             pairs.retain = [self._retain.buffers[b] for b in owners]
             pairs.out, pairs.rows = pairs.retain, [0] * len(owners)
-        return Plan(pairs, numel)
+        return Pipeline(pairs, numel)
 
     def _check_unscaled(self, call: Call) -> None:
         """Raises where scaled and unscaled gradients would meet in one sum, or eps in one of them."""

@@ -15,6 +15,7 @@ from sago.rules import Coefficients, Rule, evaluate
 __all__ = ["Batch", "combine", "gram"]
 
 
+@torch.no_grad()
 def gram(batch: Batch, sums: int) -> Tensor:
     """The sums of every row, fp64 `[rows, sums]`, with the columns of `sago.kernels.gram`."""
     table = torch.zeros(batch.row_count, 9, dtype=torch.float64, device=batch.device)
@@ -25,6 +26,7 @@ def gram(batch: Batch, sums: int) -> Tensor:
     return torch.cat([table[:, 0:3] + table[:, 6:9], table[:, 3:6]], dim=1)[:, :sums]
 
 
+@torch.no_grad()
 def combine(
     batch: Batch,
     rule: Rule,

@@ -8,7 +8,7 @@ import torch
 
 from sago.arguments import Call
 from sago.extraction import ranks
-from sago.plan import Plan, Sums, report
+from sago.pipeline import Pipeline, Sums, report
 from sago.report import SynthesisReport
 
 
@@ -21,7 +21,7 @@ class InBackward:
         names: Of the parameters.
         owner: The buffer of each.
         expected: Whether a gradient may come for it.
-        plan_of: Gives the plan of a buffer, for the gradients that there are in it.
+        pipeline_of: Gives the pipeline of a buffer, for the gradients that there are in it.
     """
 
     def __init__(
@@ -31,10 +31,16 @@ class InBackward:
         names: Sequence[str],
         owner: Sequence[int],
         expected: Sequence[bool],
-        plan_of: Callable[[int], Plan],
+        pipeline_of: Callable[[int], Pipeline],
     ) -> None:
         self.report: SynthesisReport | None = None
-        self._call, self._keys, self._names, self._owner, self._plan_of = call, keys, names, owner, plan_of
+        self._call, self._keys, self._names, self._owner, self._pipeline_of = (
+            call,
+            keys,
+            names,
+            owner,
+            pipeline_of,
+        )
         self._waiting: dict[int, set[int]] = {bucket: set() for bucket in owner}
         for i, bucket in enumerate(owner):
             if expected[i]:
@@ -70,8 +76,8 @@ class InBackward:
 
     def _run(self, bucket: int) -> None:
         del self._waiting[bucket]
-        plan = self._plan_of(bucket)
-        self._taken.append((plan.update(self._call), plan.numel))
+        pipeline = self._pipeline_of(bucket)
+        self._taken.append((pipeline.update(self._call), pipeline.numel))
 
 
 def check_exact(

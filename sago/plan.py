@@ -1,226 +1,64 @@
-"""The way of a synthesis: gram, coefficients, combine, report."""
+"""`Plan`: a synthesis that is checked and laid out once, and run as often as its gradients are renewed."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from importlib import import_module
-from types import ModuleType
-from typing import Any, NamedTuple
+from copy import copy
 
-import torch
-from torch import Tensor
-
-from sago.arguments import Call, Pairs, Weight, is_dense
+from sago.arguments import Gradients, ReduceGram, Weight, check_call, check_pairs, check_weight
+from sago.pipeline import Pipeline
 from sago.report import SynthesisReport
-from sago.rules import Coefficients, Rule, evaluate
-
-# The modules behind the names of backends. Each has `Batch(device, forget, retain, out, rows, row_count)`,
-# `gram(batch, sums)` and `combine(batch, rule, gamma, alpha, eps, gram, sums, coefficients, propagate)`.
-MODULES = {"triton": "sago.kernels", "compiled": "sago.compiled", "reference": "sago.eager"}
-
-
-class Part(NamedTuple):
-    """The pairs on one device, and the module whose `gram` and `combine` run there."""
-
-    module: ModuleType
-    batch: Any
-    device: torch.device
-    copies: list[tuple[Tensor, Tensor]]
-
-
-class Sums(NamedTuple):
-    """Sums over the gradients, fp64 `[rows, columns]`, and the elements of each row."""
-
-    table: Tensor
-    elements: Tensor | Sequence[int]
+from sago.rules import Rule, resolve
 
 
 class Plan:
-    """Gradient pairs, laid out on their devices, to be synthesized as often as their memory is filled anew.
+    """`sago.synthesize_` of the same tensors, again and again: nothing is checked or rebuilt between calls.
 
-    `numel` has the elements of each row, which may be fewer than the pairs have: buffers have gaps of zeros.
-    Tensors that are not dense in memory are copied when the plan is made: it can then run once only.
+        plan = sago.Plan(forget_grads, retain_grads, rule="pcgrad")
+        for batch in batches:
+            ...  # writes new gradients into the same tensors
+            report = plan.synthesize_(gamma=1.0, alpha=1.0)
+
+    A call can be captured in a CUDA graph. A replay works on what is then in the gradients, and in `gamma`
+    and `alpha` if they are tensors on the device. It needs the plan alive. A report has the numbers of the
+    replay before it was first read.
+
+    Args:
+        forget, retain, rule, out, groups, eps, stats, reduce_gram, backend: As in `sago.synthesize_`. The
+            tensors are kept alive, and their memory must stay where it is: make a new plan when one is
+            resized or its `data` replaced.
+
+    Calls are for one thread and one stream at a time. They do not count as a version of the outputs, so
+    autograd does not notice that a tensor it saved was overwritten. `sago.synthesize_` takes care of both.
+
+    Raises:
+        ValueError, TypeError: As `sago.synthesize_`, when the plan is made.
     """
 
-    def __init__(self, pairs: Pairs, numel: list[int]) -> None:
-        self.keys: list[Hashable] = pairs.keys
-        self.updates = [o for o in pairs.updates if o is not None]
-        self.numel = numel
-        self.writing = False  # an update has begun and not ended
-        self._elements: Tensor | None = None
-        self.parts = [_part(pairs, device, backend) for device, backend in pairs.backends.items()]
+    def __init__(
+        self,
+        forget: Gradients,
+        retain: Gradients,
+        rule: str | Rule = "sago",
+        out: Gradients | str | None = None,
+        groups: Sequence[Hashable] | None = None,
+        eps: float = 0.0,
+        stats: bool = True,
+        reduce_gram: ReduceGram | None = None,
+        backend: str | None = None,
+    ) -> None:
+        rule = resolve(rule)
+        self._pairs = check_pairs(forget, retain, rule, out, groups, reduce_gram, backend)
+        self._call = check_call(rule, 1.0, 1.0, eps, stats, reduce_gram, self._pairs.backends)
+        self._pipeline = Pipeline(self._pairs, self._pairs.numel())
 
-    def synthesize(self, call: Call) -> SynthesisReport:
-        """Writes the update of every pair, and reports on it."""
-        return report(call, self.keys, self.numel, self.update(call))
+    def synthesize_(self, gamma: Weight = 1.0, alpha: Weight = 1.0) -> SynthesisReport:
+        """Writes the update of what is in the gradients now; `gamma` and `alpha` as in `sago.synthesize_`."""
+        devices = self._pairs.backends
+        call = copy(self._call)
+        call.gamma, call.alpha = check_weight("gamma", gamma, devices), check_weight("alpha", alpha, devices)
+        return self._pipeline.synthesize(call)
 
-    @torch.no_grad()
-    def update(self, call: Call) -> Sums | None:
-        """Writes the update of every pair; returns the sums, if any were taken."""
-        rule, columns = call.rule, call.sums
-        self.writing = False
-        # Sums that decide on the update come ahead of it, and so do sums for `reduce_gram`: it may raise.
-        ahead = columns > 0 and (rule.scope != "element" or call.limited or call.reduce_gram is not None)
-        sums = gram = coefficients = None
-        if ahead:
-            sums = self._reduced([part.module.gram(part.batch, columns) for part in self.parts], call)
-            gram = _gram(rule, sums.table)
-        if call.limited or call.scales != (1.0, 1.0):
-            coefficients = _limited(call, sums, gram, self.parts[0].device)
-        taken = []
-        self.writing = True
-        for part in self.parts:
-            arguments = [_to(x, part.device) for x in (call.gamma, call.alpha)]
-            taken.append(
-                part.module.combine(
-                    part.batch,
-                    rule,
-                    *arguments,
-                    call.eps,
-                    _to(gram, part.device),
-                    0 if ahead else columns,
-                    coefficients and coefficients._replace(values=_to(coefficients.values, part.device)),
-                    call.nonfinite == "propagate",
-                )
-            )
-            for target, copy in part.copies:
-                target.copy_(copy)
-        self.writing = False
-        if columns and not ahead:
-            sums = self._reduced(taken, call)
-        for o in self.updates:
-            if not o.is_inference():
-                torch.autograd.graph.increment_version(o)
-        return sums
-
-    def _reduced(self, tables: Sequence[Tensor], call: Call) -> Sums:
-        """The tables of all devices and, through `reduce_gram`, of all ranks added up."""
-        table = tables[0]
-        for other in tables[1:]:
-            table = table + other.to(table.device)
-        elements: Tensor | Sequence[int] = self.numel
-        if call.reduce_gram is not None:
-            if self._elements is None:
-                pinned = table.device.type == "cuda"  # a copy from pageable memory would wait for the device
-                numel = torch.tensor(self.numel, dtype=table.dtype, device="cpu", pin_memory=pinned)
-                self._elements = numel.to(table.device, non_blocking=pinned)
-            table = call.reduce_gram(torch.cat([table, self._elements[:, None]], dim=1))
-            table, elements = table[:, :-1], table[:, -1]
-        if call.scales != (1.0, 1.0):
-            f, r = call.scales
-            factors = [f * f, f * r, r * r, 1.0, 1.0, 1.0, f * f, f * r, r * r]
-            columns = [column * x for column, x in zip(table.unbind(1), factors, strict=False)]
-            table = torch.stack(columns, dim=1)
-        return Sums(table, elements)
-
-
-def _part(pairs: Pairs, device: torch.device, backend: str) -> Part:
-    module = import_module(MODULES[backend])
-    forget, retain, out, rows, copies = [], [], [], [], []
-    for f, r, o, row in zip(pairs.forget, pairs.retain, pairs.out, pairs.rows, strict=True):
-        if o is None or o.device != device or o.numel() == 0:
-            continue
-        tensors = [t for t in (f, r, o) if t is not None]
-        if any(t.stride() != o.stride() or t.is_neg() or not is_dense(t) for t in tensors):
-            target = o
-            f, r = (t if t is None else t.resolve_neg().contiguous() for t in (f, r))
-            o = torch.empty_like(o, memory_format=torch.contiguous_format)
-            copies.append((target, o))
-        forget.append(f)
-        retain.append(r)
-        out.append(o)
-        rows.append(row)
-    return Part(module, module.Batch(device, forget, retain, out, rows, len(pairs.keys)), device, copies)
-
-
-def _to(x: Any, device: torch.device) -> Any:
-    return x.to(device) if isinstance(x, Tensor) else x
-
-
-def _gram(rule: Rule, table: Tensor) -> Tensor | None:
-    """`ff, fr, rr` as the rule is given them, fp64 `[rows, >= 3]`; None if it uses none."""
-    if rule.scope == "element":
-        return None
-    gram = table[:, 0:3] + table[:, 6:9] if table.shape[1] == 9 else table
-    if rule.scope == "global" and len(gram) > 1:
-        gram = gram.sum(0, keepdim=True).expand(len(gram), -1)
-    return gram
-
-
-def _limited(call: Call, sums: Sums | None, gram: Tensor | None, device: torch.device) -> Coefficients:
-    """The rule's coefficients for the gradients before they are scaled, within what `call` allows.
-
-    Clipping is that of `torch.nn.utils.clip_grad_norm_`, except that a norm that is not finite makes NaN.
-    """
-    values, terms = evaluate(call.rule, gram, call.gamma, call.alpha, call.eps, device)
-    finite = values.isfinite().all()
-    if sums is not None and call.max_norm is not None:
-        norm = _products_of_update(values, sums.table, call.nonfinite)[0].sum().sqrt()
-        clip = (call.max_norm / (norm + 1e-6)).clamp(max=1.0)
-        # The 0 of a norm of inf would hide it: a coefficient of 0 leaves its gradient out.
-        values = values * torch.where(norm.isfinite(), clip, torch.nan)
-        finite = finite & norm.isfinite()
-    if sums is not None and call.nonfinite == "zero_update":
-        values = torch.where(finite & (sums.table[:, 4:6].sum() == 0), values, 0.0)
-    forget, retain = call.scales
-    values = torch.stack([values[:, 0::2] * forget, values[:, 1::2] * retain], dim=2).flatten(1)
-    # A clip of NaN reaches coefficients that the rule has as literal zeros.
-    kept = "zero" if call.max_norm is None else None
-    return Coefficients(values, tuple(term if term == kept else "any" for term in terms))
-
-
-def report(call: Call, keys: Sequence[Hashable], numel: Sequence[int], sums: Sums | None) -> SynthesisReport:
-    """What `sums` say, and of the update what follows from them."""
-    if sums is None:
-        return SynthesisReport(call.rule.name, keys, numel, dict)
-    table, elements = sums
-    # A weight on the device may have another value by the time the report is read.
-    gamma, alpha = (w.clone() if isinstance(w, Tensor) else w for w in (call.gamma, call.alpha))
-    return SynthesisReport(
-        call.rule.name,
-        keys,
-        elements,
-        lambda: _columns(call.rule, table, gamma, alpha, call.eps, call.nonfinite),
-    )
-
-
-def _columns(
-    rule: Rule, table: Tensor, gamma: Weight, alpha: Weight, eps: float, nonfinite: str | None
-) -> dict[str, Tensor]:
-    """The report's sums from the table; those of the update follow from the coefficients."""
-    width = table.shape[1]
-    sums = table[:, 0:3] + table[:, 6:9] if width == 9 else table[:, 0:3]
-    columns = dict(zip(("ff", "fr", "rr"), sums.unbind(1), strict=True))
-    if width >= 6:
-        names = ("conflicts", "nonfinite_forget", "nonfinite_retain")
-        columns.update(zip(names, table[:, 3:6].unbind(1), strict=True))
-    if not rule.gated or width == 9:
-        values, _ = evaluate(rule, _gram(rule, table), gamma, alpha, eps, table.device)
-        columns.update(zip(("uu", "uf", "ur"), _products_of_update(values, table, nonfinite), strict=True))
-    return columns
-
-
-def _products_of_update(values: Tensor, table: Tensor, nonfinite: str | None) -> list[Tensor]:
-    """`<u,u>, <u,f>, <u,r>` of every row, from the coefficients and the sums on both sides of the gate."""
-    a, b = values[:, -2:].unbind(1)
-    found = _products(a, b, table[:, 0:3])
-    if table.shape[1] == 9:
-        a_c, b_c = values[:, :2].unbind(1)
-        found = [x + y for x, y in zip(found, _products(a_c, b_c, table[:, 6:9]), strict=True)]
-    found[0] = found[0].clamp(min=0.0)  # what cancels leaves an error of either sign
-    if nonfinite == "propagate":
-        # Also what the rule leaves out. Without counts the squares show it.
-        finite = (table[:, 0] + table[:, 2]).isfinite() if table.shape[1] == 3 else table[:, 4:6].sum(1) == 0
-        found = [torch.where(finite, x, torch.nan) for x in found]
-    return found
-
-
-def _products(a: Tensor, b: Tensor, gram: Tensor) -> list[Tensor]:
-    """`<u,u>, <u,f>, <u,r>` of `u = a*f + b*r`, a gradient whose coefficient is 0 left out."""
-    ff, fr, rr = gram.unbind(1)
-
-    def times(coefficient: Tensor, product: Tensor) -> Tensor:
-        return torch.where(coefficient == 0, 0.0, coefficient * product)
-
-    uu = times(a * a, ff) + times(2 * a * b, fr) + times(b * b, rr)
-    return [uu, times(a, ff) + times(b, fr), times(a, fr) + times(b, rr)]
+    def __repr__(self) -> str:
+        count = sum(o is not None for o in self._pairs.out)
+        return f"Plan({count} tensors, rule {self._call.rule.name!r})"

@@ -1,16 +1,18 @@
-"""Synthesis of lists: what is given is checked, laid out and synthesized once."""
+"""Synthesis of lists: what is given is checked, laid out and synthesized."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from sago.arguments import NEW, Gradients, ReduceGram, Weight, check
-from sago.plan import Plan
+from sago.arguments import NEW, Gradients, ReduceGram, Weight, check_call, check_pairs
+from sago.pipeline import Pipeline
 from sago.report import SynthesisReport
-from sago.rules import Rule
+from sago.rules import Rule, resolve
+from sago.seen import find
 
 
 def synthesize_(
@@ -59,8 +61,12 @@ def synthesize_(
 
     Source: arXiv 2604.14808 (SAGO and the retain-first use of PCGrad); rules in `sago.reference`.
     """
-    pairs, call = check(forget, retain, rule, gamma, alpha, out, groups, eps, stats, reduce_gram, backend)
-    return Plan(pairs, pairs.numel()).synthesize(call)
+    rule = resolve(rule)
+    pipeline, updates = find(forget, retain, rule, out, groups, reduce_gram, backend)
+    devices = [part.device for part in pipeline.parts]
+    report = pipeline.synthesize(check_call(rule, gamma, alpha, eps, stats, reduce_gram, devices))
+    _count_versions(updates)
+    return report
 
 
 def synthesize(
@@ -81,7 +87,20 @@ def synthesize(
         The updates, each of retain's dtype (forget's where retain is None; None where both are): a tensor
         if `forget` and `retain` are tensors, else a list. And the report.
     """
-    pairs, call = check(forget, retain, rule, gamma, alpha, NEW, groups, eps, stats, reduce_gram, backend)
-    report = Plan(pairs, pairs.numel()).synthesize(call)
+    rule = resolve(rule)
+    pairs = check_pairs(forget, retain, rule, NEW, groups, reduce_gram, backend)
+    call = check_call(rule, gamma, alpha, eps, stats, reduce_gram, pairs.backends)
+    report = Pipeline(pairs, pairs.numel()).synthesize(call)
     single = isinstance(forget, Tensor) and isinstance(retain, Tensor)
     return (pairs.updates[0] if single else pairs.updates), report
+
+
+def _count_versions(tensors: Iterable[Tensor | None]) -> None:
+    """Lets autograd know that they were written."""
+    written = [t for t in tensors if t is not None]
+    try:
+        torch.autograd.graph.increment_version(written)
+    except TypeError:  # early versions of torch take one at a time, with a version
+        for t in written:
+            if not t.is_inference():
+                torch.autograd.graph.increment_version(t)

@@ -46,6 +46,31 @@ def _quiet_interpreter():
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _quick_interpreter():
+    """Triton patches all of its language at each call of a device function: once a launch is enough."""
+    if not INTERPRETED or not has_triton():
+        yield
+        return
+    from triton.runtime import interpreter
+
+    patch, patched = interpreter._patch_lang, set()
+
+    def patch_once(fn):
+        if fn in patched:
+            return None  # what a device function patches stays, so nobody asks for its scope
+        scope = patch(fn)
+        patched.add(fn)
+        if scope is not None:  # Triton 3.4 never takes a patch back
+            restore = scope.restore
+            scope.restore = lambda: (patched.clear(), restore())
+        return scope
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+        yield
+
+
 @pytest.fixture(params=[pytest.param(Backend("reference", "cpu"), id="reference"), *FAST_BACKENDS])
 def backend(request):
     return request.param

@@ -11,7 +11,7 @@ Gradients = list[Tensor | None]
 Pairs = tuple[Gradients, Gradients]
 Family = Callable[[torch.dtype, torch.dtype], Pairs]
 
-BLOCK, CHUNK = 2048, 32768
+BLOCK, CHUNK = 1024, 32768
 TAILS = (1, 2, 7, 8, 9, 15, 16, 17, 31, 33)
 
 

@@ -12,10 +12,13 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from sago import buckets, compiled, plan, reference
+import sago
+from sago import buckets, compiled, pipeline, reference, seen, synthesis
+from sago.cache import Cache
 from sago.rules import Rule
-from tests import inputs, oracle, properties
+from tests import inputs, oracle, properties, repeats
 from tests.backends import INTERPRETED, Backend
+from tests.kernels.traffic import assert_floor, counted
 from tests.windows import averaged, bucketed, clipped, mean, with_nan
 
 if not INTERPRETED:
@@ -33,6 +36,15 @@ WEIGHTS = {"gamma": 0.75, "alpha": 1.5}
 def specials(run):
     for rule in ("sago", "sum"):
         properties.assert_as_reference(run, *inputs.specials(FP32, FP32), rule, stats=False, **WEIGHTS)
+
+
+def negative_nan(run):
+    """The sign of a NaN is a bit like any other."""
+    nan = torch.tensor([0x7FC00000, -0x400000], dtype=torch.int32).view(FP32)
+    f, r = (t.flatten() for t in torch.meshgrid(nan, torch.tensor([2.0, -3.0]), indexing="ij"))
+    for forget, retain in ((f, r), (r, f)):
+        properties.assert_as_reference(run, [forget], [retain], "sago", stats=False)
+        properties.assert_report(run([forget], [retain], "sago")[1], [forget], [retain], "sago")
 
 
 def subnormals(run):
@@ -130,14 +142,6 @@ def counts(run):
     for name in properties.COUNTS:
         assert getattr(found, name).item() == expected[name][0]
     assert found.conflict_fraction.item() == expected["conflicts"][0] / expected["numel"][0]
-
-
-def addresses(run):
-    kept = []  # so that no memory is used again
-    for seed in range(3):
-        forget, retain = ([t.float()] for t in inputs.pair(20, seed))
-        kept.append((forget, retain, run(forget, retain, "sago", stats=False)))
-        properties.assert_as_reference(run, forget, retain, "sago", stats=False)
 
 
 def company(run):
@@ -245,9 +249,21 @@ def counts_of_means(run):
     assert found.nonfinite_retain.tolist() == [5]
 
 
+def traffic(run):
+    """Of blocks, tails and None: what is moved for an update that may well be right."""
+    forget, retain = ([t.float() for t in side] for side in zip(*map(inputs.pair, (3000, 33)), strict=True))
+    forget, retain = [*forget, None, forget[1].clone()], [*retain, retain[1].clone(), None]
+    out = [torch.empty_like(t) for t in (*retain[:3], forget[3])]
+    for rule, stats, reads in (("sago", True, 1), ("sago", False, 1), ("pcgrad", True, 2)):
+        with counted(*forget, *retain, *out) as found:
+            sago.synthesize_(forget, retain, rule, out=out, stats=stats, backend=run.name)
+        assert_floor(found, forget, retain, out, reads)
+
+
 CHECKS = [
     *(
         specials,
+        negative_nan,
         subnormals,
         signed_zeros,
         weights_of_zero,
@@ -260,13 +276,15 @@ CHECKS = [
         products,
         products_of_bf16,
     ),
-    *(products_over_chunks, range_, groups, report, counts, addresses, company, switched_off, gated),
+    *(products_over_chunks, range_, groups, report, counts, company, switched_off, gated),
     *(propagated, clipping, clipping_of_little, clipping_of_inf, zero_update, means, counts_of_means),
 ]
 
 
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("backend", ["triton", "compiled"])
+RIGHT = [(backend, check) for backend in ("triton", "compiled") for check in CHECKS] + [("triton", traffic)]
+
+
+@pytest.mark.parametrize(("backend", "check"), RIGHT)
 def test_the_right_kernels_pass(check, backend):
     check(Backend(backend, "cpu"))
 
@@ -279,21 +297,26 @@ class Mutant(NamedTuple):
     check: object
 
 
-SIGNS = "((f > 0) & (r < 0)) | ((f < 0) & (r > 0))"
+SIGNS = "is_negative(f * r) & (tl.abs(f) > 0) & (tl.abs(r) > 0)"
+GUARDS = " and seen.guards.check(*tensors)"
 ROW, SLOT = "row = tl.load(shape + 3)", "slot = tl.program_id(0) - tl.load(shape + 1) + tl.load(shape + 2)"
+FORGET = "f = upcast(tl.load(forget + at, mask=at < forget_body, other=0.0), COMPUTE)"
+OF_BODY = "store(out + at, at < body, f, r, a_c, b_c, a, b, OUT, GATED, PROPAGATE)"
 NO_TAIL = "at < size, f, r, a_c, b_c, a, b, OUT, GATED, False", propagated
 NO_BODY = "at < body, f, r, a_c, b_c, a, b, OUT, GATED, False", propagated
 FACTOR = "values * torch.where(norm.isfinite(), clip, torch.nan)"
 KERNELS = {
     (stream, "in_conflict"): {
         "product instead of signs": (SIGNS, "f * r < 0", subnormals),
-        "zeros conflict": ("(f > 0) & (r < 0)", "(f >= 0) & (r < 0)", specials),
+        "zeros conflict": ("(tl.abs(f) > 0)", "(tl.abs(f) >= 0)", specials),
         "NaN conflicts": (SIGNS, "(f > 0) != (r > 0)", specials),
-        "one sign of conflict": ("| ((f < 0) & (r > 0))", "", tails),
+        "one sign of conflict": ("is_negative(f * r)", "is_negative(f)", tails),
+        "zeros of retain conflict": (" & (tl.abs(r) > 0)", "", specials),
+        "any NaN conflicts": (SIGNS, "is_negative(f * r) & (f != 0) & (r != 0)", negative_nan),
     },
     (stream, "store"): {
-        "swapped branches": ("= in_conflict(f, r)", "= ~in_conflict(f, r)", tails),
-        "a of the wrong branch": ("tl.where(conflict, a_c, a)", "a", tails),
+        "swapped branches": ("where(in_conflict(f, r)", "where(~in_conflict(f, r)", tails),
+        "a of the wrong branch": ("weighted(a_c, f", "weighted(a, f", tails),
         "swapped gradients": ("u = weighted(a, f, b, r)", "u = weighted(a, r, b, f)", specials),
         "rounded twice": (
             "u = weighted(a, f, b, r)",
@@ -321,9 +344,9 @@ KERNELS = {
             weights,
         ),
         "coefficients of the first group": (ROW, ROW + " * 0", groups),
-        "eps added to fr": ("gram_stride + 1)", "gram_stride + 1) + _weight(eps)", products),
-        "eps left out of rr": ("+ 2) + _weight(eps)", "+ 2)", products),
-        "eps left out of ff": ("row * gram_stride) + _weight(eps)", "row * gram_stride)", products),
+        "eps added to fr": ("gram_stride + 1)", "gram_stride + 1) + _weight(eps, False)", products),
+        "eps left out of rr": ("+ 2) + _weight(eps, False)", "+ 2)", products),
+        "eps left out of ff": ("row * gram_stride) + _weight(eps, False)", "row * gram_stride)", products),
         "given a for a_c": ("coefficients + row * 4)", "coefficients + row * 4 + 2)", clipping),
         "given b_c for b": ("coefficients + row * 4 + 3)", "coefficients + row * 4 + 1)", clipping),
         "given to the first group": (
@@ -349,6 +372,12 @@ KERNELS = {
         "unwritten tail": ("store(out + at, at < size,", "store(out + at, at < body,", tails),
         "one element too many": ("out + at, at < size,", "out + at, at < size + 1,", tails),
         "body past its end": ("out + at, at < body,", "out + at, at < size + 16,", tails),
+        "read twice": (FORGET, f"{FORGET}; {FORGET}", traffic),
+        "read where there is none": ("mask=at < retain_body", "mask=at < body", traffic),
+        "read past the end": ("mask=at < forget_size", "mask=at < forget_size + 1", traffic),
+        "read without a mask": ("mask=at < retain_body, other=0.0", "", traffic),
+        "written twice": (OF_BODY, f"{OF_BODY}; {OF_BODY}", traffic),
+        "the last vector once more": ("at = body + tl", "at = tl.maximum(size - 16, 0) + tl", traffic),
         "tail does not propagate": ("at < size, f, r, a_c, b_c, a, b, OUT, GATED, PROPAGATE", *NO_TAIL),
         "body does not propagate": ("at < body, f, r, a_c, b_c, a, b, OUT, GATED, PROPAGATE", *NO_BODY),
     },
@@ -357,19 +386,33 @@ KERNELS = {
         "half a chunk": ("numel - start, CHUNK)", "numel - start, CHUNK // 2)", chunks),
         "forget for retain": ("retain = tl.load(entry + 1)", "retain = tl.load(entry)", missing),
     },
-    (batch, "Batch.__init__"): {
-        "stale addresses": ("(table, device), ", "(len(table), device), ", addresses),
+    (seen, "find"): {
+        "shapes that were": (GUARDS, "", repeats.other_lengths),
+        "strides that were": (GUARDS, "", repeats.other_strides),
+        "dtypes that were": (GUARDS, "", repeats.other_dtypes),
+    },
+    (seen, "_key"): {
+        "stale addresses": ("(addresses, *map", "(len(addresses), *map", repeats.other_addresses),
+        "any place for None": ("(*found, *missing)", "found", repeats.other_partners),
+        "any side": ("*map(len, sides), ", "", repeats.other_sides),
+        "any output": (" where, rule", " rule", repeats.other_outputs),
+        "any groups": ("rule.scope, keys,", "rule.scope,", repeats.other_groups),
+        "any scope": ("rule.scope, keys,", "keys,", repeats.other_scopes),
     },
     (stream, "across"): {
         "tail left out of the sums": (" + tl.sum(tail.to(tl.float64))", "", products),
     },
     (stream, "finish"): {
+        "counters left as they are": ("tl.store(counters + row, 0)", "pass", repeats.same_lists),
         "sums to the first group": (ROW, ROW + " * 0", groups),
         "chunk number for slot": (SLOT, "slot = tl.program_id(0)", groups),
         "slots of another row": ("partials + k * slots + first", "partials + k * slots", groups),
         "last chunk left out": ("at < count, other", "at < count - 1, other", products_over_chunks),
-        "added up by the first": ("done == count - 1", "done == 0", products_over_chunks),
+        "added up too early": ("done == count - 1", "done == count - 2", products_over_chunks),
         "the last chunk alone": ("k * slots + first", "k * slots + slot", products_over_chunks),
+    },
+    (pipeline, "Pipeline.update"): {
+        "statistics in a pass of their own": ('rule.scope != "element"', "True", traffic),
     },
     (stream, "accumulate"): {
         "products rounded to bf16": (
@@ -415,7 +458,7 @@ ON_THE_CPU = {
         "inf does not propagate": ("(f - f) + (r - r) == 0", "(f == f) & (r == r)", propagated),
         "propagates what the rule takes": ("(f - f) + (r - r) == 0", "u - u == 0", propagated),
     },
-    (plan, "_limited"): {
+    (pipeline, "_limited"): {
         "zeros hide the norm": ('"zero" if call.max_norm is None else None', '"zero"', clipping_of_inf),
     },
     (compiled, "_weighted"): {
@@ -444,16 +487,16 @@ ON_THE_CPU = {
     },
 }
 ON_BOTH = {
-    (plan, "_gram"): {
+    (pipeline, "_gram"): {
         "products of a group for a global rule": (".sum(0, keepdim=True).expand(", "[:1].expand(", groups),
         "products of one branch": ("table[:, 0:3] + table[:, 6:9]", "table[:, 0:3]", gated),
     },
-    (plan, "_products_of_update"): {
+    (pipeline, "_products_of_update"): {
         "update of the wrong branch": ("_products(a_c, b_c, table", "_products(a, b, table", report),
         "norm without the conflicting part": ("table.shape[1] == 9:", "False:", clipping),
         "norm without what is left out": ('nonfinite == "propagate"', "False", clipping_of_inf),
     },
-    (plan, "_limited"): {
+    (pipeline, "_limited"): {
         "one coefficient clipped": (
             f"values = {FACTOR}",
             f"values = torch.cat([values[:, :-1], ({FACTOR})[:, -1:]], dim=1)",
@@ -486,7 +529,7 @@ ON_BOTH = {
             means,
         ),
     },
-    (plan, "Plan._reduced"): {
+    (pipeline, "Pipeline._reduced"): {
         "scales swapped": ("f, r = call.scales", "r, f = call.scales", means),
         "scales not squared": ("[f * f, f * r, r * r, 1.0", "[f, f * r, r, 1.0", means),
         "fr scaled once": ("[f * f, f * r,", "[f * f, f,", means),
@@ -497,7 +540,7 @@ ON_BOTH = {
         "captures of forget for both": ("1 / retain_captures", "1 / self._forget.captures", means),
         "the sum for the mean": ("if self._mean", "if False", means),
     },
-    (plan, "_columns"): {
+    (pipeline, "_columns"): {
         "counts of conflicts for inf": ("table[:, 3:6]", "table[:, 3:4].expand(-1, 3)", counts),
     },
 }
@@ -525,13 +568,17 @@ def mutate(monkeypatch, tmp_path):
         path.write_text(source.replace(mutant.old, mutant.new))
         namespace = {}
         exec(compile(path.read_text(), str(path), "exec"), vars(mutant.module), namespace)
-        users = [m for m in (stream, gram, combine, batch, compiled, plan) if vars(m).get(name) is original]
+        users = [
+            m
+            for m in (stream, gram, combine, batch, compiled, pipeline, seen, synthesis)
+            if vars(m).get(name) is original
+        ]
         for user in users or [owner]:
             monkeypatch.setattr(user, name, namespace[name])
 
     # What was computed before must not be found again: tables, and sums in memory that is not initialised.
-    monkeypatch.setattr(batch, "_layouts", batch.Cache(64))
-    monkeypatch.setattr(batch, "_addresses", batch.Cache(64))
+    monkeypatch.setattr(batch, "_layouts", Cache(64))
+    monkeypatch.setattr(seen, "_seen", Cache(64))
     scratch = batch.Batch.scratch
 
     def poisoned(self, sums):

@@ -18,25 +18,25 @@ def layout(numels, dtypes, rows, row_count):
 def slots_of(found):
     """For each tensor of the list its slots, as the kernels compute them from the tables."""
     slots = {}
-    for launch in found.launches:
-        for chunk, member in enumerate(launch.owner.tensor.tolist()):
-            _, first_chunk, first_slot, _ = launch.shapes.tensor[member].tolist()
-            slots.setdefault(launch.members[member], []).append(first_slot + chunk - first_chunk)
+    for group in found.groups:
+        for chunk, member in enumerate(group.owner.tolist()):
+            _, first_chunk, first_slot, _ = group.shapes[member].tolist()
+            slots.setdefault(group.members[member], []).append(first_slot + chunk - first_chunk)
     return slots
 
 
 def test_a_tensor_is_cut_into_chunks():
     found = layout([CHUNK - 1, CHUNK, CHUNK + 1, 1], [SAME] * 4, range(4), 4)
-    (launch,) = found.launches
-    assert launch.members == [0, 1, 2, 3]
-    assert launch.owner.tensor.tolist() == [0, 1, 2, 2, 3]
-    assert launch.shapes.tensor.tolist() == [
+    (group,) = found.groups
+    assert group.members == [0, 1, 2, 3]
+    assert group.owner.tolist() == [0, 1, 2, 2, 3]
+    assert group.shapes.tolist() == [
         [CHUNK - 1, 0, 0, 0],
         [CHUNK, 1, 1, 1],
         [CHUNK + 1, 2, 2, 2],
         [1, 4, 4, 3],
     ]
-    assert found.rows.tensor.tolist() == [[0, 1], [1, 1], [2, 2], [4, 1]]
+    assert found.rows.tolist() == [[0, 1], [1, 1], [2, 2], [4, 1]]
     assert found.slots == 5
 
 
@@ -45,27 +45,27 @@ def test_slots_of_a_row_are_together_and_in_the_order_of_the_list():
     dtypes = [SAME, MIXED, MIXED, SAME, SAME, MIXED]
     rows = [1, 0, 1, 0, 2, 0]
     found = layout(numels, dtypes, rows, 4)
-    assert [launch.dtypes for launch in found.launches] == [SAME, MIXED]
-    assert [launch.members for launch in found.launches] == [[0, 4], [1, 2, 5]]
+    assert [group.dtypes for group in found.groups] == [SAME, MIXED]
+    assert [group.members for group in found.groups] == [[0, 4], [1, 2, 5]]
     slots = slots_of(found)
     in_rows = [[s for i in range(6) if rows[i] == row for s in slots.get(i, [])] for row in range(4)]
-    for row, (first, count) in enumerate(found.rows.tensor.tolist()):
+    for row, (first, count) in enumerate(found.rows.tolist()):
         assert in_rows[row] == list(range(first, first + count))
     assert sorted(slot for row in in_rows for slot in row) == list(range(found.slots))
-    assert found.rows.tensor[3].tolist()[1] == 0
+    assert found.rows[3].tolist()[1] == 0
 
 
 def test_launches_do_not_depend_on_the_length_of_the_list():
     for length in (1, 2, 300):
-        assert len(layout([3] * length, [SAME] * length, range(length), length).launches) == 1
+        assert len(layout([3] * length, [SAME] * length, range(length), length).groups) == 1
 
 
 def test_offsets_are_64_bit():
     found = layout([1 << 36], [SAME], [0], 1)
-    (launch,) = found.launches
-    assert launch.shapes.tensor.dtype == found.rows.tensor.dtype == torch.int64
-    assert launch.shapes.tensor[0, 0] == 1 << 36
-    assert len(launch.owner.tensor) == (1 << 36) // CHUNK
+    (group,) = found.groups
+    assert group.shapes.dtype == found.rows.dtype == torch.int64
+    assert group.shapes[0, 0] == 1 << 36
+    assert len(group.owner) == (1 << 36) // CHUNK
 
 
 def make(forget, retain, out):
@@ -75,7 +75,8 @@ def make(forget, retain, out):
 def test_addresses():
     f, r, o = (torch.zeros(33) for _ in range(3))
     made = make([f, None, f[1:], f[4:8]], [r, r, None, r[:4]], [o, o, o[1:], o[:4]])
-    ((_, table, aligned),) = made.tables
+    (part,) = made.parts
+    table, aligned = part.tables[0], part.aligned
     assert table.dtype == torch.int64
     assert table.tolist() == [
         [f.data_ptr(), r.data_ptr(), o.data_ptr(), 1],
@@ -84,68 +85,72 @@ def test_addresses():
         [f.data_ptr() + 16, r.data_ptr(), o.data_ptr(), 1],
     ]
     assert aligned is False
-    assert make([f], [r], [o]).tables[0][2] is True
+    assert make([f], [r], [o]).parts[0].aligned is True
 
 
 @pytest.mark.parametrize("which", range(3))
 def test_one_unaligned_tensor_is_enough(which):
     tensors = [torch.zeros(40, dtype=BF16)[8 + (i == which) :][:20] for i in range(3)]
-    ((_, table, aligned),) = make(*([t] for t in tensors)).tables
-    assert table[0, 3].item() == 0
-    assert not aligned
+    (part,) = make(*([t] for t in tensors)).parts
+    assert part.tables[0][0, 3].item() == 0
+    assert not part.aligned
 
 
 def test_dtypes_of_a_missing_gradient_are_its_partners():
     b, d = torch.zeros(4, dtype=BF16), torch.zeros(4, dtype=FP64)
     made = make([b, None, b], [None, d, d], [b, b, d])
-    assert [launch.dtypes for launch, _, _ in made.tables] == [
+    assert [part.dtypes for part in made.parts] == [
         (BF16, BF16, BF16),
         (FP64, FP64, BF16),
         (BF16, FP64, FP64),
     ]
 
 
+def test_tables_are_where_they_are_said_to_be():
+    t = torch.zeros(50)
+    (part,) = make([t], [t], [t]).parts
+    assert part.addresses == tuple(table.data_ptr() for table in part.tables)
+    assert part.chunks == 1
+
+
 def test_a_layout_is_kept_and_its_addresses_renewed():
     f, r, o, other = (torch.zeros(50) for _ in range(4))
-    first, again, moved = make([f], [r], [o]), make([f], [r], [o]), make([other], [r], [o])
-    assert first.layout is again.layout is moved.layout
-    assert first.tables[0][1] is again.tables[0][1]
-    assert moved.tables[0][1][0, 0].item() == other.data_ptr()
-    assert first.tables[0][1][0, 0].item() == f.data_ptr()
+    first, moved = make([f], [r], [o]), make([other], [r], [o])
+    assert first.layout is moved.layout
+    assert moved.parts[0].tables[0][0, 0].item() == other.data_ptr()
+    assert first.parts[0].tables[0][0, 0].item() == f.data_ptr()
 
 
-def test_what_is_kept_is_bounded():
-    cache = batch.Cache(3)
-    made = [cache.get(key, CPU, object) for key in "abc"]
-    assert cache.get("a", CPU, object) is made[0]
-    cache.get("d", CPU, object)  # drops b, the least recently used
-    assert cache.get("a", CPU, object) is made[0]
-    assert cache.get("c", CPU, object) is made[2]
-    assert cache.get("b", CPU, object) is not made[1]
-
-
-def test_many_layouts_and_addresses():
+def test_many_layouts():
     """More than is kept: each batch holds its own."""
     tensors = [torch.zeros(51 + i % 70) for i in range(300)]
     made = [make([t], [t], [t]) for t in tensors]
     for b, t in zip(made, tensors, strict=True):
-        assert b.tables[0][1].tolist() == [[t.data_ptr()] * 3 + [int(t.data_ptr() % 16 == 0)]]
-        assert b.layout.launches[0].shapes.tensor[0, 0] == t.numel()
+        assert b.parts[0].tables[0].tolist() == [[t.data_ptr()] * 3 + [int(t.data_ptr() % 16 == 0)]]
+        assert b.layout.groups[0].shapes[0, 0] == t.numel()
 
 
-def test_scratch_is_zeroed_where_it_has_to_be():
+def test_counters_are_kept_until_they_are_discarded():
     made = make([torch.zeros(3)] * 5, [torch.zeros(3)] * 5, [torch.zeros(3)] * 5)
     for sums in (3, 6, 9):
-        partials, table, counters = made.scratch(sums)
+        partials, counters = made.scratch(sums)
         assert partials.shape == (sums, 5)
-        assert table.shape == (5, sums)
-        assert table.is_contiguous()
+        assert counters.tolist() == [0] * 5
+        assert made.scratch(sums)[1] is counters
+        assert made.scratch(sums)[0] is not partials
+    counters[2] = 1
+    made.discard_counters()
+    assert not made.scratch(3)[1].any()
+
+
+@pytest.mark.parametrize("sums", [3, 6, 9])
+def test_rows_that_no_kernel_writes_are_zero(sums):
+    t = torch.zeros(3)
+    for tensors, rows, row_count in (([t, t], [0, 2], 4), ([t, t[:0]], [0, 1], 2)):
+        made = batch.Batch(CPU, tensors, tensors, tensors, rows, row_count)
+        table = made.table(sums)
+        assert table.shape == (row_count, sums)
         assert not table.any()
-        assert len(counters) >= 5
-        assert not counters.any()
-        counters.fill_(-1)
-        assert not table.any()
-        assert table.data_ptr() % 16 == counters.data_ptr() % 16 == 0
 
 
 @pytest.mark.parametrize(

@@ -383,12 +383,12 @@ def plans(monkeypatch):
     """Weak references to all plans that buckets make."""
     made = []
 
-    class Counted(sago.plan.Plan):
+    class Counted(sago.pipeline.Pipeline):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             made.append(weakref.ref(self))
 
-    monkeypatch.setattr("sago.buckets.Plan", Counted)
+    monkeypatch.setattr("sago.buckets.Pipeline", Counted)
     return made
 
 

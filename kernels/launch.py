@@ -1,0 +1,69 @@
+"""Launches of a kernel whose compiled form is known, past the dispatch of `triton.jit`."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from sago.kernels.batch import Batch
+from torch import Tensor
+
+
+def launch(
+    kernel: Any,
+    batch: Batch,
+    key: Hashable,
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[int],
+    constants: Callable[[Any], dict[str, Any]],
+    options: Callable[..., dict[str, Any]],
+) -> None:
+    """`kernel[grid](*tables, *tensors, *numbers, **constants, **options)` for every part of the batch.
+
+    Triton binds and specialises the arguments the first time, and only then: what it compiles depends on
+    `key` and the dtypes of the part, because nothing is specialised on values. `constants` are made from the
+    part, in the order of the kernel's parameters, and so are the compiler's `options`.
+    """
+    try:
+        with _on(batch):
+            for part in batch.parts:
+                compiled = part.compiled.get(key)
+                if compiled is None:
+                    values = constants(part)
+                    found = kernel[(part.chunks,)](
+                        *part.tables,
+                        *tensors,
+                        *numbers,
+                        **values,
+                        **options(batch.device, part.aligned, part.dtypes),
+                    )
+                    if found is not None:  # not interpreted
+                        part.compiled[key] = found, tuple(values.values())
+                else:
+                    # Addresses as integers spare the launcher a question to the driver about each tensor.
+                    pointers = [None if t is None else t.data_ptr() for t in tensors]
+                    compiled[0][part.chunks, 1, 1](*part.addresses, *pointers, *numbers, *compiled[1])
+    except BaseException:
+        batch.discard_counters()
+        raise
+
+
+def bits(weight: float | Tensor) -> int:
+    """A weight as a kernel takes it: the bits of an fp64 value, or the address of one."""
+    if isinstance(weight, Tensor):
+        return weight.data_ptr()
+    found: int = _INT64.unpack(_DOUBLE.pack(weight))[0]
+    return found
+
+
+_INT64, _DOUBLE = struct.Struct("<q"), struct.Struct("<d")
+
+
+def _on(batch: Batch) -> Any:
+    """Makes the device of a batch current, as a launch needs."""
+    if batch.device.type != "cuda" or torch.cuda.current_device() == batch.device.index:
+        return nullcontext()
+    return torch.cuda.device(batch.device)

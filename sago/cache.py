@@ -1,0 +1,67 @@
+"""What is made once for a key, on every stream that it is used on."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Hashable
+from typing import Any
+
+import torch
+
+_PLACES = 8  # threads and streams that use one key in turn
+
+
+class Cache:
+    """Values that own memory of a device, the least recently used dropped first.
+
+    Device memory is filled, and reused, in the order of a stream, so a value is found only on the streams,
+    and by the thread, that it was made on. A CUDA graph is the exception: its capture starts behind
+    everything, may use what there is, and is replayed on the same memory, so that is kept for good. What is
+    made during a capture is not filled before the first replay, so it is not added.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._found: OrderedDict[Hashable, dict[Hashable, Any]] = OrderedDict()
+        self._kept: list[Any] = []
+
+    def get(self, key: Hashable, devices: Collection[torch.device], make: Callable[[], Any]) -> Any:
+        found = self.find(key, devices)
+        if found is None:
+            found = make()
+            self.add(key, devices, found)
+        return found
+
+    def find(self, key: Hashable, devices: Collection[torch.device]) -> Any:
+        """The value of `key`, or None."""
+        places = self._found.get(key)
+        if places is None:
+            return None
+        self._found.move_to_end(key)
+        if not is_capturing(devices):
+            return places.get(_place(devices))
+        found = next(iter(places.values()))
+        self._kept.append(found)
+        return found
+
+    def add(self, key: Hashable, devices: Collection[torch.device], value: Any) -> None:
+        """Keeps the value, in the place of an earlier one."""
+        if is_capturing(devices):
+            return
+        places = self._found.setdefault(key, {})
+        places[_place(devices)] = value
+        if len(places) > _PLACES:
+            del places[next(iter(places))]
+        if len(self._found) > self._size:
+            self._found.popitem(last=False)
+
+
+def _place(devices: Collection[torch.device]) -> Hashable:
+    streams = (torch.cuda.current_stream(d).cuda_stream for d in devices if d.type == "cuda")
+    return threading.get_ident(), *streams
+
+
+def is_capturing(devices: Collection[torch.device]) -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return any(d.type == "cuda" for d in devices) and torch.cuda.is_current_stream_capturing()

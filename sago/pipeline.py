@@ -1,0 +1,251 @@
+"""The way of a synthesis: gram, coefficients, combine, report."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from importlib import import_module
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sago.arguments import Call, Pairs, Weight, is_dense
+from sago.report import SynthesisReport
+from sago.rules import Coefficients, Rule, evaluate
+
+# The modules behind the names of backends. Each has `Batch(device, forget, retain, out, rows, row_count)`,
+# `gram(batch, sums)` and `combine(batch, rule, gamma, alpha, eps, gram, sums, coefficients, propagate)`.
+MODULES = {"triton": "sago.kernels", "compiled": "sago.compiled", "reference": "sago.eager"}
+
+
+class Part(NamedTuple):
+    """The pairs on one device, and the module whose `gram` and `combine` run there.
+
+    Tensors that are not dense in memory are worked on in copies: `before` and `after` have what is copied,
+    where to and from where, ahead of the synthesis and behind it.
+    """
+
+    module: ModuleType
+    batch: Any
+    device: torch.device
+    before: list[tuple[Tensor, Tensor]]
+    after: list[tuple[Tensor, Tensor]]
+
+
+class Sums(NamedTuple):
+    """Sums over the gradients, fp64 `[rows, columns]`, and the elements of each row."""
+
+    table: Tensor
+    elements: Tensor | Sequence[int]
+
+
+class Pipeline:
+    """Gradient pairs, laid out on their devices, to be synthesized as often as their memory is filled anew.
+
+    `numel` has the elements of each row, which may be fewer than the pairs have: buffers have gaps of zeros.
+
+    Attributes:
+        writing: Whether an update has begun and not ended.
+    """
+
+    def __init__(self, pairs: Pairs, numel: list[int]) -> None:
+        self.keys: list[Hashable] = pairs.keys
+        self.numel = numel
+        self.writing = False
+        self._elements: Tensor | None = None
+        self.parts = [_part(pairs, device, backend) for device, backend in pairs.backends.items()]
+
+    def release(self) -> bool:
+        """Leaves it to the caller to keep the pairs alive. False where not only addresses are needed."""
+        for part in self.parts:
+            if part.module.__name__ != MODULES["triton"] or part.before or part.after:
+                return False
+            part.batch.release()
+        return True
+
+    def synthesize(self, call: Call) -> SynthesisReport:
+        """Writes the update of every pair, and reports on it."""
+        return report(call, self.keys, self.numel, self.update(call))
+
+    def update(self, call: Call) -> Sums | None:
+        """Writes the update of every pair; returns the sums, if any were taken."""
+        rule, columns = call.rule, call.sums
+        self.writing = False
+        for part in self.parts:
+            _copy(part.before)
+        # Sums that decide on the update come ahead of it, and so do sums for `reduce_gram`: it may raise.
+        ahead = columns > 0 and (rule.scope != "element" or call.limited or call.reduce_gram is not None)
+        sums = gram = coefficients = None
+        if ahead:
+            sums = self._reduced([part.module.gram(part.batch, columns) for part in self.parts], call)
+            gram = _gram(rule, sums.table)
+        if call.limited or call.scales != (1.0, 1.0):
+            coefficients = _limited(call, sums, gram, self.parts[0].device)
+        taken = []
+        self.writing = True
+        for part in self.parts:
+            arguments = [_to(x, part.device) for x in (call.gamma, call.alpha)]
+            taken.append(
+                part.module.combine(
+                    part.batch,
+                    rule,
+                    *arguments,
+                    call.eps,
+                    _to(gram, part.device),
+                    0 if ahead else columns,
+                    coefficients and coefficients._replace(values=_to(coefficients.values, part.device)),
+                    call.nonfinite == "propagate",
+                )
+            )
+            _copy(part.after)
+        self.writing = False
+        if columns and not ahead:
+            sums = self._reduced(taken, call)
+        return sums
+
+    def _reduced(self, tables: Sequence[Tensor], call: Call) -> Sums:
+        """The tables of all devices and, through `reduce_gram`, of all ranks added up."""
+        table = tables[0]
+        for other in tables[1:]:
+            table = table + other.to(table.device)
+        elements: Tensor | Sequence[int] = self.numel
+        if call.reduce_gram is not None:
+            if self._elements is None:
+                pinned = table.device.type == "cuda"  # a copy from pageable memory would wait for the device
+                numel = torch.tensor(self.numel, dtype=table.dtype, device="cpu", pin_memory=pinned)
+                self._elements = numel.to(table.device, non_blocking=pinned)
+            table = call.reduce_gram(torch.cat([table, self._elements[:, None]], dim=1))
+            table, elements = table[:, :-1], table[:, -1]
+        if call.scales != (1.0, 1.0):
+            f, r = call.scales
+            factors = [f * f, f * r, r * r, 1.0, 1.0, 1.0, f * f, f * r, r * r]
+            columns = [column * x for column, x in zip(table.unbind(1), factors, strict=False)]
+            table = torch.stack(columns, dim=1)
+        return Sums(table, elements)
+
+
+def _part(pairs: Pairs, device: torch.device, backend: str) -> Part:
+    module = import_module(MODULES[backend])
+    forget, retain, out, rows = [], [], [], []
+    before: list[tuple[Tensor, Tensor]] = []
+    after: list[tuple[Tensor, Tensor]] = []
+    for f, r, o, row in zip(pairs.forget, pairs.retain, pairs.out, pairs.rows, strict=True):
+        if o is None or o.device != device or o.numel() == 0:
+            continue
+        tensors = [t for t in (f, r, o) if t is not None]
+        if any(t.stride() != o.stride() or t.is_neg() or not is_dense(t) for t in tensors):
+            f, r = _dense(f, before), _dense(r, before)
+            after.append((o, torch.empty_like(o, memory_format=torch.contiguous_format)))
+            o = after[-1][1]
+        forget.append(f)
+        retain.append(r)
+        out.append(o)
+        rows.append(row)
+    batch = module.Batch(device, forget, retain, out, rows, len(pairs.keys))
+    return Part(module, batch, device, before, after)
+
+
+def _copy(copies: list[tuple[Tensor, Tensor]]) -> None:
+    for target, source in copies:
+        target.detach().copy_(source.detach())
+
+
+def _dense(t: Tensor | None, before: list[tuple[Tensor, Tensor]]) -> Tensor | None:
+    if t is None:
+        return None
+    before.append((torch.empty_like(t, memory_format=torch.contiguous_format), t))
+    return before[-1][0]
+
+
+def _to(x: Any, device: torch.device) -> Any:
+    return x.to(device) if isinstance(x, Tensor) else x
+
+
+def _gram(rule: Rule, table: Tensor) -> Tensor | None:
+    """`ff, fr, rr` as the rule is given them, fp64 `[rows, >= 3]`; None if it uses none."""
+    if rule.scope == "element":
+        return None
+    gram = table[:, 0:3] + table[:, 6:9] if table.shape[1] == 9 else table
+    if rule.scope == "global" and len(gram) > 1:
+        gram = gram.sum(0, keepdim=True).expand(len(gram), -1)
+    return gram
+
+
+def _limited(call: Call, sums: Sums | None, gram: Tensor | None, device: torch.device) -> Coefficients:
+    """The rule's coefficients for the gradients before they are scaled, within what `call` allows.
+
+    Clipping is that of `torch.nn.utils.clip_grad_norm_`, except that a norm that is not finite makes NaN.
+    """
+    values, terms = evaluate(call.rule, gram, call.gamma, call.alpha, call.eps, device)
+    finite = values.isfinite().all()
+    if sums is not None and call.max_norm is not None:
+        norm = _products_of_update(values, sums.table, call.nonfinite)[0].sum().sqrt()
+        clip = (call.max_norm / (norm + 1e-6)).clamp(max=1.0)
+        # The 0 of a norm of inf would hide it: a coefficient of 0 leaves its gradient out.
+        values = values * torch.where(norm.isfinite(), clip, torch.nan)
+        finite = finite & norm.isfinite()
+    if sums is not None and call.nonfinite == "zero_update":
+        values = torch.where(finite & (sums.table[:, 4:6].sum() == 0), values, 0.0)
+    forget, retain = call.scales
+    values = torch.stack([values[:, 0::2] * forget, values[:, 1::2] * retain], dim=2).flatten(1)
+    # A clip of NaN reaches coefficients that the rule has as literal zeros.
+    kept = "zero" if call.max_norm is None else None
+    return Coefficients(values, tuple(term if term == kept else "any" for term in terms))
+
+
+def report(call: Call, keys: Sequence[Hashable], numel: Sequence[int], sums: Sums | None) -> SynthesisReport:
+    """What `sums` say, and of the update what follows from them."""
+    if sums is None:
+        return SynthesisReport(call.rule.name, keys, numel, dict)
+    table, elements = sums
+    # A weight on the device may have another value by the time the report is read.
+    gamma, alpha = (w.clone() if isinstance(w, Tensor) else w for w in (call.gamma, call.alpha))
+    return SynthesisReport(
+        call.rule.name,
+        keys,
+        elements,
+        lambda: _columns(call.rule, table, gamma, alpha, call.eps, call.nonfinite),
+    )
+
+
+def _columns(
+    rule: Rule, table: Tensor, gamma: Weight, alpha: Weight, eps: float, nonfinite: str | None
+) -> dict[str, Tensor]:
+    """The report's sums from the table; those of the update follow from the coefficients."""
+    width = table.shape[1]
+    sums = table[:, 0:3] + table[:, 6:9] if width == 9 else table[:, 0:3]
+    columns = dict(zip(("ff", "fr", "rr"), sums.unbind(1), strict=True))
+    if width >= 6:
+        names = ("conflicts", "nonfinite_forget", "nonfinite_retain")
+        columns.update(zip(names, table[:, 3:6].unbind(1), strict=True))
+    if not rule.gated or width == 9:
+        values, _ = evaluate(rule, _gram(rule, table), gamma, alpha, eps, table.device)
+        columns.update(zip(("uu", "uf", "ur"), _products_of_update(values, table, nonfinite), strict=True))
+    return columns
+
+
+def _products_of_update(values: Tensor, table: Tensor, nonfinite: str | None) -> list[Tensor]:
+    """`<u,u>, <u,f>, <u,r>` of every row, from the coefficients and the sums on both sides of the gate."""
+    a, b = values[:, -2:].unbind(1)
+    found = _products(a, b, table[:, 0:3])
+    if table.shape[1] == 9:
+        a_c, b_c = values[:, :2].unbind(1)
+        found = [x + y for x, y in zip(found, _products(a_c, b_c, table[:, 6:9]), strict=True)]
+    found[0] = found[0].clamp(min=0.0)  # what cancels leaves an error of either sign
+    if nonfinite == "propagate":
+        # Also what the rule leaves out. Without counts the squares show it.
+        finite = (table[:, 0] + table[:, 2]).isfinite() if table.shape[1] == 3 else table[:, 4:6].sum(1) == 0
+        found = [torch.where(finite, x, torch.nan) for x in found]
+    return found
+
+
+def _products(a: Tensor, b: Tensor, gram: Tensor) -> list[Tensor]:
+    """`<u,u>, <u,f>, <u,r>` of `u = a*f + b*r`, a gradient whose coefficient is 0 left out."""
+    ff, fr, rr = gram.unbind(1)
+
+    def times(coefficient: Tensor, product: Tensor) -> Tensor:
+        return torch.where(coefficient == 0, 0.0, coefficient * product)
+
+    uu = times(a * a, ff) + times(2 * a * b, fr) + times(b * b, rr)
+    return [uu, times(a, ff) + times(b, fr), times(a, fr) + times(b, rr)]
