@@ -183,4 +183,4 @@ def _graph(make: Callable[[Gradients], Prepared], gradients: Gradients) -> Prepa
         graph.replay()
         return gradients.retain
 
-    return Prepared(run, prepared.restore)
+    return Prepared(run, prepared.restore, keeps=prepared)  # a replay needs its plan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -144,10 +145,10 @@ class Gradients:
 
 
 class Prepared:
-    """Something to time: `restore()`, then `run()`, which returns the updates."""
+    """Something to time: `restore()`, then `run()`, which returns the updates. `keeps` lives as long."""
 
-    def __init__(self, run: Callable[[], Tensors], restore: Callable[[], None]) -> None:
-        self.run, self.restore = run, restore
+    def __init__(self, run: Callable[[], Tensors], restore: Callable[[], None], keeps: Any = None) -> None:
+        self.run, self.restore, self.keeps = run, restore, keeps
 
 
 def _buffers(views: Tensors) -> list[Tensor]:

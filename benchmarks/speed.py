@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-import sago
 from benchmarks import timing
 from benchmarks.contenders import CEILING, ENTRIES, Contender, ceiling, others, ours
 from benchmarks.gradients import ALPHA, GAMMA, Gradients, Prepared, Tensors, WrongResult
@@ -81,10 +80,9 @@ def cases(
 
 
 def _ours(rule: str, full: bool, workload: str, cuda: bool) -> Iterator[Contender]:
-    entries = [entry for entry in ENTRIES if hasattr(sago, entry)]
     main = rule in ("sago", "pcgrad")
     for stats in (True, False):
-        for entry in entries:
+        for entry in ENTRIES:
             for mode in ("eager", "graph") if cuda else ("eager",):
                 few = workload not in WITH_PEERS or not main
                 if not full and few and (entry, mode) not in (("synthesize_", "eager"), ("Plan", "graph")):

@@ -16,7 +16,7 @@ ALL = [
         contenders.ours(rule, stats, entry)
         for rule in RULES
         for stats in (True, False)
-        for entry in ("synthesize_", "GradientBuckets")
+        for entry in contenders.ENTRIES
     ),
 ]
 
@@ -58,7 +58,7 @@ def test_peers_of_the_two_main_rules():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("entry", ["synthesize_", "GradientBuckets"])
+@pytest.mark.parametrize("entry", contenders.ENTRIES)
 @pytest.mark.parametrize("rule", ["sago", "pcgrad"])
 def test_in_a_cuda_graph(rule, entry):
     pairs = Gradients(shrink(WORKLOADS["lora"], 1 << 20), torch.bfloat16, "cuda")
