@@ -84,6 +84,7 @@ def test_rows_hold_what_the_table_shows(record):
 def test_the_record_says_where_it_comes_from(record):
     origin = ("device", "cpu", "threads", "torch", "python", "date", "sources", "source", "suite")
     assert all(record[key] for key in origin)
+    assert record["targets"] == [], "they are for a GPU and whole lists"
     assert record["workloads"][LIST]["tensors"] == 146
     assert record["workloads"][LIST]["elements"] <= 50_000
 
