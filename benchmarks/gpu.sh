@@ -50,16 +50,16 @@ sanitizer() {
     fi
 }
 
-step install 6 "$python" -m pip install -e . --no-deps --no-build-isolation
+step install 5 "$python" -m pip install -e . --no-deps --no-build-isolation
 step nvidia-smi 2 nvidia-smi
-step environment 4 "$python" -m sago
+step environment 6 "$python" -m sago
 # A cache of its own: first calls compile.
-step speed 46 env TRITON_CACHE_DIR="$scratch" \
+step speed 44 env TRITON_CACHE_DIR="$scratch" \
     "$python" -m benchmarks speed --device cuda --suite quick --json "$out"
-step tests 20 "$python" -m pytest -m gpu -q -p no:cacheprovider
-step memory 8 "$python" -m benchmarks memory --device cuda --json "$out"
-sanitizer memcheck 7
-sanitizer racecheck 7
+step tests 18 "$python" -m pytest -m gpu -q -p no:cacheprovider
+step memory 7 "$python" -m benchmarks memory --device cuda --json "$out"
+sanitizer memcheck 9
+sanitizer racecheck 9
 
 printf 'in all %d s, %s\n' "$SECONDS" "$( ((failed)) && echo "with failures" || echo "all well")" | tee -a "$summary"
 exit "$failed"

@@ -91,7 +91,7 @@ def test_a_step_that_hangs_is_ended(run):
     assert status == 1
     assert len(calls) == len(STEPS)
     assert " exit 124 " in lines["memory"]
-    assert lines["memory"].endswith("out of time after 0.400 s")
+    assert lines["memory"].endswith("out of time after 0.350 s")
     assert lines["memcheck"].endswith("ok")
 
 
