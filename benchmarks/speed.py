@@ -37,8 +37,6 @@ SOURCES = ("kernels", "sago")
 DTYPES = ("bfloat16", "float32")
 SUITES = ("quick", "full")
 WITH_PEERS = ("llama-3-8b", "lora", "llama-3.2-1b")
-# Compiled as one function; of those with more tensors this takes minutes.
-COMPILE_LISTS = ("one", "rmu", "lora", "llama-3.2-1b")
 
 
 class Case(NamedTuple):
@@ -63,7 +61,7 @@ def cases(
     rules: Sequence[str] | None = None,
     dtypes: Sequence[str] | None = None,
 ) -> Iterator[Case]:
-    """What a suite times; the names select from it, and what is named there is timed in any suite."""
+    """What a suite times, or what of lists, rules and dtypes is named in the place of those of the suite."""
     full = suite == "full"
     sweep = list(SWEEP) if full else list(SWEEP)[::4]
     for workload in workloads or [*WORKLOADS, *sweep]:
@@ -73,9 +71,10 @@ def cases(
             for rule in rules or (RULES if every else ("sago", "pcgrad")):
                 found += _ours(rule, full, workload, cuda)
                 if full or workload in (*WITH_PEERS, *SWEEP):
-                    lists = cuda and workload in COMPILE_LISTS and (full or rule == "sago")
-                    peers = others(rule, lists and dtype == "bfloat16")
-                    found += [p for p in peers if workload not in SWEEP or "compile" in p.name]
+                    # A list compiled as one function takes a minute or more.
+                    lists = workload != "tiny" if full else (workload, rule) == ("lora", "sago")
+                    peers = others(rule, compile_lists=lists and cuda and dtype == "bfloat16")
+                    found += [p for p in peers if workload not in SWEEP or p.name == "torch.compile, flat"]
             yield Case(workload, dtype, found)
 
 
