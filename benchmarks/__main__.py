@@ -62,6 +62,12 @@ def main(arguments: list[str] | None = None) -> int:
     command.set_defaults(run=_sanitize)
     command.add_argument("--device", choices=["cpu", "cuda"], default="cuda", help="default: cuda")
 
+    command = commands.add_parser("host", help="what a call costs the host, without a GPU")
+    command.set_defaults(run=_host)
+    command.add_argument("--pairs", type=int, nargs="+", default=[291], metavar="N", help="default: 291")
+    command.add_argument("--repeats", type=int, default=300, help="timed calls (default: 300)")
+    command.add_argument("--json", metavar="FILE")
+
     command = commands.add_parser("memory", help="peak memory of an unlearning step, and passes it adds")
     command.set_defaults(run=_memory)
     command.add_argument("--shape", choices=["small", "llama-3-8b"], default="small", help="default: small")
@@ -150,6 +156,17 @@ def _sanitize(options: argparse.Namespace) -> int:
     from benchmarks import sanitize
 
     print(f"{sanitize.run(options.device)} syntheses as the reference has them")
+    return 0
+
+
+def _host(options: argparse.Namespace) -> int:
+    from benchmarks import host
+
+    record = host.run(options.pairs, options.repeats)
+    if options.json:
+        write_json(options.json, record)
+    print(", ".join(f"{key} {value}" for key, value in record.items() if key != "rows"), end="\n\n")
+    print(table(record["rows"], host.COLUMNS))
     return 0
 
 

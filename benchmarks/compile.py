@@ -89,7 +89,7 @@ def record(arch: str, name: str, *arguments: Any) -> tuple[Any, tuple[Any, ...],
     with (
         mock.patch.object(module, f"_{name}_kernel", recorder),
         # The compiler options are asked for as on the target.
-        mock.patch.object(module, "options", lambda _, *launch: options(torch.device("cuda"), *launch)),
+        mock.patch.object(module, "options", lambda _, *a, **k: options(torch.device("cuda"), *a, **k)),
         mock.patch("sago.kernels.batch.lanes", return_value=target(arch).warp_size),
         mock.patch.object(torch.version, "hip", None if target(arch).backend == "cuda" else "6"),
     ):

@@ -230,12 +230,14 @@ def lanes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
 
 
-def options(device: torch.device, aligned: bool, dtypes: Signature) -> dict[str, int | bool]:
+def options(
+    device: torch.device, aligned: bool, dtypes: Signature, from_table: bool = False
+) -> dict[str, int | bool]:
     """Compiler options of a launch."""
     found: dict[str, int | bool] = {"num_warps": THREADS // lanes(device), "enable_fp_fusion": False}
-    rare = not aligned or len(set(dtypes)) > 1
+    rare = not aligned or len(set(dtypes)) > 1 or from_table
     if rare and device.type == "cuda" and torch.version.hip is None:
-        # With two paths or two widths in a kernel, ptxas spills a little to fit in one more block, unless
-        # it is told not to.
+        # With two paths or two widths in a kernel, or coefficients that are not known to be weights, ptxas
+        # spills a little to fit in one more block, unless it is told not to.
         found["maxnreg"] = 255
     return found

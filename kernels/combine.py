@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import triton
@@ -115,10 +116,7 @@ def combine(
         values, gram = _table(batch, rule, coefficients.values), None
     partials, counters = batch.scratch(sums) if sums else (None, None)
     table = batch.table(sums) if sums else None
-    in_memory = (
-        formula is not None and isinstance(gamma, Tensor),
-        formula is not None and isinstance(alpha, Tensor),
-    )
+    in_memory = [formula is not None and isinstance(w, Tensor) for w in (gamma, alpha)]
 
     def constants(part: Part) -> dict[str, Any]:
         forget, retain, out = part.dtypes
@@ -144,11 +142,11 @@ def combine(
     launch(
         _combine_kernel,
         batch,
-        ("combine", function, rule.gated, propagate, gram is not None, sums, in_memory),
+        ("combine", function, rule.gated, propagate, gram is not None, sums, *in_memory),
         (partials, counters, table, values, gram),
         (bits(gamma), bits(alpha), bits(eps), batch.layout.slots, 0 if gram is None else gram.stride(0)),
         constants,
-        options,
+        partial(options, from_table=formula is None),
     )
     return table
 

@@ -210,8 +210,7 @@ def store(
         u = weighted(a, f, b, r)
     if PROPAGATE:
         # x - x is 0 for finite x, else NaN: no mask. u - 0 is u; u + 0 would turn -0 into 0.
-        # The order is the one with which ptxas fits the registers of each kernel.
-        u = u - ((f - f) + (r - r)) if GATED else (u - (f - f)) - (r - r)
+        u = (u - (f - f)) - (r - r)
     tl.store(at, downcast(u, OUT), mask=mask)
 
 

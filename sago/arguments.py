@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from numbers import Real
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,8 +58,7 @@ class Pairs:
         return found
 
 
-@dataclass
-class Call:
+class Call(NamedTuple):
     """What is asked of a synthesis besides its gradients, checked.
 
     Attributes:
@@ -119,8 +119,10 @@ def check_pairs(
     if allocate:
         like = (f if r is None else r for f, r in zip(forget, retain, strict=True))
         out = [None if t is None else torch.empty_like(t, requires_grad=False) for t in like]
-    _check_shards(forget, retain, out, rule, reduce_gram)
-    local = [[_local(t) for t in tensors] for tensors in (forget, retain, out)]
+    local = [forget, retain, out]
+    if any(_is_dtensor(t) for side in local for t in side):
+        _check_shards(forget, retain, out, rule, reduce_gram)
+        local = [[_local(t) for t in side] for side in local]
     for name, side in zip(("forget", "retain", "out"), local, strict=True):
         for i, t in enumerate(side):
             if t is not None and not _holds_data(t):
@@ -250,22 +252,13 @@ def _out(out: Gradients | str | None, forget: list[Any], retain: list[Any]) -> l
 
 
 def _check_pair(i: int, f: Any, r: Any, o: Any) -> None:
-    tensors = [(name, t) for name, t in (("forget", f), ("retain", r), ("out", o)) if t is not None]
-    for name, t in tensors:
-        if not isinstance(t, Tensor):
-            raise TypeError(f"Parameter `{name}[{i}]` should be a tensor or None. Found {type(t).__name__}.")
-        if t.layout != torch.strided:
-            raise TypeError(f"Parameter `{name}[{i}]` should be a dense tensor. Found layout {t.layout}.")
-        if t.dtype not in DTYPES:
-            raise TypeError(
-                f"Parameter `{name}[{i}]` should be bfloat16, float16, float32 or float64. Found {t.dtype}."
-            )
-        if t.is_meta:
-            raise ValueError(f"Parameter `{name}[{i}]` should hold data. Found a meta tensor.")
-    if not tensors:
-        return
-    first_name, first = tensors[0]
-    for name, t in tensors[1:]:
+    first: Any = None
+    for name, t in (("forget", f), ("retain", r), ("out", o)):
+        if t is None or t is first or (name == "out" and t is r):
+            continue
+        _check_tensor(name, i, t)
+        if first is None:
+            first_name, first = name, t
         if t.shape != first.shape:
             raise ValueError(
                 f"Parameters `{first_name}[{i}]` and `{name}[{i}]` should have the same shape. "
@@ -278,8 +271,21 @@ def _check_pair(i: int, f: Any, r: Any, o: Any) -> None:
             )
 
 
+def _check_tensor(name: str, i: int, t: Any) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"Parameter `{name}[{i}]` should be a tensor or None. Found {type(t).__name__}.")
+    if t.layout != torch.strided:
+        raise TypeError(f"Parameter `{name}[{i}]` should be a dense tensor. Found layout {t.layout}.")
+    if t.dtype not in DTYPES:
+        raise TypeError(
+            f"Parameter `{name}[{i}]` should be bfloat16, float16, float32 or float64. Found {t.dtype}."
+        )
+    if t.is_meta:
+        raise ValueError(f"Parameter `{name}[{i}]` should hold data. Found a meta tensor.")
+
+
 def _is_dtensor(t: Any) -> bool:
-    return hasattr(t, "placements") and hasattr(t, "to_local")
+    return type(t) is not Tensor and hasattr(t, "placements") and hasattr(t, "to_local")
 
 
 def _local(t: Any) -> Tensor | None:
@@ -330,11 +336,24 @@ def _check_shards(
             )
 
 
+class _Span(NamedTuple):
+    """The addresses from the first to the last byte of a tensor; `name` is None for an output."""
+
+    start: int
+    end: int
+    tensor: Tensor
+    name: str | None
+    position: int
+
+    def __str__(self) -> str:
+        return f"`{self.name}[{self.position}]`" if self.name else f"the output for gradient {self.position}"
+
+
 def _check_overlap(
     forget: list[Tensor | None], retain: list[Tensor | None], out: list[Tensor | None]
 ) -> None:
     """Raises where memory would be written twice, or written before it is read for another element."""
-    spans = []
+    spans: dict[torch.device, list[_Span]] = {}
     for i, (f, r, o) in enumerate(zip(forget, retain, out, strict=True)):
         if o is None or o.numel() == 0:
             continue
@@ -343,34 +362,44 @@ def _check_overlap(
                 f"The output for gradient {i} should not overlap itself. "
                 f"Found shape {tuple(o.shape)} with strides {o.stride()}."
             )
-        spans.append((*_span(o), True, f"the output for gradient {i}", o))
+        there = spans.setdefault(o.device, [])
+        there.append(_span(o, None, i))
         for name, t in (("forget", f), ("retain", r)):
-            if t is not None and not _is_alias(t, o):
-                spans.append((*_span(t), False, f"`{name}[{i}]`", t))
-    spans.sort(key=lambda span: span[:3])
-    reads: list[Any] = []
-    writes: list[Any] = []
-    for span in spans:
-        device, start, _, written, name, tensor = span
-        reads = [s for s in reads if s[0] == device and s[2] > start]
-        writes = [s for s in writes if s[0] == device and s[2] > start]
-        for other in writes + reads if written else writes:
-            if _share_memory(tensor, other[5]):
-                raise ValueError(
-                    "Memory that is written should not be shared, unless the output is exactly the forget or "
-                    f"retain gradient of the same index. Found that {name} and {other[4]} share memory."
-                )
-        (writes if written else reads).append(span)
+            if t is not None and t is not o and not _is_alias(t, o):
+                there.append(_span(t, name, i))
+    for there in spans.values():
+        there.sort(key=attrgetter("start"))
+        read_to = written_to = 0
+        for k, span in enumerate(there):
+            written = span.name is None
+            if span.start < written_to or (written and span.start < read_to):
+                _check_shared(span, there[:k])
+            if written:
+                written_to = max(written_to, span.end)
+            else:
+                read_to = max(read_to, span.end)
 
 
-def _span(t: Tensor) -> tuple[str, int, int]:
+def _check_shared(span: _Span, before: list[_Span]) -> None:
+    for other in before:
+        both_read = span.name is not None and other.name is not None
+        if not both_read and span.start < other.end and _share_memory(span.tensor, other.tensor):
+            raise ValueError(
+                "Memory that is written should not be shared, unless the output is exactly the forget or "
+                f"retain gradient of the same index. Found that {span} and {other} share memory."
+            )
+
+
+def _span(t: Tensor, name: str | None, index: int) -> _Span:
     start = t.data_ptr()
+    if t.is_contiguous():
+        return _Span(start, start + t.nbytes, t, name, index)
     last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-    return str(t.device), start, start + (last + 1) * t.itemsize
+    return _Span(start, start + (last + 1) * t.itemsize, t, name, index)
 
 
 def _is_alias(t: Tensor, out: Tensor) -> bool:
-    return t is out or (
+    return (
         t.data_ptr() == out.data_ptr()
         and t.dtype == out.dtype
         and t.stride() == out.stride()
@@ -417,7 +446,7 @@ def _share_memory(x: Tensor, y: Tensor) -> bool:
     if run_x <= shift and shift + run_y <= period:
         return False
     first = min(x.data_ptr(), y.data_ptr())
-    length = max(_span(x)[2], _span(y)[2]) - first
+    length = max(_span(t, None, 0).end for t in (x, y)) - first
     if length > 1 << 16:
         return True
     marks = torch.zeros(length, dtype=torch.bool)
@@ -454,6 +483,8 @@ def non_negative(name: str, value: Any, finite: bool = True) -> float:
 
 
 def check_weight(name: str, weight: Any, devices: Collection[torch.device]) -> Weight:
+    if type(weight) is float:
+        return weight
     if isinstance(weight, Tensor):
         if weight.ndim != 0:
             raise ValueError(

@@ -341,12 +341,14 @@ class GradientBuckets:
     def _pipeline(self, call: Call, bucket: int | None = None) -> Pipeline:
         """The pipeline of a bucket or of all, for the gradients that there are in this window."""
         members = self._members[bucket]
-        touched = tuple((self._forget.touched[i], self._retain.touched[i]) for i in members)
+        forget, retain = self._forget.touched, self._retain.touched
+        if bucket is not None:
+            forget, retain = [forget[i] for i in members], [retain[i] for i in members]
         one_row = call.rule.scope == "global" and not self._grouped
         no_rows = call.rule.scope == "element" and call.sums == 0
         # Where parameters need no rows of their own, a buffer is as good as the parameters in it.
-        whole = (one_row or no_rows) and self._in_place and all(f and r for f, r in touched)
-        key = one_row, whole, touched
+        whole = (one_row or no_rows) and self._in_place and all(forget) and all(retain)
+        key = one_row, whole, tuple(forget), tuple(retain)
         return self._pipelines[bucket].get(
             key, self._backends, lambda: self._new_pipeline(call.rule, members, whole)
         )

@@ -64,4 +64,7 @@ def _place(devices: Collection[torch.device]) -> Hashable:
 
 def is_capturing(devices: Collection[torch.device]) -> bool:
     """Whether a CUDA graph is being captured on the current stream."""
-    return any(d.type == "cuda" for d in devices) and torch.cuda.is_current_stream_capturing()
+    for device in devices:
+        if device.type == "cuda":
+            return torch.cuda.is_current_stream_capturing()
+    return False

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sago.flat import clear, flatten
+from sago.guards import Guards
 
 Arrived = Callable[[int, torch.device], None]
 
@@ -94,6 +95,7 @@ class Extraction:
         self._updates: Sequence[Tensor | None] | None = None  # that `finish` has put under `p.grad`
         self._frozen, self._module = frozen, module
         self._described = [_describe(p) for p in params]
+        self._guards = Guards(params)
         self._members = None if module is None else [id(p) for p in module.parameters()]
         self._wider = [p.dtype != dtype for p, dtype in zip(params, dtypes, strict=True)]
 
@@ -320,12 +322,15 @@ class Extraction:
             )
 
     def _check_parameters(self) -> None:
+        if self._guards.hold(self.params):
+            return
         for name, p, before in zip(self.names, self.params, self._described, strict=True):
             if _describe(p) != before:
                 raise ValueError(
                     f"Parameter `{name}` should be as it was when the buckets were made, {_text(before)}. "
                     f"Found {_text(_describe(p))}. Make new GradientBuckets when a model is moved or cast."
                 )
+        self._guards = Guards(self.params)  # one may have been frozen, which is allowed
 
     def _check_whole(self) -> None:
         if self._failure is not None:

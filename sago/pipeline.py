@@ -73,7 +73,8 @@ class Pipeline:
         rule, columns = call.rule, call.sums
         self.writing = False
         for part in self.parts:
-            _copy(part.before)
+            if part.before:
+                _copy(part.before)
         # Sums that decide on the update come ahead of it, and so do sums for `reduce_gram`: it may raise.
         ahead = columns > 0 and (rule.scope != "element" or call.limited or call.reduce_gram is not None)
         sums = gram = coefficients = None
@@ -85,12 +86,12 @@ class Pipeline:
         taken = []
         self.writing = True
         for part in self.parts:
-            arguments = [_to(x, part.device) for x in (call.gamma, call.alpha)]
             taken.append(
                 part.module.combine(
                     part.batch,
                     rule,
-                    *arguments,
+                    _to(call.gamma, part.device),
+                    _to(call.alpha, part.device),
                     call.eps,
                     _to(gram, part.device),
                     0 if ahead else columns,
@@ -98,7 +99,8 @@ class Pipeline:
                     call.nonfinite == "propagate",
                 )
             )
-            _copy(part.after)
+            if part.after:
+                _copy(part.after)
         self.writing = False
         if columns and not ahead:
             sums = self._reduced(taken, call)

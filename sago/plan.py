@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from copy import copy
 
 from sago.arguments import Gradients, ReduceGram, Weight, check_call, check_pairs, check_weight
 from sago.pipeline import Pipeline
@@ -55,8 +54,9 @@ class Plan:
     def synthesize_(self, gamma: Weight = 1.0, alpha: Weight = 1.0) -> SynthesisReport:
         """Writes the update of what is in the gradients now; `gamma` and `alpha` as in `sago.synthesize_`."""
         devices = self._pairs.backends
-        call = copy(self._call)
-        call.gamma, call.alpha = check_weight("gamma", gamma, devices), check_weight("alpha", alpha, devices)
+        call = self._call._replace(
+            gamma=check_weight("gamma", gamma, devices), alpha=check_weight("alpha", alpha, devices)
+        )
         return self._pipeline.synthesize(call)
 
     def __repr__(self) -> str:

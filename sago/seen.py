@@ -10,22 +10,18 @@ from torch import Tensor
 
 from sago.arguments import ReduceGram, check_pairs
 from sago.cache import Cache
+from sago.guards import Guards
 from sago.pipeline import Pipeline
 from sago.rules import Rule
-
-try:
-    from torch._C._dynamo.guards import TensorGuards
-except ImportError:  # it is no part of torch's public interface; without it every call is checked in full
-    TensorGuards = None  # type: ignore[assignment,misc]
 
 Updates = Sequence[Tensor | None]
 
 
 class Seen(NamedTuple):
-    """What was laid out, and guards over the types, dtypes, devices, shapes and strides of its tensors."""
+    """What was laid out, and the metadata of its tensors."""
 
     pipeline: Pipeline
-    guards: Any
+    guards: Guards
 
 
 _seen = Cache(16)
@@ -49,14 +45,13 @@ def find(
     if key is not None:
         devices = [tensors[0].device]
         seen = _seen.find(key, devices)
-        if seen is not None and seen.guards.check(*tensors):
+        if seen is not None and seen.guards.hold(tensors):
             return seen.pipeline, _written(forget, retain, out)
     pairs = check_pairs(forget, retain, rule, out, groups, reduce_gram, backend)
     pipeline = Pipeline(pairs, pairs.numel())
     plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
     if key is not None and plain and len(pipeline.parts) == 1 and pipeline.release():
-        guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-        _seen.add(key, devices, Seen(pipeline, guards))
+        _seen.add(key, devices, Seen(pipeline, Guards(tensors)))
     return pipeline, pairs.updates
 
 
@@ -66,7 +61,7 @@ def _key(
     """The tensors of a call, and what they are looked up by; None for what cannot be remembered."""
     given = (forget, retain) if out is None or isinstance(out, str) else (forget, retain, out)
     sides = [[x] if isinstance(x, Tensor) else x for x in given]
-    if TensorGuards is None or not all(type(x) in (list, tuple) for x in (*sides, groups or ())):
+    if not all(type(x) in (list, tuple) for x in (*sides, groups or ())):
         return [], None
     tensors = [t for side in sides for t in side]
     addresses = _addresses(tensors)

@@ -17,9 +17,9 @@ import torch
 from sago.kernels.formula import on_device
 from torch import Tensor
 
+from benchmarks.driver import StubDriver
 from sago import kernels
 from sago.rules import RULES, Coefficients
-from tests.kernels.driver import StubDriver
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 NUMELS = (40000, 7, 16)  # 2, 1 and 1 chunks

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
-    """The launches of every case, each a `tests.kernels.driver.Launch`, cold and warm."""
+    """The launches of every case, each a `benchmarks.driver.Launch`, cold and warm."""
     cache, folder = tmp_path_factory.mktemp("cache"), tmp_path_factory.mktemp("driver")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(cache)}

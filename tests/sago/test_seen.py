@@ -39,7 +39,7 @@ def test_calls_on_the_same_memory(run, calls):
 
 @pytest.mark.parametrize("calls", repeats.ALL, ids=lambda calls: calls.__name__)
 def test_without_torchs_guards(run, calls, monkeypatch):
-    monkeypatch.setattr(seen, "TensorGuards", None)
+    monkeypatch.setattr("sago.guards.TensorGuards", None)
     calls(run)
 
 
