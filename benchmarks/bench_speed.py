@@ -12,7 +12,7 @@ from benchmarks.gradients import Gradients
 from benchmarks.workloads import WORKLOADS, shrink
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-MOST = 1 << 18  # elements on the CPU
+MOST = 1 << 16  # elements on the CPU
 CASES = {
     f"{case.workload}-{case.dtype}-{contender.label}": (case.workload, case.dtype, contender)
     for case in speed.cases("quick", DEVICE == "cuda", list(WORKLOADS), ["sago", "pcgrad"])

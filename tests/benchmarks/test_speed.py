@@ -17,6 +17,8 @@ LIST, FEW = "llama-3.2-1b", "rmu"
 SMALL = ["speed", "--workload", LIST, FEW, "--rule", "sago", "pcgrad", "--dtype", "bfloat16"]
 SMALL += ["--elements=50000", "--repeats=5"]
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def cases():
@@ -58,7 +60,7 @@ def test_names_select():
 
 
 @pytest.fixture(scope="module")
-def record(tmp_path_factory):
+def record(tmp_path_factory, one_thread):
     folder = tmp_path_factory.mktemp("speed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", lambda function, **options: function)
