@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sago.arguments import Call, Pairs, Weight, is_dense
+from sago.arguments import Call, Pairs, Weight
+from sago.overlap import is_dense
 from sago.report import SynthesisReport
 from sago.rules import Coefficients, Rule, evaluate
 
