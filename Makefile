@@ -16,6 +16,8 @@ lint: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks cpu
+	$(BIN)/python -m benchmarks speed
+	$(BIN)/python -m benchmarks host
 	$(BIN)/python -m benchmarks memory
 	$(BIN)/python -m benchmarks compile
 

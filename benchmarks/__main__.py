@@ -8,6 +8,7 @@ import sys
 
 import torch
 
+from benchmarks import speed, workloads
 from benchmarks.measure import table, write_json
 from benchmarks.released import RULES
 
@@ -33,6 +34,33 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--repeats", type=int, default=10, help="rounds (default: 10)")
     command.add_argument("--accuracy", action="store_true", help="measure the errors of the sums instead")
     command.add_argument("--json", metavar="FILE")
+
+    command = commands.add_parser("speed", help="time sago beside its peers on lists of gradients of models")
+    command.set_defaults(run=_speed)
+    command.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
+    command.add_argument("--suite", choices=speed.SUITES, default="quick", help="default: quick")
+    names = [*workloads.WORKLOADS, *workloads.SWEEP]
+    command.add_argument(
+        "--workload", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}"
+    )  # fmt: skip
+    command.add_argument("--rule", nargs="+", choices=RULES, metavar="RULE", help=f"of {', '.join(RULES)}")
+    command.add_argument("--dtype", nargs="+", choices=speed.DTYPES, metavar="DTYPE")
+    command.add_argument(
+        "--elements", type=int, metavar="N",
+        help="shrink the tensors of larger lists (default: 4 Mi on the CPU, not at all on a GPU)",
+    )  # fmt: skip
+    command.add_argument("--repeats", type=int, default=20, help="rounds (default: 20)")
+    command.add_argument("--json", metavar="FILE", help="or a folder; written anew after each list")
+
+    command = commands.add_parser("plot", help="draw a record of speed, and one of memory if there is one")
+    command.set_defaults(run=_plot)
+    command.add_argument("record", metavar="RECORD")
+    command.add_argument("--memory", metavar="FILE")
+    command.add_argument("--out", metavar="DIR", default=".", help="default: here")
+
+    command = commands.add_parser("sanitize", help="a few launches for compute-sanitizer, checked")
+    command.set_defaults(run=_sanitize)
+    command.add_argument("--device", choices=["cpu", "cuda"], default="cuda", help="default: cuda")
 
     command = commands.add_parser("host", help="what a call costs the host, without a GPU")
     command.set_defaults(run=_host)
@@ -77,6 +105,7 @@ def _compile(options: argparse.Namespace) -> int:
 
 def _cpu(options: argparse.Namespace) -> int:
     from benchmarks import cpu
+    from benchmarks.gradients import WrongResult
 
     try:
         if options.accuracy:
@@ -84,13 +113,49 @@ def _cpu(options: argparse.Namespace) -> int:
         else:
             record = cpu.run(options.elements, options.tensors, options.repeats)
             columns = cpu.COLUMNS
-    except cpu.WrongResult as error:
+    except WrongResult as error:
         print(error, file=sys.stderr)
         return 1
     if options.json:
         write_json(options.json, record)
     print(", ".join(f"{key} {value}" for key, value in record.items() if key != "rows"), end="\n\n")
     print(table(record["rows"], columns))
+    return 0
+
+
+def _speed(options: argparse.Namespace) -> int:
+    most = 1 << 22 if options.elements is None and options.device == "cpu" else options.elements
+    record = speed.run(
+        options.device,
+        options.suite,
+        options.workload,
+        options.rule,
+        options.dtype,
+        most,
+        options.repeats,
+        write=lambda so_far: write_json(options.json, so_far) if options.json else None,
+    )
+    shown = ("workloads", "targets", "rows")
+    print(", ".join(f"{key} {value}" for key, value in record.items() if key not in shown), end="\n\n")
+    print(table(record["rows"], speed.COLUMNS))
+    if record["targets"]:
+        print("\n" + table(record["targets"], ("target", "bound", "found", "met")))
+    # A peer that does not fit in memory is a result.
+    return int(any(row["note"] not in (None, "out of memory") for row in record["rows"]))
+
+
+def _plot(options: argparse.Namespace) -> int:
+    from benchmarks import plot
+
+    for path in plot.draw(options.record, options.memory, options.out):
+        print(path)
+    return 0
+
+
+def _sanitize(options: argparse.Namespace) -> int:
+    from benchmarks import sanitize
+
+    print(f"{sanitize.run(options.device)} syntheses as the reference has them")
     return 0
 
 
@@ -125,7 +190,7 @@ def _memory(options: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 1
     if options.json:
-        write_json(options.json, record)
+        write_json(options.json, record, "-memory")
     print(", ".join(f"{k} {v}" for k, v in record.items() if k not in ("sizes", "rows")))
     for dtype, sizes in record["sizes"].items():
         print(f"{dtype}:", ", ".join(f"{k} {v:.4g}" for k, v in sizes.items()))

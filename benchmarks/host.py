@@ -21,11 +21,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-import triton
 
 import sago
 from benchmarks.driver import StubDriver
-from benchmarks.measure import machine, source_hash
+from benchmarks.measure import origin
 
 COLUMNS = ("entry", "rule", "statistics", "pairs", "launches", "calls", "us", "p20", "p80", "target", "met")
 TARGETS = {"list": 50.0, "plan": 15.0, "buckets": 15.0}  # us, for 291 pairs
@@ -72,8 +71,7 @@ def run(pairs: Sequence[int] = (291,), repeats: int = 300) -> dict[str, Any]:
                             "met": None if target is None else median <= target,
                         }
                     )
-    source = source_hash("kernels", "sago")
-    return {**machine(), "triton": triton.__version__, "source": source, "repeats": repeats, "rows": rows}
+    return {**origin("cpu", "kernels", "sago"), "repeats": repeats, "rows": rows}
 
 
 def _triton(backend: str | None, device: torch.device) -> str:

@@ -1,11 +1,16 @@
-"""What the benchmarks share: the table, the record, the machine and the sources they were taken with."""
+"""What the benchmarks share: the table, the record and its origin."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import platform
+import re
+import subprocess
+import warnings
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +41,18 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
-def write_json(path: str | Path, record: Mapping[str, Any]) -> None:
-    Path(path).write_text(json.dumps(record, indent=1) + "\n")
+def write_json(path: str | Path, record: Mapping[str, Any], suffix: str = "") -> None:
+    """Whole or not at all: a run that is cut off leaves what it had written before.
+
+    In a folder the record is called by its device and the suffix.
+    """
+    path = Path(path)
+    if path.is_dir():
+        name = re.sub(r"[^a-z0-9]+", "-", record["device"].lower()).strip("-")
+        path = path / f"{name}{suffix}.json"
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    partial.replace(path)
 
 
 def source_hash(*paths: str) -> str:
@@ -50,13 +65,54 @@ def source_hash(*paths: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def machine() -> dict[str, Any]:
+class StaleRecord(UserWarning):
+    """A record was taken with other sources than those that are there."""
+
+
+def origin(device: str, *sources: str) -> dict[str, Any]:
+    """Where a record comes from: `sources` are the files and folders that its numbers depend on."""
+    cuda = device != "cpu"
     return {
+        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+        "driver": _driver() if cuda else None,
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": _version("triton"),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "sources": list(sources),
+        "source": source_hash(*sources),
     }
+
+
+def warn_if_stale(path: str | Path) -> None:
+    """Warns with `StaleRecord` if a record does not belong to the sources that are there."""
+    record = json.loads(Path(path).read_text())
+    sources = record.get("sources")
+    if not sources or record["source"] != source_hash(*sources):
+        changed = ", ".join(sources or ["it does not say with which"])
+        warnings.warn(
+            f"{Path(path).name} was taken with other sources ({changed}): record it anew.",
+            StaleRecord,
+            stacklevel=2,
+        )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.split()[0] if answer.split() else None
 
 
 def _cpu_name() -> str:

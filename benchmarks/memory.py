@@ -40,8 +40,8 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import sago
-from benchmarks.cpu import WrongResult
-from benchmarks.measure import machine, source_hash
+from benchmarks.gradients import WrongResult
+from benchmarks.measure import origin
 from benchmarks.released import released
 
 GAMMA, ALPHA = 0.75, 1.25
@@ -214,10 +214,8 @@ def run(
         elements, tensors = sum(p.numel() for p in params), len(params)
         del model, params
     return {
-        **machine(),
+        **origin(device, "sago", "kernels"),
         "transformers": transformers.__version__,
-        "source": source_hash("sago", "kernels"),
-        "device": "cpu" if device == "cpu" else torch.cuda.get_device_name(device),
         **shape._asdict(),
         "elements": elements,
         "tensors": tensors,

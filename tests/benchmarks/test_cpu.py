@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 
-from benchmarks import cpu
+from benchmarks import cpu, peers
 from benchmarks.__main__ import main
+from benchmarks.contenders import EXACT, ROUNDING, STEPWISE, peer
+from benchmarks.gradients import WrongResult
 
 # Raised inside of torch when torch.compile is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
@@ -44,15 +46,15 @@ def test_rows_hold_what_the_table_shows(record):
 def test_the_record_says_where_it_comes_from(record):
     assert record["elements"] == ELEMENTS
     assert record["shape"] == [4096, 1]
-    assert all(record[key] for key in ("cpu", "threads", "torch", "python", "source"))
+    origin = ("device", "cpu", "threads", "torch", "python", "date", "sources", "source")
+    assert all(record[key] for key in origin)
     json.dumps(record)
 
 
-def test_inputs_conflict_and_are_the_same_each_time():
-    (f,), (r,) = cpu.inputs(1 << 16, 1, torch.float32)
-    assert 0.5 < (f * r < 0).float().mean() < 0.8
-    assert all(map(torch.equal, cpu.inputs(1 << 16, 1, torch.float32)[0], [f]))
-    assert all(t.shape == (50,) for some in cpu.inputs(100, 2, torch.bfloat16) for t in some)
+def test_the_shape_has_4096_rows_or_is_flat():
+    run = {"tensors": 2, "repeats": 1, "dtypes": [torch.float32], "contenders": cpu.CONTENDERS[:1]}
+    assert cpu.run(4096 * 4, **run)["shape"] == [4096, 2]
+    assert cpu.run(100, **run)["shape"] == [50]
 
 
 def sloppy(forget, retain, gamma, alpha):
@@ -62,31 +64,31 @@ def sloppy(forget, retain, gamma, alpha):
 
 
 def swapped(forget, retain, gamma, alpha):
-    return cpu.peers.where(forget, retain, alpha, gamma)
+    return peers.where(forget, retain, alpha, gamma)
 
 
 def without_the_last(forget, retain, gamma, alpha):
-    updates = cpu.peers.where(forget, retain, gamma, alpha)
+    updates = peers.where(forget, retain, gamma, alpha)
     updates[-1].view(-1)[-1] = float("nan")
     return updates
 
 
 @pytest.mark.parametrize("wrong", [sloppy, swapped, without_the_last])
-@pytest.mark.parametrize("tolerance", [cpu.EXACT, cpu.ROUNDING])
+@pytest.mark.parametrize("tolerance", [EXACT, ROUNDING])
 def test_a_wrong_contender_is_refused(wrong, tolerance):
-    contenders = (cpu.Contender("wrong", "sago", False, wrong, tolerance),)
-    with pytest.raises(cpu.WrongResult, match=r"wrong \(into a new tensor, bfloat16\) is not `sago`"):
+    contenders = (peer("wrong", "sago", wrong, tolerance, in_place=False),)
+    with pytest.raises(WrongResult, match=r"wrong sago \(bfloat16\) is not `sago`"):
         cpu.run(ELEMENTS, 3, 1, contenders=contenders)
 
 
 def test_an_update_that_was_not_written_is_refused():
-    contenders = (cpu.Contender("idle", "pcgrad", True, lambda f, r, gamma, alpha: r, cpu.RELEASED),)
-    with pytest.raises(cpu.WrongResult, match=r"idle \(in place"):
+    contenders = (peer("idle", "pcgrad", lambda f, r, gamma, alpha: r, STEPWISE),)
+    with pytest.raises(WrongResult, match="idle pcgrad"):
         cpu.run(ELEMENTS, 1, 1, contenders=contenders)
 
 
 def test_a_wrong_contender_ends_the_command_without_a_table(monkeypatch, capsys, tmp_path):
-    wrong = cpu.Contender("wrong", "sago", False, swapped, cpu.EXACT)
+    wrong = peer("wrong", "sago", swapped, EXACT, in_place=False)
     monkeypatch.setattr(cpu.run, "__defaults__", (*cpu.run.__defaults__[:-1], (wrong,)))
     assert main(["cpu", "--elements", "100", "--json", str(tmp_path / "record.json")]) == 1
     assert capsys.readouterr().out == ""
@@ -103,8 +105,3 @@ def test_accuracy_command(capsys, tmp_path):
         assert row["met"], row
         assert max(row["ff"], row["fr"], row["rr"]) <= 1e-6
     assert "compiled, no compiler" in capsys.readouterr().out
-
-
-def test_percentiles():
-    assert cpu._percentile([3.0, 1.0, 2.0], 0.5) == 2.0
-    assert cpu._percentile([0.0, 10.0], 0.2) == pytest.approx(2.0)

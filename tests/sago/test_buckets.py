@@ -7,7 +7,6 @@ slack. Captures are the business of `test_extraction`.
 import gc
 import itertools
 import weakref
-from importlib import import_module
 
 import pytest
 import torch
@@ -198,13 +197,9 @@ class Called(TorchDispatchMode):
 @pytest.mark.parametrize("rule", ["sum", "sago", "pcgrad", "blur", GATED], ids=rule_name)
 def test_no_option_costs_another_pass_or_waits_for_the_device(device, rule, monkeypatch):
     """A gram where something has to be known ahead of the update, else none; always one combine."""
-    from tests.kernels.test_launches import Counting
+    from tests.kernels.test_launches import count_launches
 
-    counters = []
-    for kernel in ("gram", "combine"):
-        module = import_module(f"sago.kernels.{kernel}")
-        counters.append(Counting(getattr(module, f"_{kernel}_kernel")))
-        monkeypatch.setattr(module, f"_{kernel}_kernel", counters[-1])
+    launches = count_launches(monkeypatch)
     forget, retain = small(BF16)
     weights = {name: torch.tensor(w, device=device) for name, w in WEIGHTS.items()}
     by_products = int(sago.rules.resolve(rule).scope != "element")
@@ -217,11 +212,9 @@ def test_no_option_costs_another_pass_or_waits_for_the_device(device, rule, monk
     ):
         params, buckets = fresh(Backend("triton", device), forget, retain, accumulation=accumulation)
         window(buckets, params, forget, retain)
-        for counter in counters:
-            counter.launches = 0
         with Called() as called:
-            buckets.synthesize_(rule, **weights, **options)
-        assert [counter.launches for counter in counters] == [grams, 1]
+            found = launches(lambda b=buckets, o=options: b.synthesize_(rule, **weights, **o))
+        assert found == (grams, 1)
         assert called.names
         assert not called.names & {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "unique2"}
 

@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Everything that wants a CUDA machine, in one go and without network: installs this checkout with what is there,
+# runs the gpu tests, compute-sanitizer and the benchmarks, and leaves logs, records and a summary in OUT.
+#
+#     benchmarks/gpu.sh OUT [SECONDS]
+#
+# Takes SECONDS at most, 480 by default, of which every step has its share. A step that fails or runs out of time
+# does not stop the others; the exit status is 1 then. PYTHON names the interpreter.
+set -uo pipefail
+
+if [[ $# -lt 1 || $# -gt 2 ]]; then
+    echo "usage: $0 OUT [SECONDS]" >&2
+    exit 2
+fi
+mkdir -p "$1" || exit 2
+out=$(cd "$1" && pwd)
+total=${2:-480}
+python=${PYTHON:-python}
+summary=$out/summary.txt
+failed=0
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+: >"$summary"
+
+# step NAME PERCENT COMMAND...: the output goes to NAME.log.
+step() {
+    local name=$1 limit start=$SECONDS code result
+    limit=$(printf '%d.%03d' $((total * $2 / 100)) $((total * $2 % 100 * 10)))
+    shift 2
+    timeout --kill-after=2 "$limit" "$@" >"$out/$name.log" 2>&1
+    code=$?
+    case $code in
+        0) result="ok" ;;
+        124 | 137) result="out of time after $limit s" ;;
+        *) result="failed" ;;
+    esac
+    if ((code != 0)); then failed=1; fi
+    printf '%-12s exit %3d  %4d s  %s\n' "$name" "$code" $((SECONDS - start)) "$result" | tee -a "$summary"
+}
+
+# sanitizer TOOL PERCENT
+sanitizer() {
+    if command -v compute-sanitizer >/dev/null; then
+        # Each tensor an allocation of its own, so that a step beyond its end is seen.
+        step "$1" "$2" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+            compute-sanitizer --tool "$1" --error-exitcode 99 "$python" -m benchmarks sanitize
+    else
+        printf '%-12s not run: compute-sanitizer is not installed\n' "$1" | tee -a "$summary"
+    fi
+}
+
+step install 5 "$python" -m pip install -e . --no-deps --no-build-isolation
+step nvidia-smi 2 nvidia-smi
+step environment 6 "$python" -m sago
+# A cache of its own: first calls compile.
+step speed 44 env TRITON_CACHE_DIR="$scratch" \
+    "$python" -m benchmarks speed --device cuda --suite quick --json "$out"
+step tests 18 "$python" -m pytest -m gpu -q -p no:cacheprovider
+step memory 7 "$python" -m benchmarks memory --device cuda --json "$out"
+sanitizer memcheck 9
+sanitizer racecheck 9
+
+printf 'in all %d s, %s\n' "$SECONDS" "$( ((failed)) && echo "with failures" || echo "all well")" | tee -a "$summary"
+exit "$failed"

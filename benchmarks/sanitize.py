@@ -1,0 +1,52 @@
+"""A few launches of both kernels for compute-sanitizer: unaligned, absent sides, tails, several chunks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import sago
+from sago import reference
+
+SIZES = (1, 7, 4096, 5003, 32768 + 5)
+
+
+def run(device: str = "cuda", sizes: tuple[int, ...] = SIZES) -> int:
+    """The number of syntheses. Raises `RuntimeError` if an update is not the reference's."""
+    count = 0
+    for dtype in (torch.bfloat16, torch.float32):
+        for offset in (0, 1):  # of the elements in memory: 1 is no multiple of 16 bytes
+            forget, retain = (_tensors(sizes, dtype, offset, seed) for seed in (0, 1))
+            for rule in ("sago", "pcgrad", "blur"):
+                for stats in (True, False):
+                    _compare(_without_some(forget), retain, rule, stats, device)
+                    count += 1
+    return count
+
+
+def _compare(forget: list[Tensor | None], retain: list[Tensor], rule: str, stats: bool, device: str) -> None:
+    expected, _ = reference.synthesize(forget, retain, rule, gamma=0.75, alpha=1.25)
+    placed = [[_place(t, device) for t in side] for side in (forget, retain)]
+    backend = "triton" if device == "cuda" else None
+    sago.synthesize_(*placed, rule, gamma=0.75, alpha=1.25, stats=stats, backend=backend)
+    step = 2 * torch.finfo(retain[0].dtype).eps  # a coefficient may differ in its last bits
+    for u, e in zip(placed[1], expected, strict=True):
+        if u is None or not torch.allclose(u.cpu().float(), e.float(), rtol=step, atol=step):
+            raise RuntimeError(f"{rule} of {tuple(e.shape)} {e.dtype} is not that of sago.reference.")
+
+
+def _tensors(sizes: tuple[int, ...], dtype: torch.dtype, offset: int, seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n + offset, generator=generator).to(dtype)[offset:] for n in sizes]
+
+
+def _without_some(tensors: list[Tensor]) -> list[Tensor | None]:
+    return [None if i == 1 else t for i, t in enumerate(tensors)]
+
+
+def _place(t: Tensor | None, device: str) -> Tensor | None:
+    """A copy, as far off a multiple of 16 bytes as the tensor is."""
+    if t is None:
+        return None
+    offset = t.storage_offset()
+    return torch.empty(offset + t.numel(), dtype=t.dtype, device=device)[offset:].copy_(t)

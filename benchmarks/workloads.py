@@ -1,0 +1,79 @@
+"""The lists of gradients that are timed, from the dimensions of models, in the order of their parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+Shapes = Sequence[tuple[int, ...]]
+
+
+class Decoder(NamedTuple):
+    """A decoder-only transformer with a gated MLP; `keys` is the width of all key heads together."""
+
+    hidden: int
+    layers: int
+    vocabulary: int
+    mlp: int
+    keys: int
+
+
+LLAMA_3_8B = Decoder(4096, 32, 128256, 14336, 1024)
+ZEPHYR_7B = Decoder(4096, 32, 32000, 14336, 1024)  # a fine-tuned Mistral-7B
+LLAMA_3_2_1B = Decoder(2048, 16, 128256, 8192, 512)
+PHI_3_MINI = Decoder(3072, 32, 32064, 8192, 3072)
+
+
+def linears(m: Decoder) -> Shapes:
+    """Of a layer: query, key, value, output, gate, up, down; `[out, in]`."""
+    h = m.hidden
+    return [(h, h), (m.keys, h), (m.keys, h), (h, h), (m.mlp, h), (m.mlp, h), (h, m.mlp)]
+
+
+def fused_linears(m: Decoder) -> Shapes:
+    """Of a layer of Phi-3: query, key and value in one, output, gate and up in one, down."""
+    h = m.hidden
+    return [(h + 2 * m.keys, h), (h, h), (2 * m.mlp, h), (h, m.mlp)]
+
+
+def decoder(m: Decoder, layer: Shapes, tied: bool = False) -> Shapes:
+    """Embedding, layers with two norms each, the last norm, and a head unless it is the embedding."""
+    embedding, norm = (m.vocabulary, m.hidden), (m.hidden,)
+    return [embedding, *[*layer, norm, norm] * m.layers, norm, *([] if tied else [embedding])]
+
+
+def lora(m: Decoder, rank: int) -> Shapes:
+    """Adapters of every linear: `[rank, in]`, then `[out, rank]`."""
+    return [s for rows, columns in linears(m) for s in ((rank, columns), (rows, rank))] * m.layers
+
+
+def down_projections(m: Decoder, layers: int) -> Shapes:
+    return [(m.hidden, m.mlp)] * layers
+
+
+LEAST = 16  # of a dimension that was shrunk: inner products of fewer elements are anything
+
+WORKLOADS: dict[str, Shapes] = {
+    "one": [(1 << 15, 1 << 15)],
+    "llama-3-8b": decoder(LLAMA_3_8B, linears(LLAMA_3_8B)),
+    "zephyr-7b": decoder(ZEPHYR_7B, linears(ZEPHYR_7B)),
+    "llama-3.2-1b": decoder(LLAMA_3_2_1B, linears(LLAMA_3_2_1B), tied=True),
+    "phi-3-mini": decoder(PHI_3_MINI, fused_linears(PHI_3_MINI)),
+    "rmu": down_projections(ZEPHYR_7B, 3),  # of layers 5, 6 and 7
+    "lora": lora(LLAMA_3_8B, 16),
+    "tiny": [(64 + 1237 * i % 4033,) for i in range(2000)],  # from 64 to 4096 elements
+}
+# One flat tensor of each size, for the plots against elements.
+SWEEP: dict[str, Shapes] = {f"2^{k}": [(1 << k,)] for k in range(14, 31)}
+
+
+def elements(shapes: Shapes) -> int:
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def shrink(shapes: Shapes, most: int) -> Shapes:
+    """As many tensors, every dimension halved while there are more than `most` elements, down to 16."""
+    while elements(shapes) > most and any(d > LEAST for shape in shapes for d in shape):
+        shapes = [tuple(max(min(d, LEAST), d // 2) for d in shape) for shape in shapes]
+    return shapes
