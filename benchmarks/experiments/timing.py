@@ -20,12 +20,14 @@ from tqdm import tqdm
 
 import sago
 from benchmarks.experiments import cache, kernels, sweep
+from benchmarks.measure import origin
 from sago.rules import RULES
 
 COLUMNS = ("workload", "dtype", "contender", "ms", "p20", "p80", "ratio", "predicted_ratio")
 SWEEP_COLUMNS = ("workload", "dtype", "rule", "block", "threads", "ms", "p20", "p80", "ratio")
 GAMMA, ALPHA = 0.75, 1.25
 SHIPPED = "sago.synthesize_"
+SOURCES = ("kernels", "benchmarks/experiments")
 
 Shapes = Sequence[tuple[int, ...]]
 
@@ -72,7 +74,7 @@ def second_read(
                 rows.append(
                     {**labels, "contender": name, **_shown(taken, base), "predicted_ratio": predicted}
                 )
-    return {**_origin(), "rounds": rounds, "rows": rows}
+    return {**origin("cuda", *SOURCES), "rounds": rounds, "rows": rows}
 
 
 def configurations(
@@ -109,7 +111,7 @@ def configurations(
                     shipped = config == "shipped"
                     block, n = (None, None) if shipped else map(int, config.split())
                     rows.append({**labels, "block": block, "threads": n, **_shown(taken, base)})
-    return {**_origin(), "rounds": rounds, "rows": rows}
+    return {**origin("cuda", *SOURCES), "rounds": rounds, "rows": rows}
 
 
 class _Configured:
@@ -203,16 +205,3 @@ def _shown(taken: Sequence[float], base: float) -> dict[str, float]:
     fifths = statistics.quantiles(taken, n=5)
     median = statistics.median(taken)
     return {"ms": median, "p20": fifths[0], "p80": fifths[3], "ratio": median / base}
-
-
-def _origin() -> dict[str, Any]:
-    import triton
-
-    from benchmarks.measure import source_hash
-
-    return {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "source": source_hash("kernels", "benchmarks/experiments"),
-    }
