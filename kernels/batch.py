@@ -36,7 +36,7 @@ class Group(NamedTuple):
         members: Positions in the list.
         shapes: int64 `[members, 4]`: elements, first chunk in this launch, first slot, row.
         owner: int32 `[chunks]`: which member a chunk belongs to.
-        compiled: Kernels that were compiled for these dtypes; see `launch`.
+        compiled: Kernels that were compiled for this group, by alignment; see `launch`.
     """
 
     dtypes: Signature
@@ -55,7 +55,7 @@ class Part(NamedTuple):
         tables: The first arguments of both kernels: addresses int64 `[members, 4]`, shapes, owner and rows.
         addresses: Of these tables.
         aligned: Whether the addresses of all gradients are multiples of 16.
-        compiled: Kernels that were compiled for these dtypes and this alignment; see `launch`.
+        compiled: Kernels that were compiled for this launch; see `launch`.
     """
 
     dtypes: Signature

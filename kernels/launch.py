@@ -41,11 +41,12 @@ def launch(
                         **options(batch.device, part.aligned, part.dtypes),
                     )
                     if found is not None:  # not interpreted
-                        part.compiled[key] = found, tuple(values.values())
+                        part.compiled[key] = found[part.chunks, 1, 1], tuple(values.values())
                 else:
                     # Addresses as integers spare the launcher a question to the driver about each tensor.
                     pointers = [None if t is None else t.data_ptr() for t in tensors]
-                    compiled[0][part.chunks, 1, 1](*part.addresses, *pointers, *numbers, *compiled[1])
+                    run, values = compiled
+                    run(*part.addresses, *pointers, *numbers, *values)
     except BaseException:
         batch.discard_counters()
         raise

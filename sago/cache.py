@@ -24,6 +24,7 @@ class Cache:
     def __init__(self, size: int) -> None:
         self._size = size
         self._found: OrderedDict[Hashable, dict[Hashable, Any]] = OrderedDict()
+        self._latest: tuple[Hashable, dict[Hashable, Any]] | None = None
         self._kept: list[Any] = []
 
     def get(self, key: Hashable, devices: Collection[torch.device], make: Callable[[], Any]) -> Any:
@@ -35,10 +36,13 @@ class Cache:
 
     def find(self, key: Hashable, devices: Collection[torch.device]) -> Any:
         """The value of `key`, or None."""
-        places = self._found.get(key)
-        if places is None:
-            return None
-        self._found.move_to_end(key)
+        places = self._latest[1] if self._latest is not None and self._latest[0] == key else None
+        if places is None:  # the hash of a long key costs more than a comparison
+            places = self._found.get(key)
+            if places is None:
+                return None
+            self._found.move_to_end(key)
+            self._latest = key, places
         if not is_capturing(devices):
             return places.get(_place(devices))
         found = next(iter(places.values()))
@@ -55,6 +59,7 @@ class Cache:
             del places[next(iter(places))]
         if len(self._found) > self._size:
             self._found.popitem(last=False)
+        self._latest = None
 
 
 def _place(devices: Collection[torch.device]) -> Hashable:

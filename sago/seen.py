@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -63,7 +64,7 @@ def _key(
     sides = [[x] if isinstance(x, Tensor) else x for x in given]
     if not all(type(x) in (list, tuple) for x in (*sides, groups or ())):
         return [], None
-    tensors = [t for side in sides for t in side]
+    tensors = list(chain(*sides))
     addresses = _addresses(tensors)
     if addresses is None:
         missing = tuple(i for i, t in enumerate(tensors) if t is None)
