@@ -29,7 +29,7 @@ COLUMNS = (
     "ratio_to_add", "faster_than_released", "target", "met",
 )  # fmt: skip
 ACCURACY_COLUMNS = ("dtype", "backend", "rule", "statistics", "ff", "fr", "rr", "target", "met")
-SOURCES = ("kernels", "sago/compiled.py")
+SOURCES = ("kernels", "sago")
 _SLICE = 1 << 22
 
 _compiled = partial(compiled_peer, "torch.compile(where)", "sago")

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sago.cache import Cache, is_capturing
+from sago.upload import upload
 
 # CHUNK, BLOCK and THREADS fix the order of every sum: changing one changes the last bits of results.
 # A lane of the sums adds at most CHUNK / THREADS squares in fp32, so magnitudes up to 1e18 stay in range.
@@ -43,7 +44,7 @@ class Group(NamedTuple):
     members: list[int]
     shapes: Tensor
     owner: Tensor
-    compiled: dict[Hashable, Any]
+    compiled: dict[bool, dict[Hashable, Any]]
 
 
 class Part(NamedTuple):
@@ -98,7 +99,7 @@ class Layout:
                 first_slot[i] = self.slots
                 self.slots += chunks[i]
             row_table.append((start, self.slots - start))
-        self.rows = _upload(row_table, torch.int64, device)
+        self.rows = upload(row_table, torch.int64, device)
 
         self.groups = []
         for signature in dict.fromkeys(dtypes):
@@ -111,12 +112,11 @@ class Layout:
                 owner = torch.arange(len(members), dtype=torch.int32, device="cpu").repeat_interleave(
                     torch.tensor([chunks[i] for i in members], device="cpu")
                 )
-                tables = _upload(shapes, torch.int64, device), _upload(owner, torch.int32, device)
+                tables = upload(shapes, torch.int64, device), upload(owner, torch.int32, device)
                 self.groups.append(Group(signature, members, *tables, {}))
 
 
 _layouts = Cache(64)
-_captured: list[Tensor] = []  # host memory that copies in CUDA graphs read at every replay
 
 
 class Batch:
@@ -166,7 +166,7 @@ class Batch:
         for group in self.layout.groups:
             entries = [addresses[i] for i in group.members]
             aligned = all(entry[3] for entry in entries)
-            tables = _upload(entries, torch.int64, device), group.shapes, group.owner, self.layout.rows
+            tables = upload(entries, torch.int64, device), group.shapes, group.owner, self.layout.rows
             self.parts.append(
                 Part(
                     group.dtypes,
@@ -212,17 +212,6 @@ def compute_dtype(signature: Signature) -> tl.dtype:
 def vector(signature: Signature) -> int:
     """Elements in 16 bytes of the narrowest gradient."""
     return 16 // min(dtype.itemsize for dtype in signature)
-
-
-def _upload(values: Sequence[object] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    table = values if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype, device="cpu")
-    if device.type != "cuda":
-        return table.to(device)
-    # A copy from pageable memory synchronises, and is an error while a CUDA graph is captured.
-    table = table.pin_memory()
-    if is_capturing([device]):
-        _captured.append(table)
-    return table.to(device, non_blocking=True)
 
 
 def lanes(device: torch.device) -> int:

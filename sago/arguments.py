@@ -367,7 +367,7 @@ def check_weight(name: str, weight: Any, devices: Collection[torch.device]) -> W
         # Gradients on a GPU need not wait for a weight on the CPU.
         if weight.device.type == "cpu" and all(device.type != "cpu" for device in devices):
             return float(weight)
-        return weight.detach().to(torch.float64)
+        return weight.detach().resolve_neg().to(torch.float64)
     if not isinstance(weight, Real):
         raise TypeError(
             f"Parameter `{name}` should be a float or a 0-d tensor. Found {type(weight).__name__}."

@@ -26,7 +26,7 @@ from sago.cache import Cache
 from sago.extraction import Extraction, Side
 from sago.flat import flatten
 from sago.in_backward import InBackward, check_exact
-from sago.pipeline import Pipeline
+from sago.pipeline import Pipeline, count_versions
 from sago.report import SynthesisReport
 from sago.rules import Rule, resolve
 
@@ -48,7 +48,8 @@ class GradientBuckets:
     Within `forget()` and `retain()`, `p.grad` is the accumulator of that side, and autograd itself adds to
     it. Outside it is None, until `synthesize_` writes the update over the retain gradient and makes that
     `p.grad`. The accumulators are two flat copies of the gradients, allocated here; no other memory of that
-    size is. After `zero_` there is nothing in them: no checkpoint needs them.
+    size is. After `zero_` there is nothing in them: no checkpoint needs them. A CUDA graph that has captured
+    a synthesis needs the buckets alive.
 
     A window is what lies between two updates: captures of both sides, in any order and number, nested or
     not, each with any number of backwards. A parameter that no backward of a side reaches has no gradient
@@ -390,7 +391,9 @@ class GradientBuckets:
 
     def _finish(self) -> None:
         touched = zip(self._updates, self._forget.touched, self._retain.touched, strict=True)
-        self._extraction.finish([u if f or r else None for u, f, r in touched])
+        updates = [u if f or r else None for u, f, r in touched]
+        count_versions(updates)
+        self._extraction.finish(updates)
 
 
 def _policy(nonfinite: Any) -> str:

@@ -17,13 +17,14 @@ class Cache:
 
     Device memory is filled, and reused, in the order of a stream, so a value is found only on the streams,
     and by the thread, that it was made on. A CUDA graph is the exception: its capture starts behind
-    everything, may use what there is, and is replayed on the same memory, so that is kept for good. What is
-    made during a capture is not filled before the first replay, so it is not added.
+    everything, may use what there is, and is replayed on the same memory, so that is kept as long as the
+    cache. What is made during a capture is not filled before the first replay, so it is not added.
     """
 
     def __init__(self, size: int) -> None:
         self._size = size
         self._found: OrderedDict[Hashable, dict[Hashable, Any]] = OrderedDict()
+        self._lock = threading.Lock()
         self._latest: tuple[Hashable, dict[Hashable, Any]] | None = None
         self._kept: list[Any] = []
 
@@ -36,30 +37,34 @@ class Cache:
 
     def find(self, key: Hashable, devices: Collection[torch.device]) -> Any:
         """The value of `key`, or None."""
-        places = self._latest[1] if self._latest is not None and self._latest[0] == key else None
-        if places is None:  # the hash of a long key costs more than a comparison
-            places = self._found.get(key)
-            if places is None:
-                return None
-            self._found.move_to_end(key)
-            self._latest = key, places
-        if not is_capturing(devices):
-            return places.get(_place(devices))
-        found = next(iter(places.values()))
-        self._kept.append(found)
-        return found
+        with self._lock:
+            if (
+                self._latest is None or self._latest[0] != key
+            ):  # a comparison costs less than a long key's hash
+                places = self._found.get(key)
+                if places is None:
+                    return None
+                self._found.move_to_end(key)
+                self._latest = key, places
+            places = self._latest[1]
+            if not is_capturing(devices):
+                return places.get(_place(devices))
+            found = next(iter(places.values()))
+            self._kept.append(found)
+            return found
 
     def add(self, key: Hashable, devices: Collection[torch.device], value: Any) -> None:
         """Keeps the value, in the place of an earlier one."""
         if is_capturing(devices):
             return
-        places = self._found.setdefault(key, {})
-        places[_place(devices)] = value
-        if len(places) > _PLACES:
-            del places[next(iter(places))]
-        if len(self._found) > self._size:
-            self._found.popitem(last=False)
-        self._latest = None
+        with self._lock:
+            places = self._found.setdefault(key, {})
+            places[_place(devices)] = value
+            if len(places) > _PLACES:
+                del places[next(iter(places))]
+            if len(self._found) > self._size:
+                self._found.popitem(last=False)
+            self._latest = None
 
 
 def _place(devices: Collection[torch.device]) -> Hashable:

@@ -17,10 +17,13 @@ class Guards:
     """Compares types, dtypes, devices, shapes, strides and requires_grad; keeps no tensor alive."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._count = len(tensors)
         self._guards: Any = None
         if TensorGuards is not None:
             self._guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
 
     def hold(self, tensors: Sequence[Any]) -> bool:
         """Whether these are as the given ones were. False if it cannot be told."""
-        return self._guards is not None and bool(self._guards.check(*tensors))
+        if self._guards is None or len(tensors) != self._count:
+            return False
+        return bool(self._guards.check(*tensors))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from importlib import import_module
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from sago.arguments import Call, Pairs, Weight
+from sago.cache import is_capturing
 from sago.overlap import is_dense
 from sago.report import SynthesisReport
 from sago.rules import Coefficients, Rule, evaluate
+from sago.upload import upload
 
 # The modules behind the names of backends. Each has `Batch(device, forget, retain, out, rows, row_count)`,
 # `gram(batch, sums)` and `combine(batch, rule, gamma, alpha, eps, gram, sums, coefficients, propagate)`.
@@ -114,11 +116,12 @@ class Pipeline:
             table = table + other.to(table.device)
         elements: Tensor | Sequence[int] = self.numel
         if call.reduce_gram is not None:
-            if self._elements is None:
-                pinned = table.device.type == "cuda"  # a copy from pageable memory would wait for the device
-                numel = torch.tensor(self.numel, dtype=table.dtype, device="cpu", pin_memory=pinned)
-                self._elements = numel.to(table.device, non_blocking=pinned)
-            table = call.reduce_gram(torch.cat([table, self._elements[:, None]], dim=1))
+            counts = self._elements
+            if counts is None:
+                counts = upload(self.numel, table.dtype, table.device)
+                if not is_capturing([table.device]):  # what a graph copies is not there before its replay
+                    self._elements = counts
+            table = call.reduce_gram(torch.cat([table, counts[:, None]], dim=1))
             table, elements = table[:, :-1], table[:, -1]
         if call.scales != (1.0, 1.0):
             f, r = call.scales
@@ -147,6 +150,17 @@ def _part(pairs: Pairs, device: torch.device, backend: str) -> Part:
         rows.append(row)
     batch = module.Batch(device, forget, retain, out, rows, len(pairs.keys))
     return Part(module, batch, device, before, after)
+
+
+def count_versions(updates: Iterable[Tensor | None]) -> None:
+    """Lets autograd know that they were written."""
+    written = [t for t in updates if t is not None]
+    try:
+        torch.autograd.graph.increment_version(written)
+    except TypeError:  # early versions of torch take one at a time, with a version
+        for t in written:
+            if not t.is_inference():
+                torch.autograd.graph.increment_version(t)
 
 
 def _copy(copies: list[tuple[Tensor, Tensor]]) -> None:

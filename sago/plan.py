@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
+from torch import Tensor
+
 from sago.arguments import Gradients, ReduceGram, Weight, check_call, check_pairs, check_weight
+from sago.cache import is_capturing
 from sago.pipeline import Pipeline
 from sago.report import SynthesisReport
 from sago.rules import Rule, resolve
@@ -24,14 +27,15 @@ class Plan:
 
     Args:
         forget, retain, rule, out, groups, eps, stats, reduce_gram, backend: As in `sago.synthesize_`. The
-            tensors are kept alive, and their memory must stay where it is: make a new plan when one is
-            resized or its `data` replaced.
+            memory that the tensors have now is kept alive and worked on: make a new plan when one is resized
+            or its `data` replaced.
 
     Calls are for one thread and one stream at a time. They do not count as a version of the outputs, so
     autograd does not notice that a tensor it saved was overwritten. `sago.synthesize_` takes care of both.
 
     Raises:
-        ValueError, TypeError: As `sago.synthesize_`, when the plan is made.
+        ValueError, TypeError: As `sago.synthesize_`, when the plan is made; also if it is made in the capture
+            of a CUDA graph.
     """
 
     def __init__(
@@ -49,6 +53,11 @@ class Plan:
         rule = resolve(rule)
         self._pairs = check_pairs(forget, retain, rule, out, groups, reduce_gram, backend)
         self._call = check_call(rule, 1.0, 1.0, eps, stats, reduce_gram, self._pairs.backends)
+        if is_capturing(self._pairs.backends):
+            raise ValueError("A plan should be made before the capture of a CUDA graph. Found a capture.")
+        # Views keep the memory, also when somebody replaces the data of a tensor.
+        pairs = self._pairs
+        pairs.forget, pairs.retain, pairs.out = map(_views, (pairs.forget, pairs.retain, pairs.out))
         self._pipeline = Pipeline(self._pairs, self._pairs.numel())
 
     def synthesize_(self, gamma: Weight = 1.0, alpha: Weight = 1.0) -> SynthesisReport:
@@ -62,3 +71,7 @@ class Plan:
     def __repr__(self) -> str:
         count = sum(o is not None for o in self._pairs.out)
         return f"Plan({count} tensors, rule {self._call.rule.name!r})"
+
+
+def _views(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else t.detach() for t in tensors]

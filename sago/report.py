@@ -7,6 +7,8 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from sago.upload import upload
+
 _COUNTS = ("nonfinite_forget", "nonfinite_retain")
 # What can be read, and the columns that it is made of.
 _FIELDS = {
@@ -136,9 +138,7 @@ class SynthesisReport:
         """Elements a group, int64."""
         if not isinstance(self._numel, Tensor):
             device = next((t.device for t in self._read().values()), torch.device("cpu"))
-            pinned = device.type == "cuda"  # a copy from pageable memory would wait for the device
-            numel = torch.tensor(self._numel, dtype=torch.int64, device="cpu", pin_memory=pinned)
-            self._numel = numel.to(device, non_blocking=pinned)
+            self._numel = upload(self._numel, torch.int64, device)
         return self._numel.to(torch.int64)
 
     @property

@@ -25,7 +25,8 @@ class Seen(NamedTuple):
     guards: Guards
 
 
-_seen = Cache(16)
+_PLAIN = (list, tuple)
+_seen = Cache(256)
 
 
 def find(
@@ -62,25 +63,25 @@ def _key(
     """The tensors of a call, and what they are looked up by; None for what cannot be remembered."""
     given = (forget, retain) if out is None or isinstance(out, str) else (forget, retain, out)
     sides = [[x] if isinstance(x, Tensor) else x for x in given]
-    if not all(type(x) in (list, tuple) for x in (*sides, groups or ())):
+    if not all(type(x) in _PLAIN for x in sides) or not (groups is None or type(groups) in _PLAIN):
         return [], None
     tensors = list(chain(*sides))
+    first = next((t for t in tensors if t is not None), None)
+    # On the CPU pipelines hold their tensors, unless Triton is interpreted.
+    if not isinstance(first, Tensor) or (backend != "triton" and first.device.type == "cpu"):
+        return [], None
     addresses = _addresses(tensors)
+    missing: tuple[int, ...] = ()
     if addresses is None:
         missing = tuple(i for i, t in enumerate(tensors) if t is None)
         tensors = [t for t in tensors if t is not None]
-        found = _addresses(tensors)
-        addresses = None if found is None else (*found, *missing)
-    # On the CPU pipelines hold their tensors, unless Triton is interpreted.
-    if addresses is None or not tensors or (backend != "triton" and tensors[0].device.type == "cpu"):
-        return [], None
+        addresses = _addresses(tensors)
     where = out if isinstance(out, str) else None
     keys = None if groups is None else tuple(groups)
-    try:
-        hash(keys)
-    except TypeError:
+    # Other keys may hold memory, or compare as they like.
+    if addresses is None or (keys and not {str, int}.issuperset(map(type, keys))):
         return [], None
-    return tensors, (addresses, *map(len, sides), where, rule.scope, keys, backend)
+    return tensors, (addresses, missing, *map(len, sides), where, rule.scope, keys, backend)
 
 
 def _addresses(tensors: Iterable[Any]) -> tuple[int, ...] | None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from sago.arguments import NEW, Gradients, ReduceGram, Weight, check_call, check_pairs
-from sago.pipeline import Pipeline
+from sago.arguments import NEW, Gradients, ReduceGram, Weight, check_backend, check_call, check_pairs
+from sago.pipeline import Pipeline, count_versions
 from sago.report import SynthesisReport
 from sago.rules import Rule, resolve
 from sago.seen import find
@@ -62,10 +61,11 @@ def synthesize_(
     Source: arXiv 2604.14808 (SAGO and the retain-first use of PCGrad); rules in `sago.reference`.
     """
     rule = resolve(rule)
+    check_backend(backend)
     pipeline, updates = find(forget, retain, rule, out, groups, reduce_gram, backend)
     devices = [part.device for part in pipeline.parts]
     report = pipeline.synthesize(check_call(rule, gamma, alpha, eps, stats, reduce_gram, devices))
-    _count_versions(updates)
+    count_versions(updates)
     return report
 
 
@@ -93,14 +93,3 @@ def synthesize(
     report = Pipeline(pairs, pairs.numel()).synthesize(call)
     single = isinstance(forget, Tensor) and isinstance(retain, Tensor)
     return (pairs.updates[0] if single else pairs.updates), report
-
-
-def _count_versions(tensors: Iterable[Tensor | None]) -> None:
-    """Lets autograd know that they were written."""
-    written = [t for t in tensors if t is not None]
-    try:
-        torch.autograd.graph.increment_version(written)
-    except TypeError:  # early versions of torch take one at a time, with a version
-        for t in written:
-            if not t.is_inference():
-                torch.autograd.graph.increment_version(t)

@@ -79,6 +79,10 @@ def other_partners(run):
     a, b, c = (*memory(run), memory(run, seed=1)[0])
     in_place(run, [a, None], [b, c])
     in_place(run, [None, a], [b, c])
+    # Empty tensors have the address 0.
+    in_place(run, [a, a[:0]], [b, b[:0]])
+    in_place(run, [None, a], [b[:0], b])
+    in_place(run, [a, None], [b, b[:0]])
 
 
 def other_sides(run):

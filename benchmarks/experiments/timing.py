@@ -27,7 +27,7 @@ COLUMNS = ("workload", "dtype", "contender", "ms", "p20", "p80", "ratio", "predi
 SWEEP_COLUMNS = ("workload", "dtype", "rule", "block", "threads", "ms", "p20", "p80", "ratio")
 GAMMA, ALPHA = 0.75, 1.25
 SHIPPED = "sago.synthesize_"
-SOURCES = ("kernels", "benchmarks/experiments")
+SOURCES = ("kernels", "sago", "benchmarks/experiments")
 
 Shapes = Sequence[tuple[int, ...]]
 

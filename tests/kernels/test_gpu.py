@@ -1,29 +1,18 @@
 """What only a GPU can show: large tensors, CUDA graphs, and that the host never waits."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 
 import sago
 from tests import inputs, oracle, properties
 from tests.backends import Backend
+from tests.sync import no_sync
 
 pytestmark = pytest.mark.gpu
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 CUDA = Backend("triton", "cuda")
 RULES = ["sago", "pcgrad", "blur"]
-
-
-@contextmanager
-def no_sync():
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def pairs(dtype, sizes=(5000, 3, 70000, 16), seed=0):

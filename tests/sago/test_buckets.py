@@ -462,3 +462,21 @@ def test_reports_are_keyed_by_names_by_positions_or_by_groups():
             assert report.groups == expected
             assert report.numel.tolist() == ([2, 3] if len(expected) == 2 else [5])
             buckets.zero_()
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_versions_of_updates_are_counted(backend, in_backward):
+    """Autograd sees that what it saved was overwritten."""
+    forget, retain = small()
+    params, buckets = fresh(backend, forget, retain)
+    window(buckets, params, forget, retain)
+    saved = buckets.retain_grads[0]
+    weight = torch.ones_like(saved, requires_grad=True)
+    loss = (weight * saved).sum()
+    if in_backward:
+        with buckets.synthesize_in_backward():
+            sum((p * 0.0).sum() for p in params).backward()
+    else:
+        buckets.synthesize_(stats=False)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import sago
-from tests.kernels.test_gpu import no_sync
 from tests.properties import assert_equal_bits
+from tests.sync import no_sync
 
 pytestmark = pytest.mark.gpu
 

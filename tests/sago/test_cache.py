@@ -1,5 +1,6 @@
 """Values that are made once for a key."""
 
+import sys
 import threading
 
 import torch
@@ -31,11 +32,56 @@ def test_a_value_can_be_replaced():
 def test_threads_have_values_of_their_own():
     """They may be on one stream, and kernels of two threads may then interleave."""
     cache = Cache(3)
-    mine = cache.get("a", [CPU], object)
-    theirs = []
-    for _ in range(50):
-        thread = threading.Thread(target=lambda: theirs.append(cache.get("a", [CPU], object)))
+    values, all_there = [cache.get("a", [CPU], object)], threading.Barrier(20)
+
+    def use():
+        all_there.wait()  # so that no thread is called as one before it
+        values.append(cache.get("a", [CPU], object))
+        all_there.wait()
+
+    threads = [threading.Thread(target=use) for _ in range(20)]
+    for thread in threads:
         thread.start()
+    for thread in threads:
         thread.join()
-    assert all(value is not mine for value in theirs)
-    assert sum(len(places) for places in cache._found.values()) <= 8
+    assert len({id(value) for value in values}) == 21
+    assert sum(len(places) for places in cache._found.values()) == 8
+
+
+class Key:
+    """Compared by Python, so that another thread may come in between."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __hash__(self):
+        return self.number
+
+    def __eq__(self, other):
+        return isinstance(other, Key) and self.number == other.number
+
+
+def test_threads_at_once():
+    cache, wrong = Cache(4), []
+    interval = sys.getswitchinterval()
+
+    def use(start):
+        try:
+            for i in range(3000):
+                number = (start * i) % 7
+                value = cache.get(Key(number), [CPU], lambda n=number: [n])
+                if value != [number]:
+                    wrong.append(value)
+        except Exception as error:
+            wrong.append(error)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=use, args=(start,)) for start in (1, 2, 3, 5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
