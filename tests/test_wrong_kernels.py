@@ -390,8 +390,8 @@ KERNELS = {
         "dtypes that were": (GUARDS, "", repeats.other_dtypes),
     },
     (seen, "_key"): {
-        "stale addresses": ("(addresses, *map", "(len(addresses), *map", repeats.other_addresses),
-        "any place for None": ("(*found, *missing)", "found", repeats.other_partners),
+        "stale addresses": ("(addresses, missing", "(len(addresses), missing", repeats.other_addresses),
+        "any place for None": ("(addresses, missing,", "(addresses,", repeats.other_partners),
         "any side": ("*map(len, sides), ", "", repeats.other_sides),
         "any output": (" where, rule", " rule", repeats.other_outputs),
         "any groups": ("rule.scope, keys,", "rule.scope,", repeats.other_groups),
