@@ -1,6 +1,6 @@
 """Gradient synthesis for LLM unlearning: one update from the forget and the retain gradient, retain first."""
 
-from sago import reference
+from sago import distributed, reference
 from sago.buckets import GradientBuckets
 from sago.plan import Plan
 from sago.report import SynthesisReport
@@ -14,6 +14,7 @@ __all__ = [
     "Plan",
     "Rule",
     "SynthesisReport",
+    "distributed",
     "list_rules",
     "reference",
     "synthesize",

@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sago import shards
 from sago.overlap import check_overlap
 from sago.rules import Rule, resolve
+from sago.shards import Shards
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 BACKENDS = ("triton", "compiled", "reference")
@@ -40,6 +42,7 @@ class Pairs:
         rows: The report row of each pair.
         keys: The group a row stands for.
         backends: For each device in the list, the backend that runs there.
+        shards: What other ranks hold; None where they are of no concern, or a `reduce_gram` takes care of it.
     """
 
     forget: list[Tensor | None]
@@ -49,12 +52,14 @@ class Pairs:
     rows: list[int]
     keys: list[Hashable]
     backends: dict[torch.device, str]
+    shards: Shards | None = None
 
     def numel(self) -> list[int]:
-        """Elements of each row."""
+        """Elements of each row, on all ranks."""
         found = [0] * len(self.keys)
-        for row, o in zip(self.rows, self.out, strict=True):
-            found[row] += 0 if o is None else o.numel()
+        for i, (row, o) in enumerate(zip(self.rows, self.out, strict=True)):
+            if o is not None:
+                found[row] += o.numel() if self.shards is None else self.shards.numel[i]
         return found
 
 
@@ -119,24 +124,29 @@ def check_pairs(
     if allocate:
         like = (f if r is None else r for f, r in zip(forget, retain, strict=True))
         out = [None if t is None else torch.empty_like(t, requires_grad=False) for t in like]
-    local = [forget, retain, out]
-    if any(_is_dtensor(t) for side in local for t in side):
-        _check_shards(forget, retain, out, rule, reduce_gram)
-        local = [[_local(t) for t in side] for side in local]
-    for name, side in zip(("forget", "retain", "out"), local, strict=True):
+    parts = [forget, retain, out]
+    spread = None
+    if any(shards.is_dtensor(t) for side in parts for t in side):
+        for i, tensors in enumerate(zip(forget, retain, out, strict=True)):
+            shards.check_placed(i, tensors)
+        if reduce_gram is None:
+            spread = shards.read(out, rows)
+        parts = [[shards.local(t) for t in side] for side in parts]
+    for name, side in zip(("forget", "retain", "out"), parts, strict=True):
         for i, t in enumerate(side):
             if t is not None and not _holds_data(t):
                 raise TypeError(f"Parameter `{name}[{i}]` should hold data. Found {type(t).__name__}.")
-    check_overlap(*local)
-    devices = dict.fromkeys(t.device for t in local[2] if t is not None) or {torch.device("cpu"): None}
+    check_overlap(*parts)
+    devices = dict.fromkeys(t.device for t in parts[2] if t is not None) or {torch.device("cpu"): None}
     return Pairs(
-        forget=local[0],
-        retain=local[1],
-        out=local[2],
+        forget=parts[0],
+        retain=parts[1],
+        out=parts[2],
         updates=out,
         rows=rows,
         keys=keys,
         backends={device: choose_backend(backend, device) for device in devices},
+        shards=spread,
     )
 
 
@@ -284,56 +294,11 @@ def _check_tensor(name: str, i: int, t: Any) -> None:
         raise ValueError(f"Parameter `{name}[{i}]` should hold data. Found a meta tensor.")
 
 
-def _is_dtensor(t: Any) -> bool:
-    return type(t) is not Tensor and hasattr(t, "placements") and hasattr(t, "to_local")
-
-
-def _local(t: Any) -> Tensor | None:
-    return t.to_local() if _is_dtensor(t) else t
-
-
 def _holds_data(t: Tensor) -> bool:
     try:
         return t.numel() == 0 or t.data_ptr() != 0
     except RuntimeError:  # tensors that are traced, faked or batched by a transform
         return False
-
-
-def _check_shards(
-    forget: list[Any],
-    retain: list[Any],
-    out: list[Any],
-    rule: Rule,
-    reduce_gram: ReduceGram | None,
-) -> None:
-    for i, tensors in enumerate(zip(forget, retain, out, strict=True)):
-        if not any(_is_dtensor(t) for t in tensors):
-            continue
-        found = [t for t in tensors if t is not None]
-        if not all(_is_dtensor(t) for t in found):
-            raise TypeError(
-                f"Forget, retain and out of gradient {i} should all be DTensors or none. Found both."
-            )
-        first = found[0]
-        for t in found:
-            if t.device_mesh != first.device_mesh or t.placements != first.placements:
-                raise ValueError(
-                    f"Forget, retain and out of gradient {i} should have the same mesh and placements. "
-                    f"Found {first.placements} and {t.placements}."
-                )
-            if any(p.is_partial() for p in t.placements):
-                raise ValueError(
-                    f"Gradient {i} should be reduced before it is synthesized, because no rule but a sum "
-                    f"commutes with the reduction. Found placements {t.placements}."
-                )
-        sharded = any(
-            p.is_shard() and first.device_mesh.size(dim) > 1 for dim, p in enumerate(first.placements)
-        )
-        if sharded and rule.scope != "element" and reduce_gram is None:
-            raise ValueError(
-                f"Rule `{rule.name}` needs inner products over the whole of gradient {i}, of which this rank "
-                f"holds a shard ({first.placements}). Pass `reduce_gram=`, which sums them over the ranks."
-            )
 
 
 def non_negative(name: str, value: Any, finite: bool = True) -> float:

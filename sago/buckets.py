@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sago import data_parallel, shards
 from sago.arguments import (
     DTYPES,
     Call,
@@ -23,7 +24,7 @@ from sago.arguments import (
     non_negative,
 )
 from sago.cache import Cache
-from sago.extraction import Extraction, Side
+from sago.extraction import Extraction, Side, ranks
 from sago.flat import flatten
 from sago.in_backward import InBackward, check_exact
 from sago.pipeline import Pipeline, count_versions
@@ -121,24 +122,36 @@ class GradientBuckets:
         self._grouped = groups is not None
         self._mean = accumulation == "mean"
         self._backends = {p.device: choose_backend(backend, p.device) for p in self._params}
+        chosen = [names[i] for i in kept]
+        sharded = data_parallel.sharded(params, self._params)
+        self._ranks = data_parallel.take_over(params, self._params, chosen)
+        if accumulate_dtype is not None and ranks() > 1 and self._ranks is None and not sharded:
+            raise ValueError(
+                "`accumulate_dtype` should be used with DistributedDataParallel or FSDP2 where "
+                "torch.distributed has several ranks: another engine may reduce a gradient behind the hook "
+                f"that widens it. Found {ranks()} ranks."
+            )
+        self._shards = shards.read(self._params, range(len(kept)))
 
         narrow = [p.dtype for p in self._params]
         wide = [d if accumulate_dtype is None else torch.promote_types(d, accumulate_dtype) for d in narrow]
         capacity = bucket_cap_mb * 2**20
         self._extraction = Extraction(
-            [names[i] for i in kept],
+            chosen,
             self._params,
             [(name, p) for name, p in zip(names, given, strict=True) if not p.requires_grad],
             params if isinstance(params, torch.nn.Module) else None,
+            sharded,
             wide,
             capacity,
         )
         self._forget, self._retain = self._extraction.forget, self._extraction.retain
-        self._updates = list(self._retain.views)
+        self._updates, self._update_grads = list(self._retain.views), list(self._retain.grads)
         apart = [i for i, p in enumerate(self._params) if p.dtype != wide[i]]
-        updates = flatten([self._params[i] for i in apart], [narrow[i] for i in apart], capacity)
+        like = [shards.local(self._params[i].detach()) for i in apart]
+        updates = flatten(like, [narrow[i] for i in apart], capacity)
         for i, view in zip(apart, updates.views, strict=True):
-            self._updates[i] = view
+            self._updates[i], self._update_grads[i] = view, shards.wrap(view, self._params[i])
         self._in_place = not apart
         buffers = [*self._forget.buffers, *self._retain.buffers, *updates.buffers]
         self.nbytes: int = sum(buffer.nbytes for buffer in buffers)
@@ -158,12 +171,12 @@ class GradientBuckets:
     @property
     def forget_grads(self) -> list[Tensor | None]:
         """The sums over the window's closed captures, one a parameter; None where no backward came."""
-        return _touched(self._forget)
+        return _touched(self._forget, self._forget.grads)
 
     @property
     def retain_grads(self) -> list[Tensor | None]:
         """The sums over the window's closed captures, one a parameter; None where no backward came."""
-        return _touched(self._retain)
+        return _touched(self._retain, self._retain.grads)
 
     def synthesize_(
         self,
@@ -214,8 +227,9 @@ class GradientBuckets:
             _policy(nonfinite),
             self._scales(self._retain.captures),
         )
-        pipeline = self._pipeline(call)
         self._check_unscaled(call)
+        self._average()
+        pipeline = self._pipeline(call)
         try:
             found = pipeline.synthesize(call)
         except BaseException as error:
@@ -293,6 +307,7 @@ class GradientBuckets:
         while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
             optimizer = inner  # that accelerate wraps, and that scaler.step gets
         index = {id(p): i for i, p in enumerate(self._params)}
+        self._average()
         forget, retain = self.forget_grads, self.retain_grads
         found: list[int] = []
         gradients: list[Tensor | None] = []
@@ -307,7 +322,9 @@ class GradientBuckets:
         holders = []
         for g in gradients:
             if g is not None:
-                holder = torch.empty((), dtype=g.dtype, device=g.device).expand(g.shape)
+                part = shards.local(g)
+                like = torch.empty((), dtype=g.dtype, device=g.device).expand(part.shape)
+                holder = shards.wrap(like, g)
                 holder.grad = g
                 holders.append(holder)
         groups = optimizer.param_groups
@@ -332,6 +349,18 @@ class GradientBuckets:
             f"{self.nbytes / 2**20:.1f} MiB)"
         )
 
+    def _average(self) -> None:
+        """Over the ranks of DistributedDataParallel, once a window."""
+        if self._ranks is None or self._extraction.reduced:
+            return
+        trained = [p.requires_grad for p in self._params]
+        try:
+            self._ranks.average((self._forget, self._retain), self._extraction.names, trained)
+        except BaseException as error:
+            self._extraction.spoil(f"the average over the ranks ended in {error!r}")
+            raise
+        self._extraction.reduced = True
+
     def _scales(self, retain_captures: int) -> tuple[float, float]:
         return (1 / self._forget.captures, 1 / retain_captures) if self._mean else (1.0, 1.0)
 
@@ -349,6 +378,8 @@ class GradientBuckets:
         no_rows = call.rule.scope == "element" and call.sums == 0
         # Where parameters need no rows of their own, a buffer is as good as the parameters in it.
         whole = (one_row or no_rows) and self._in_place and all(forget) and all(retain)
+        if self._shards is not None and not no_rows:
+            whole = whole and all(self._shards.counted)
         key = one_row, whole, tuple(forget), tuple(retain)
         return self._pipelines[bucket].get(
             key, self._backends, lambda: self._new_pipeline(call.rule, members, whole)
@@ -356,7 +387,9 @@ class GradientBuckets:
 
     def _new_pipeline(self, rule: Rule, members: Sequence[int], whole: bool) -> Pipeline:
         rows, keys = self._rows(rule)
-        forget, retain = ([_touched(side)[i] for i in members] for side in (self._forget, self._retain))
+        forget, retain = (
+            [_touched(side, side.views)[i] for i in members] for side in (self._forget, self._retain)
+        )
         neither = [f is None and r is None for f, r in zip(forget, retain, strict=True)]
         updates = [None if n else self._updates[i] for i, n in zip(members, neither, strict=True)]
         devices = {self._params[i].device for i in members}
@@ -368,6 +401,7 @@ class GradientBuckets:
             rows=[rows[i] for i in members],
             keys=keys,
             backends={d: b for d, b in self._backends.items() if d in devices},
+            shards=self._shards,
         )
         numel = pairs.numel()
         if whole:
@@ -375,6 +409,8 @@ class GradientBuckets:
             pairs.forget = [self._forget.buffers[b] for b in owners]
             pairs.retain = [self._retain.buffers[b] for b in owners]
             pairs.out, pairs.rows = pairs.retain, [0] * len(owners)
+            if pairs.shards is not None:
+                pairs.shards = pairs.shards._replace(counted=[True] * len(owners))
         return Pipeline(pairs, numel)
 
     def _check_unscaled(self, call: Call) -> None:
@@ -390,10 +426,10 @@ class GradientBuckets:
                 )
 
     def _finish(self) -> None:
-        touched = zip(self._updates, self._forget.touched, self._retain.touched, strict=True)
-        updates = [u if f or r else None for u, f, r in touched]
-        count_versions(updates)
-        self._extraction.finish(updates)
+        written = [f or r for f, r in zip(self._forget.touched, self._retain.touched, strict=True)]
+        count_versions(u for u, w in zip(self._updates, written, strict=True) if w)
+        grads = zip(self._update_grads, written, strict=True)
+        self._extraction.finish([u if w else None for u, w in grads])
 
 
 def _policy(nonfinite: Any) -> str:
@@ -402,8 +438,8 @@ def _policy(nonfinite: Any) -> str:
     return nonfinite
 
 
-def _touched(side: Side) -> list[Tensor | None]:
-    return [view if t else None for view, t in zip(side.views, side.touched, strict=True)]
+def _touched(side: Side, grads: Sequence[Tensor]) -> list[Tensor | None]:
+    return [g if t else None for g, t in zip(grads, side.touched, strict=True)]
 
 
 def _listed(params: Any) -> tuple[list[Hashable], list[str], list[Any]]:
@@ -442,5 +478,5 @@ def _check_parameter(name: str, p: Tensor) -> None:
         )
     if p.is_meta:
         raise ValueError(f"Parameter `{name}` should hold data. Found a meta tensor.")
-    if hasattr(p, "placements"):
-        raise TypeError(f"Parameter `{name}` should be a whole tensor on this rank. Found a DTensor.")
+    if shards.is_dtensor(p):
+        shards.check_reduced(f"Parameter `{name}`", p)

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sago import fsdp
 from sago.flat import clear, flatten
 from sago.guards import Guards
+from sago.shards import is_dtensor, local, local_as, wrap
 
 Arrived = Callable[[int, torch.device], None]
 
@@ -20,7 +22,8 @@ class Side:
     """The accumulators of one of the two gradients, and what is in them.
 
     Attributes:
-        views, owner, buffers: See `sago.flat.Flat`.
+        views, owner, buffers: See `sago.flat.Flat`; the views are of what this rank holds.
+        grads: The views as `p.grad` takes them.
         touched: Whether a backward of the window reached the parameter.
         captures: Captures of the window that had a backward.
     """
@@ -29,11 +32,21 @@ class Side:
         self, name: str, params: Sequence[Tensor], dtypes: Sequence[torch.dtype], capacity: float
     ) -> None:
         self.name = name
-        self.views, self.owner, self.buffers = flatten(params, dtypes, capacity)
+        self.views, self.owner, self.buffers = flatten([local(p.detach()) for p in params], dtypes, capacity)
+        self.grads = [wrap(view, p) for view, p in zip(self.views, params, strict=True)]
         self.touched = [False] * len(params)
         self.captures = 0
         self.written = False  # since it was cleared
         self.probed = [False] * len(params)  # for sparse gradients
+
+    def version(self, i: int) -> int:
+        """A number that changes when gradient `i` is written."""
+        view, grad = self.views[i], self.grads[i]
+        # Operations on a DTensor count there alone, and FSDP2 writes to what is within.
+        return view._version if grad is view else view._version + grad._version
+
+    def versions(self) -> list[int]:
+        return [self.version(i) for i in range(len(self.views))]
 
     def discard(self) -> None:
         self.touched = [False] * len(self.touched)
@@ -58,7 +71,7 @@ class _Capture:
     def __init__(self, side: Side, alone: bool) -> None:
         self.side = side
         self.alone = alone
-        self.versions = [view._version for view in side.views]
+        self.versions = side.versions()
         self.reached = False
         self.nested = False
         self.handles: list[Any] = []
@@ -73,6 +86,7 @@ class Extraction:
         names, params: The parameters; all of them require grad.
         frozen: Names and parameters that do not, and should not begin to.
         module: Where the parameters come from, if that is known.
+        sharded: The modules of FSDP2 that the parameters are in.
         dtypes: Of the accumulators.
         capacity: Bytes of a buffer.
     """
@@ -83,6 +97,7 @@ class Extraction:
         params: Sequence[Tensor],
         frozen: Sequence[tuple[str, Tensor]],
         module: torch.nn.Module | None,
+        sharded: Sequence[torch.nn.Module],
         dtypes: Sequence[torch.dtype],
         capacity: float,
     ) -> None:
@@ -91,9 +106,12 @@ class Extraction:
         self.retain = Side("retain", params, dtypes, capacity)
         self.unscaled: set[int] = set()  # positions of parameters
         self._open: list[_Capture] = []
+        self.reduced = False  # over the ranks, which ends the captures of a window
         self._failure: str | None = None  # why the gradients of the window are not whole
         self._updates: Sequence[Tensor | None] | None = None  # that `finish` has put under `p.grad`
-        self._frozen, self._module = frozen, module
+        self._frozen, self._sharded = frozen, sharded
+        # Between forward and backward FSDP has other parameters in its modules.
+        self._module = None if sharded else module
         self._described = [_describe(p) for p in params]
         self._guards = Guards(params)
         self._members = None if module is None else [id(p) for p in module.parameters()]
@@ -154,6 +172,7 @@ class Extraction:
             )
         for p in self.params:
             p.grad = None
+        fsdp.discard(self._sharded)
         self._updates = None
         self._discard()
         self.forget.clear()
@@ -163,6 +182,7 @@ class Extraction:
         self.forget.discard()
         self.retain.discard()
         self._failure = None
+        self.reduced = False
         self.unscaled = set()
 
     def _enter(self, side: Side, arrived: Arrived | None) -> _Capture:
@@ -223,6 +243,12 @@ class Extraction:
             found = f"a {capture.side.name} capture was closed before one within it"
             self.spoil(found)
             raise ValueError(f"Captures should be closed in reverse order. Found that {found}.")
+        if error is None:
+            try:
+                fsdp.check_synced(self._sharded)
+            except ValueError as held_back:
+                self.spoil(str(held_back))
+                raise
         if error is None and not capture.reached and not capture.nested:
             raise ValueError(
                 f"A {capture.side.name} capture should have a backward in it that reaches a parameter. "
@@ -236,10 +262,10 @@ class Extraction:
                 self._open[-1].nested = True
 
     def _install(self, capture: _Capture) -> None:
-        views = capture.side.views
-        for p, view, wider in zip(self.params, views, self._wider, strict=True):
-            p.grad = None if wider else view
-        capture.versions = [view._version for view in views]
+        side = capture.side
+        for p, grad, wider in zip(self.params, side.grads, self._wider, strict=True):
+            p.grad = None if wider else grad
+        capture.versions = side.versions()
 
     def _collect(self, capture: _Capture) -> None:
         """Notes what backwards did since the accumulators were put under `p.grad`."""
@@ -249,15 +275,16 @@ class Extraction:
         kept = not any(side.touched)
         for i, (p, view) in enumerate(zip(self.params, side.views, strict=True)):
             g = p.grad
-            kept |= side.touched[i] and (g is view or self._wider[i] or (g is not None and g.requires_grad))
+            own = g is side.grads[i]
+            kept |= side.touched[i] and (own or self._wider[i] or (g is not None and g.requires_grad))
             if g is None and not self._wider[i]:  # zero_grad(set_to_none=True), and no backward since
-                if side.touched[i] or view._version != capture.versions[i]:
+                if side.touched[i] or side.version(i) != capture.versions[i]:
                     clear([view])
                 side.touched[i] = False
                 continue
-            if g is not view:
+            if not own:
                 self._settle(side, i)
-            if view._version != capture.versions[i]:
+            if side.version(i) != capture.versions[i]:
                 side.touched[i] = capture.reached = side.written = True
         if not kept:  # zero_grad(set_to_none=True) has dropped the captures before
             side.captures = 0
@@ -269,26 +296,33 @@ class Extraction:
         Autograd makes one behind a zero_grad(set_to_none=True), and with create_graph.
         """
         view, g = side.views[i], self.params[i].grad
-        if g is None or g is view:
+        if g is None or g is side.grads[i]:
             return
         _refuse_sparse(self.names[i], g)
+        g = local_as(g, self.params[i])
         view.add_(g) if self._wider[i] else view.copy_(g)
 
     @torch.no_grad()
     def _widen(self, capture: _Capture, i: int, p: Tensor) -> None:
         """Adds to the wider accumulator what autograd has put into `p.grad`."""
         if self._open[-1] is capture and p.grad is not None:
-            capture.side.views[i].add_(p.grad)
+            capture.side.views[i].add_(local_as(p.grad, p))
             p.grad = None
 
     def _arrive(self, capture: _Capture, arrived: Arrived, i: int, p: Tensor) -> None:
         self._settle(capture.side, i)
-        p.grad = None if self._wider[i] else capture.side.views[i]
+        p.grad = None if self._wider[i] else capture.side.grads[i]
         capture.side.touched[i] = capture.reached = capture.side.written = True
         arrived(i, p.device)
 
     def _check_start(self) -> None:
         self._check_whole()
+        fsdp.check_synced(self._sharded)
+        if self.reduced:
+            raise ValueError(
+                "Gradients should be captured before they are averaged over the ranks. Found a capture after "
+                "it. Call synthesize_, or zero_ to start anew."
+            )
         if self.unscaled:
             raise ValueError(
                 "Gradients should be captured before unscale_: scaled and unscaled ones do not add up. Found "
@@ -304,11 +338,6 @@ class Extraction:
             self._updates = None
         self._check_outside()
         self._check_parameters()
-        if any(self._wider) and ranks() > 1:
-            raise ValueError(
-                "`accumulate_dtype` should be left out where torch.distributed has several ranks: the hook "
-                f"that widens a gradient comes before DDP reduces it. Found {ranks()} ranks."
-            )
         for name, p in self._frozen:
             if p.requires_grad:
                 raise ValueError(
@@ -357,13 +386,14 @@ def _refuse_sparse(name: str, g: Tensor) -> None:
         )
 
 
-def _describe(p: Tensor) -> tuple[torch.dtype, torch.device, torch.Size]:
-    return p.dtype, p.device, p.shape
+def _describe(p: Any) -> tuple[torch.dtype, torch.device, torch.Size, Any]:
+    return p.dtype, p.device, p.shape, p.placements if is_dtensor(p) else None
 
 
-def _text(description: tuple[torch.dtype, torch.device, torch.Size]) -> str:
-    dtype, device, shape = description
-    return f"{dtype} {tuple(shape)} on {device}"
+def _text(description: tuple[torch.dtype, torch.device, torch.Size, Any]) -> str:
+    dtype, device, shape, placements = description
+    placed = "" if placements is None else f", placed {placements}"
+    return f"{dtype} {tuple(shape)} on {device}{placed}"
 
 
 def ranks() -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from importlib import import_module
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -36,11 +36,19 @@ class Part(NamedTuple):
     after: list[tuple[Tensor, Tensor]]
 
 
+def _nothing() -> None:
+    pass
+
+
 class Sums(NamedTuple):
-    """Sums over the gradients, fp64 `[rows, columns]`, and the elements of each row."""
+    """Sums over the gradients, fp64 `[rows, columns]`, and the elements of each row.
+
+    What other ranks have is in the table once `wait` was called.
+    """
 
     table: Tensor
     elements: Tensor | Sequence[int]
+    wait: Callable[[], object] = _nothing
 
 
 class Pipeline:
@@ -57,7 +65,17 @@ class Pipeline:
         self.numel = numel
         self.writing = False
         self._elements: Tensor | None = None
-        self.parts = [_part(pairs, device, backend) for device, backend in pairs.backends.items()]
+        self._shards = pairs.shards
+        rows, report_rows = pairs.rows, list(range(len(self.keys)))
+        if self._shards is not None:
+            rows = _apart(rows, self._shards.counted, report_rows)
+        self.parts = [
+            _part(pairs, rows, len(report_rows), device, backend)
+            for device, backend in pairs.backends.items()
+        ]
+        self._index: Tensor | None = None
+        if len(report_rows) > len(self.keys):
+            self._index = upload(report_rows, torch.int64, self.parts[0].device)
 
     def release(self) -> bool:
         """Leaves it to the caller to keep the pairs alive. False where not only addresses are needed."""
@@ -79,13 +97,21 @@ class Pipeline:
             if part.before:
                 _copy(part.before)
         # Sums that decide on the update come ahead of it, and so do sums for `reduce_gram`: it may raise.
+        # The collective of shards may fail behind it.
         ahead = columns > 0 and (rule.scope != "element" or call.limited or call.reduce_gram is not None)
         sums = gram = coefficients = None
+        if columns and self._shards is not None:
+            self._shards.over.check_same(self._shards.layout, self.parts[0].device)
         if ahead:
             sums = self._reduced([part.module.gram(part.batch, columns) for part in self.parts], call)
+            sums.wait()
+            sums = sums._replace(wait=_nothing)
             gram = _gram(rule, sums.table)
         if call.limited or call.scales != (1.0, 1.0):
             coefficients = _limited(call, sums, gram, self.parts[0].device)
+            coefficients = coefficients._replace(values=self._all_rows(coefficients.values))
+        if gram is not None:
+            gram = self._all_rows(gram)
         taken = []
         self.writing = True
         for part in self.parts:
@@ -110,11 +136,16 @@ class Pipeline:
         return sums
 
     def _reduced(self, tables: Sequence[Tensor], call: Call) -> Sums:
-        """The tables of all devices and, through `reduce_gram`, of all ranks added up."""
+        """The tables of all devices and of all ranks added up."""
         table = tables[0]
         for other in tables[1:]:
             table = table + other.to(table.device)
-        elements: Tensor | Sequence[int] = self.numel
+        table = table[: len(self.keys)]
+        if call.scales != (1.0, 1.0):
+            f, r = call.scales
+            factors = [f * f, f * r, r * r, 1.0, 1.0, 1.0, f * f, f * r, r * r]
+            columns = [column * x for column, x in zip(table.unbind(1), factors, strict=False)]
+            table = torch.stack(columns, dim=1)
         if call.reduce_gram is not None:
             counts = self._elements
             if counts is None:
@@ -122,21 +153,35 @@ class Pipeline:
                 if not is_capturing([table.device]):  # what a graph copies is not there before its replay
                     self._elements = counts
             table = call.reduce_gram(torch.cat([table, counts[:, None]], dim=1))
-            table, elements = table[:, :-1], table[:, -1]
-        if call.scales != (1.0, 1.0):
-            f, r = call.scales
-            factors = [f * f, f * r, r * r, 1.0, 1.0, 1.0, f * f, f * r, r * r]
-            columns = [column * x for column, x in zip(table.unbind(1), factors, strict=False)]
-            table = torch.stack(columns, dim=1)
-        return Sums(table, elements)
+            return Sums(table[:, :-1], table[:, -1])
+        if self._shards is not None:
+            return Sums(table, self.numel, self._shards.over.start(table))
+        return Sums(table, self.numel)
+
+    def _all_rows(self, values: Tensor) -> Tensor:
+        """Values of the report's rows for the rows of the batches; one row may stand for all."""
+        return values if self._index is None or len(values) < len(self.keys) else values[self._index]
 
 
-def _part(pairs: Pairs, device: torch.device, backend: str) -> Part:
+def _apart(rows: Sequence[int], counted: Sequence[bool], known: list[int]) -> list[int]:
+    """Rows in which what another rank counts is apart; `known` has the report's row of each, and grows."""
+    spare: dict[int, int] = {}
+    found = list(rows)
+    for i, row in enumerate(rows):
+        if not counted[i]:
+            if row not in spare:
+                spare[row] = len(known)
+                known.append(row)
+            found[i] = spare[row]
+    return found
+
+
+def _part(pairs: Pairs, row_of: Sequence[int], row_count: int, device: torch.device, backend: str) -> Part:
     module = import_module(MODULES[backend])
     forget, retain, out, rows = [], [], [], []
     before: list[tuple[Tensor, Tensor]] = []
     after: list[tuple[Tensor, Tensor]] = []
-    for f, r, o, row in zip(pairs.forget, pairs.retain, pairs.out, pairs.rows, strict=True):
+    for f, r, o, row in zip(pairs.forget, pairs.retain, pairs.out, row_of, strict=True):
         if o is None or o.device != device or o.numel() == 0:
             continue
         tensors = [t for t in (f, r, o) if t is not None]
@@ -148,7 +193,7 @@ def _part(pairs: Pairs, device: torch.device, backend: str) -> Part:
         retain.append(r)
         out.append(o)
         rows.append(row)
-    batch = module.Batch(device, forget, retain, out, rows, len(pairs.keys))
+    batch = module.Batch(device, forget, retain, out, rows, row_count)
     return Part(module, batch, device, before, after)
 
 
@@ -215,15 +260,14 @@ def report(call: Call, keys: Sequence[Hashable], numel: Sequence[int], sums: Sum
     """What `sums` say, and of the update what follows from them."""
     if sums is None:
         return SynthesisReport(call.rule.name, keys, numel, dict)
-    table, elements = sums
     # A weight on the device may have another value by the time the report is read.
     gamma, alpha = (w.clone() if isinstance(w, Tensor) else w for w in (call.gamma, call.alpha))
-    return SynthesisReport(
-        call.rule.name,
-        keys,
-        elements,
-        lambda: _columns(call.rule, table, gamma, alpha, call.eps, call.nonfinite),
-    )
+
+    def columns() -> dict[str, Tensor]:
+        sums.wait()
+        return _columns(call.rule, sums.table, gamma, alpha, call.eps, call.nonfinite)
+
+    return SynthesisReport(call.rule.name, keys, sums.elements, columns)
 
 
 def _columns(

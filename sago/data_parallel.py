@@ -1,0 +1,123 @@
+"""Gradients of DistributedDataParallel: averaged over its ranks once a window, in flat buffers."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sago.distributed import all_reduce
+from sago.shards import is_dtensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from sago.extraction import Side
+
+
+class DataParallel:
+    """The ranks that each have a gradient of their own batch, which are averaged before the synthesis.
+
+    Args:
+        group: Of the ranks.
+        partial: Whether a backward may leave out parameters, on some ranks or on all.
+    """
+
+    def __init__(self, group: ProcessGroup, partial: bool) -> None:
+        self._group, self._partial = group, partial
+
+    def average(self, sides: Sequence[Side], names: Sequence[str], trained: Sequence[bool]) -> None:
+        """Means over the ranks in all accumulators, and on every rank the same notes of what was reached."""
+        works = [self._begin(buffer) for side in sides for buffer in side.buffers]
+        if self._partial:
+            self._share(sides)
+        else:
+            for name, t, reached in zip(
+                names, trained, zip(*(s.touched for s in sides), strict=True), strict=True
+            ):
+                if t and not any(reached):
+                    raise ValueError(
+                        f"Parameter `{name}` should be reached by a backward of either side. Found that none "
+                        "did on this rank: make DistributedDataParallel with find_unused_parameters=True."
+                    )
+            for side in sides:
+                side.touched = list(trained)
+        for wait in works:
+            wait()
+
+    def _begin(self, buffer: Tensor) -> Any:
+        size = dist.get_world_size(self._group)
+        if dist.get_backend(self._group) == "nccl":
+            return all_reduce(buffer, self._group, dist.ReduceOp.AVG)
+        return all_reduce(buffer.div_(size), self._group, dist.ReduceOp.SUM)
+
+    def _share(self, sides: Sequence[Side]) -> None:
+        buffer = sides[0].buffers[0]
+        reached = torch.tensor([side.touched for side in sides], dtype=torch.uint8).to(buffer.device)
+        all_reduce(reached, self._group, dist.ReduceOp.MAX)()
+        for side, touched in zip(sides, reached.bool().tolist(), strict=True):
+            side.touched = touched
+
+
+def take_over(source: Any, params: Sequence[Tensor], names: Sequence[str]) -> DataParallel | None:
+    """Switches off the reduction of the DistributedDataParallel module that has these parameters.
+
+    DDP reduces in the first backward after a forward, and not in a second one: of two forwards followed by
+    two backwards, the second gradient stays that of the rank. None where there is no such module.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    for ddp in _owners(source, params, torch.nn.parallel.DistributedDataParallel):
+        reduced = {id(p) for n, p in ddp.module.named_parameters() if n not in ddp.parameters_to_ignore}
+        left = {id(p): n for n, p in ddp.module.named_parameters() if p.requires_grad}
+        for name, p in zip(names, params, strict=True):
+            left.pop(id(p), None)
+            if id(p) not in reduced:
+                raise ValueError(
+                    f"Parameter `{name}` should be reduced by DistributedDataParallel as the others are. "
+                    "Found that it is not."
+                )
+        if left:
+            raise ValueError(
+                "All trained parameters of a DistributedDataParallel module should be given, because its own "
+                f"reduction is switched off. Found `{next(iter(left.values()))}` left out: freeze it with "
+                "requires_grad_(False), or give it, too."
+            )
+        if ddp._comm_hooks:
+            raise ValueError(
+                "DistributedDataParallel should be without a communication hook, because gradients are "
+                "reduced in flat buffers in its place. Found one."
+            )
+        ddp.require_backward_grad_sync = False
+        return DataParallel(ddp.process_group, ddp.find_unused_parameters)
+    return None
+
+
+def sharded(source: Any, params: Sequence[Tensor]) -> Sequence[torch.nn.Module]:
+    """The modules of FSDP2 that the parameters are in. Refuses those of FSDP1."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return []
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    if _owners(source, params, FullyShardedDataParallel):
+        raise ValueError(
+            "Parameters should be sharded by fully_shard (FSDP2; fsdp_version: 2 in accelerate). Found "
+            "FullyShardedDataParallel, in whose flat parameters tensors have no gradients of their own."
+        )
+    return _owners(source, params, FSDPModule) if any(map(is_dtensor, params)) else []
+
+
+def _owners(source: Any, params: Sequence[Tensor], kind: Any) -> list[Any]:
+    """The modules of this kind in the source of the parameters, or around any of them."""
+    if isinstance(source, torch.nn.Module):
+        found = [m for m in source.modules() if isinstance(m, kind)]
+        if found:
+            return found
+    # Wrappers leave no mark on parameters, so the living ones are looked through, once.
+    wanted = {id(p) for p in params}
+    living = [o for o in gc.get_objects() if issubclass(type(o), kind)]
+    return [m for m in living if any(id(p) in wanted for p in m.parameters())]

@@ -1,0 +1,128 @@
+"""What a rank holds of gradients that are spread over a mesh, read from their placements."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.distributed import get_rank
+
+from sago.distributed import SumOver
+
+
+class Shards(NamedTuple):
+    """A list of gradients, as all ranks of a mesh hold it.
+
+    Attributes:
+        counted: For each, whether this rank's part enters the sums: of the ranks that hold the same part, the
+            first counts it.
+        numel: Elements of the whole gradients.
+        over: All ranks of the mesh.
+        layout: What is the same on every rank.
+    """
+
+    counted: list[bool]
+    numel: list[int]
+    over: SumOver
+    layout: Sequence[object]
+
+
+def is_dtensor(t: Any) -> bool:
+    return type(t) is not Tensor and hasattr(t, "placements") and hasattr(t, "to_local")
+
+
+def local(t: Any) -> Any:
+    """The part of a tensor that this rank holds, in its memory."""
+    return t.to_local() if is_dtensor(t) else t
+
+
+def local_as(t: Any, like: Any) -> Any:
+    """`local(t)`, of `t` as `like` is placed."""
+    if is_dtensor(t) and is_dtensor(like) and t.placements != like.placements:
+        t = t.redistribute(placements=like.placements)
+    return local(t)
+
+
+def wrap(part: Tensor, like: Any) -> Any:
+    """The DTensor placed as `like` is, of which this rank holds `part`; `part` itself if `like` is none."""
+    if not is_dtensor(like):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def check_placed(i: int, tensors: Sequence[Any]) -> None:
+    """Raises for forget, retain and out of gradient `i` unless they are placed alike and reduced."""
+    if not any(map(is_dtensor, tensors)):
+        return
+    found = [t for t in tensors if t is not None]
+    if not all(map(is_dtensor, found)):
+        raise TypeError(f"Forget, retain and out of gradient {i} should all be DTensors or none. Found both.")
+    first = found[0]
+    for t in found:
+        if t.device_mesh != first.device_mesh or t.placements != first.placements:
+            raise ValueError(
+                f"Forget, retain and out of gradient {i} should have the same mesh and placements. "
+                f"Found {first.placements} and {t.placements}."
+            )
+    check_reduced(f"Gradient {i}", first)
+
+
+def check_reduced(name: str, t: Any) -> None:
+    if any(p.is_partial() for p in t.placements):
+        raise ValueError(
+            f"{name} should be reduced before it is synthesized, because no rule but a sum commutes with the "
+            f"reduction. Found placements {t.placements}."
+        )
+    if t.device_mesh.get_coordinate() is None:
+        raise ValueError(f"{name} should be on a mesh that has this rank. Found {t.device_mesh}.")
+
+
+def read(gradients: Sequence[Any], rows: Sequence[int]) -> Shards | None:
+    """How a list is spread, for one tensor of each pair. None if no DTensor among them is sharded.
+
+    All are summed over the largest mesh. Tensors on a part of it, and those that are no DTensors, are taken
+    to be the same on every other part.
+    """
+    meshes: dict[Any, int] = {}
+    for i, t in enumerate(gradients):
+        if is_dtensor(t):
+            meshes.setdefault(t.device_mesh, i)
+    parts = [t for t in gradients if is_dtensor(t) and t.device_mesh.size() > 1]
+    if all(_is_replicate(p) for t in parts for p in t.placements):
+        return None
+    ranks = {mesh: mesh.mesh.flatten().tolist() for mesh in meshes}
+    largest = max(meshes, key=lambda mesh: mesh.size())
+    for mesh, i in meshes.items():
+        if not set(ranks[mesh]) <= set(ranks[largest]):
+            raise ValueError(
+                "DTensors of one list should lie on one mesh or on parts of it, because their sums are added "
+                f"up over its ranks. Found gradient {meshes[largest]} on {largest} and gradient {i} on "
+                f"{mesh}. Synthesize them apart, or pass `reduce_gram=`."
+            )
+    origin = ranks[largest][0]
+    there = {mesh: origin in ranks[mesh] for mesh in meshes}
+    counted, numel, layout = [], [], []
+    for t, row in zip(gradients, rows, strict=True):
+        placements = str(t.placements) if is_dtensor(t) else ""
+        if is_dtensor(t):
+            counted.append(there[t.device_mesh] and _is_first(t))
+        else:
+            counted.append(origin == get_rank())
+        numel.append(0 if t is None else t.numel())
+        layout.append((row, None if t is None else (tuple(t.shape), str(t.dtype), placements)))
+    return Shards(counted, numel, SumOver(largest), layout)
+
+
+def _is_first(t: Any) -> bool:
+    coordinates = t.device_mesh.get_coordinate()
+    return all(x == 0 for x, p in zip(coordinates, t.placements, strict=True) if _is_replicate(p))
+
+
+def _is_replicate(placement: Any) -> bool:
+    replicate: bool = placement.is_replicate()
+    return replicate
