@@ -51,15 +51,15 @@ class Ranks:
         self._pipes: list[Any] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
-    def __call__(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """What `function(*args)` returns on each rank. It is found by its name, in a module.
+    def __call__(self, function: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
+        """What `function(*args, **options)` returns on each rank, where it is found by its name.
 
         Raises:
             RankError: If it raises on any rank, if a rank dies, or if one does not answer.
         """
         if not self._processes:
             self._start()
-        message = pickle.dumps((function, args))
+        message = pickle.dumps((function, args, options))
         for pipe in self._pipes:
             try:
                 pipe.send_bytes(message)
@@ -130,8 +130,8 @@ def _serve(pipe: Any, rank: int, world: int, store: str, timeout: float) -> None
             if not dist.is_initialized():
                 limit = timedelta(seconds=timeout)
                 dist.init_process_group("gloo", f"file://{store}", limit, world, rank)
-            function, args = pickle.loads(message)
-            answer = pickle.dumps((function(*args), None))
+            function, args, options = pickle.loads(message)
+            answer = pickle.dumps((function(*args, **options), None))
         except BaseException:
             answer = pickle.dumps((None, traceback.format_exc()))
         pipe.send_bytes(answer)

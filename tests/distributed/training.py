@@ -180,7 +180,8 @@ def train(
 
 def buckets_of(model: nn.Module, run: Run, **options: Any) -> sago.GradientBuckets:
     if run.grouped:
-        options["groups"] = [name.split("blocks.")[-1][:2] for name, _ in model.named_parameters()]
+        names = [name.removeprefix("module.") for name, _ in model.named_parameters()]
+        options["groups"] = ["".join(name.split(".")[:2]) if "blocks" in name else "rest" for name in names]
     return sago.GradientBuckets(model, accumulation="mean" if run.mean else "sum", **options)
 
 
