@@ -75,6 +75,12 @@ class GradientBuckets:
         bucket_cap_mb: MiB that a flat buffer has at most; a larger tensor has a buffer of its own.
         backend: As in `sago.synthesize_`.
 
+    On several ranks: DTensor parameters (FSDP2, HSDP, tensor parallel) are captured and synthesized shard by
+    shard. The gradients of a DistributedDataParallel module are averaged over its ranks once a window, in the
+    flat accumulators, at the start of `synthesize_` or `unscale_`; its own reduction, which would miss the
+    second of two backwards, is switched off here for good. Make the buckets after the model was wrapped and
+    before the first forward.
+
     A parameter that is frozen later has no gradient from then on. One that is unfrozen, moved, cast or
     resized, and, if a module is given, one that is added to it, is an error in the next window: make new
     buckets then.
@@ -353,9 +359,11 @@ class GradientBuckets:
         """Over the ranks of DistributedDataParallel, once a window."""
         if self._ranks is None or self._extraction.reduced:
             return
+        sides = self._forget, self._retain
         trained = [p.requires_grad for p in self._params]
+        self._ranks.check_reached(sides, self._extraction.names, trained)
         try:
-            self._ranks.average((self._forget, self._retain), self._extraction.names, trained)
+            self._ranks.average(sides, trained)
         except BaseException as error:
             self._extraction.spoil(f"the average over the ranks ended in {error!r}")
             raise

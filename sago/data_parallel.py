@@ -30,20 +30,22 @@ class DataParallel:
     def __init__(self, group: ProcessGroup, partial: bool) -> None:
         self._group, self._partial = group, partial
 
-    def average(self, sides: Sequence[Side], names: Sequence[str], trained: Sequence[bool]) -> None:
+    def check_reached(self, sides: Sequence[Side], names: Sequence[str], trained: Sequence[bool]) -> None:
+        """Raises where a parameter has no gradient, if no backward may leave one out."""
+        reached = zip(*(side.touched for side in sides), strict=True)
+        for name, t, there in zip(names, trained, reached, strict=True):
+            if t and not any(there) and not self._partial:
+                raise ValueError(
+                    f"Parameter `{name}` should be reached by a backward of either side. Found that none "
+                    "did on this rank: make DistributedDataParallel with find_unused_parameters=True."
+                )
+
+    def average(self, sides: Sequence[Side], trained: Sequence[bool]) -> None:
         """Means over the ranks in all accumulators, and on every rank the same notes of what was reached."""
         works = [self._begin(buffer) for side in sides for buffer in side.buffers]
         if self._partial:
             self._share(sides)
         else:
-            for name, t, reached in zip(
-                names, trained, zip(*(s.touched for s in sides), strict=True), strict=True
-            ):
-                if t and not any(reached):
-                    raise ValueError(
-                        f"Parameter `{name}` should be reached by a backward of either side. Found that none "
-                        "did on this rank: make DistributedDataParallel with find_unused_parameters=True."
-                    )
             for side in sides:
                 side.touched = list(trained)
         for wait in works:
@@ -86,6 +88,11 @@ def take_over(source: Any, params: Sequence[Tensor], names: Sequence[str]) -> Da
                 "All trained parameters of a DistributedDataParallel module should be given, because its own "
                 f"reduction is switched off. Found `{next(iter(left.values()))}` left out: freeze it with "
                 "requires_grad_(False), or give it, too."
+            )
+        if ddp.static_graph:
+            raise ValueError(
+                "DistributedDataParallel should be without static_graph, which cannot do without its own "
+                "reduction. Found static_graph=True."
             )
         if ddp._comm_hooks:
             raise ValueError(

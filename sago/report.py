@@ -44,8 +44,8 @@ class SynthesisReport:
 
     A field that was not computed (`stats=False`) is None and its name stands in `absent`. Reading a
     field enqueues at most a few operations on `[groups]` values; only `summary`, `table` and `to_dict`
-    wait for the device. The first read fixes the values. For sharded gradients the numbers are this
-    rank's, unless the synthesis was given `reduce_gram`.
+    wait for the device. The first read fixes the values. They are those of whole gradients for DTensors
+    and where the synthesis was given `reduce_gram`; of other shards, of what this rank has.
 
     Attributes:
         rule: The rule's name.

@@ -36,7 +36,8 @@ def synthesize_(
 
     Args:
         forget: Gradients of the forget loss as minimised: a tensor or a sequence of tensors, bf16, fp16,
-            fp32 or fp64, of any shape. None is a zero gradient.
+            fp32 or fp64, of any shape. None is a zero gradient. Of DTensors each rank works on its shards; a
+            rule or report with inner products takes one all-reduce of a small table over their mesh.
         retain: Gradients of the retain loss, pairwise of the same shape and device as `forget`; the dtype
             may differ. Overwritten unless `out` says otherwise.
         rule: A name or a `sago.Rule`.
@@ -49,7 +50,8 @@ def synthesize_(
         stats: Whether to count conflicts and non-finite elements, and to take the inner products where the
             rule itself does not need them.
         reduce_gram: Sums an fp64 tensor `[groups, k]` over the ranks that hold the other shards of the
-            gradients, in place or as its result. Called once, if any sums are taken.
+            gradients, in place or as its result; see `sago.distributed.SumOver`. Called once, if any sums
+            are taken. Not needed for DTensors, where it takes the place of the all-reduce.
         backend: "triton" (the default on CUDA and ROCm), "compiled" (the default on the CPU) or "reference".
 
     Returns:
