@@ -10,6 +10,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing import connection
 from typing import Any
@@ -61,10 +62,8 @@ class Ranks:
             self._start()
         message = pickle.dumps((function, args, options))
         for pipe in self._pipes:
-            try:
+            with suppress(OSError):  # it has died since the last call: no answer will come
                 pipe.send_bytes(message)
-            except OSError:  # it died since the last call: no answer comes
-                pass
         return self._answers(self.patience)
 
     def stop(self) -> None:
@@ -118,7 +117,9 @@ def _serve(pipe: Any, rank: int, world: int, store: str, timeout: float) -> None
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     # As launchers set them, for those who look there.
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world)
+    )
     os.environ["OMP_NUM_THREADS"] = "1"
     pipe.send_bytes(pickle.dumps((None, None)))  # only now: others may have taken longer to import torch
     while True:

@@ -133,7 +133,7 @@ GIVEN = (7, 1, 33)
 
 
 def of_rank(rank, dtype):
-    """Gradients that a rank has of its own: multiples of 1/8, so that sums over two ranks are exact in fp32."""
+    """Gradients that a rank has of its own: multiples of 1/8, whose sums over two ranks are exact in fp32."""
     sides = [inputs.normal(sum(GIVEN), 50 + 10 * k + rank) for k in range(2)]
     return [[(8 * t).round().div(8).to(dtype) for t in side.split(GIVEN)] for side in sides]
 

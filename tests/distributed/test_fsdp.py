@@ -18,15 +18,14 @@ from tests.distributed.training import (
     assert_as_single,
     assert_equal_reports,
     assert_equal_results,
-    assert_same_bits,
     batches,
     buckets_of,
     fields,
     losses_of,
     mesh_of,
     runs,
-    share,
     sharded,
+    share,
     single,
     tensor_parallel,
     train,
@@ -118,7 +117,7 @@ def test_sums_over_all_ranks_by_hand_are_as_on_one_process(ranks_of, layout, wor
     assert_as_single(ranks_of(world)(by_hand, layout, "ranks"), replicas)
 
 
-# The update of a rule is wrong only where its coefficient is: what is counted twice in fr and rr alike cancels.
+# An update is wrong only where a coefficient is: what is counted twice in fr and in rr cancels.
 @pytest.mark.parametrize(
     ("layout", "over", "spoilt"),
     [
@@ -179,7 +178,7 @@ def test_one_all_reduce_of_a_small_table_a_synthesis_or_none(ranks_of, layout, w
 
 
 def with_inf(layout, world):
-    """An inf that one rank alone finds in its part of one gradient, and gradients of which nothing is left."""
+    """An inf in the part of one gradient that one rank alone holds."""
     found = []
     for rule, policy in (("sago", "propagate"), ("pcgrad", "propagate"), ("pcgrad", "zero_update")):
         model, _, part = (transformer(), None, (0, 1)) if world == 1 else laid_out(layout)

@@ -1,7 +1,7 @@
 """Training runs that should end alike on one process and on several.
 
-Everything is in fp64. A gated rule looks at signs, so a rounding can turn an element of the update over; here a
-rounding is about 1e-16, and `single` asserts that no element of a gradient is nearly that close to 0.
+Everything is in fp64. A gated rule looks at signs, so a rounding can turn an element of the update over; here
+a rounding is about 1e-16, and `single` asserts that no element of a gradient is nearly that close to 0.
 """
 
 from __future__ import annotations
@@ -233,12 +233,13 @@ def parameters(model: nn.Module) -> tuple[dict[str, Tensor], dict[Any, Tensor]]:
     )
 
 
-def part(t: Tensor) -> tuple[tuple[str, int], ...]:
+def part(t: Tensor) -> tuple[tuple[str | int, int], ...]:
     """This rank's place along the dimensions of the mesh over which `t` is sharded."""
     if not isinstance(t, DTensor):
         return ()
     mesh = t.device_mesh
-    dims = zip(mesh.mesh_dim_names, t.placements, strict=True)
+    names = mesh.mesh_dim_names or range(mesh.ndim)
+    dims = zip(names, t.placements, strict=True)
     return tuple((name, mesh.get_local_rank(name)) for name, p in dims if not p.is_replicate())
 
 
