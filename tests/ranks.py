@@ -95,7 +95,7 @@ class Ranks:
     def _answers(self, patience: float) -> list[Any]:
         results: list[Any] = [None] * self.world
         errors: list[str | None] = [None] * self.world
-        waiting = {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        waiting: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(self._pipes)}
         until = time.monotonic() + patience
         while waiting and (ready := connection.wait(list(waiting), max(0.0, until - time.monotonic()))):
             for pipe in ready:
@@ -106,7 +106,7 @@ class Ranks:
                     self._processes[rank].join()
                     errors[rank] = f"died, exit code {self._processes[rank].exitcode}"
         for rank in waiting.values():
-            errors[rank] = f"no answer within {patience} s"
+            errors[rank] = f"no answer within {patience:g} s"
         if any(error is not None for error in errors):
             self.stop()
             raise RankError(errors)

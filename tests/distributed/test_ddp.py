@@ -38,19 +38,19 @@ def replicated(**options):
     return DistributedDataParallel(transformer(), **options)
 
 
-def trained(order, **options):
-    return {run: train(replicated(**options), run, share()) for run in runs(order)}
+def trained(chosen, **options):
+    return {run: train(replicated(**options), run, share()) for run in chosen}
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("as_view", [False, True])
 def test_as_on_one_process(ranks2, order, as_view):
-    found = ranks2(trained, order, gradient_as_bucket_view=as_view)
+    found = ranks2(trained, runs(order), gradient_as_bucket_view=as_view)
     assert_as_single(found, replicas=True)
 
 
 def test_as_on_one_process_with_four_ranks(ranks4):
-    assert_as_single(ranks4(trained, FORWARDS_FIRST), replicas=True)
+    assert_as_single(ranks4(trained, runs(FORWARDS_FIRST)[1::2]), replicas=True)
 
 
 def trained_in_other_ways():
