@@ -1,10 +1,10 @@
 """How far a synthesis moves with the number of shards that the gradients are split into.
 
-Ranks are simulated, one after another. Each has what `fully_shard` would give it of every gradient: a chunk of
-dim 0, uneven or empty where it does not divide. The library itself takes the sums of every rank, the table that it
-gives to `reduce_gram`; the tables are added up in the order of a ring, its reverse, a tree or at random; and the
-library makes the update of every rank from the total. The contrast is a rank that projects with the inner products
-of its own shards.
+Ranks are simulated, one after another. Each has what `fully_shard` would give it of every gradient: a chunk
+of dim 0, uneven or empty where it does not divide. The library itself takes the sums of every rank, the table
+that it gives to `reduce_gram`; the tables are added up in the order of a ring, its reverse, a tree or at
+random; and the library makes the update of every rank from the total. The contrast is a rank that projects
+with the inner products of its own shards.
 
 The gradients are those of two texts on a small Llama, untrained.
 """
@@ -143,7 +143,7 @@ class Ranks:
 
 
 def ring(tables: Tables) -> Tensor:
-    """Their sum as a ring has it: each of `len(tables)` chunks begins at a rank of its own and goes around."""
+    """Their sum as a ring has it: each of `len(tables)` chunks begins at another rank and goes around."""
     count, stacked = len(tables), torch.stack([table.flatten() for table in tables])
     numel = stacked.shape[1]
     columns = torch.arange(numel)

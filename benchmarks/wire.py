@@ -1,8 +1,8 @@
-"""What a training step puts on the wire: collectives, bytes and rounds, by engine. Counted, nothing is timed.
+"""What a training step puts on the wire: collectives, bytes and rounds, by engine. Counted, not timed.
 
-The collectives are those of the engines (torch 2.13, DeepSpeed 0.19) with their padding, for the shapes of a list
-of parameters. What one of `n` bytes over `p` ranks costs is the textbook's. In a ring, each rank sends a message of
-n/p bytes to its neighbour in every round:
+The collectives are those of the engines (torch 2.13, DeepSpeed 0.19) with their padding, for the shapes of a
+list of parameters. What one of `n` bytes over `p` ranks costs is the textbook's. In a ring, each rank sends a
+message of n/p bytes to its neighbour in every round:
 
     reduce-scatter, all-gather    (p - 1)/p * n bytes a rank,  p - 1 rounds
     all-reduce                    both, one after the other
@@ -10,17 +10,24 @@ n/p bytes to its neighbour in every round:
 In a binomial tree an all-reduce is a reduction to one rank and a broadcast from it: as many bytes in all, and
 2 * ceil(log2 p) rounds in the place of 2 * (p - 1), which is what a small table waits for. Reduce-scatter and
 all-gather take ceil(log2 p) rounds where the distance doubles or halves from round to round.
+
+The tables of sums are those of the library, caught on their way to ranks that are not there.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import sago
 from benchmarks.workloads import LLAMA_3_8B, WORKLOADS, Shapes, elements
@@ -39,7 +46,6 @@ ENGINE_COLUMNS = (
     "engine", "step", "ranks", "micro_batches", "reduced_in", "gathers", "reductions",
     "gb_a_rank", "rounds", "tree_rounds",
 )  # fmt: skip
-TABLE_COLUMNS = ("rule", "statistics", "max_norm", "collectives", "rows", "columns", "bytes")
 LATENCY_COLUMNS = ("ranks", "rounds", "tree_rounds")
 
 
@@ -133,13 +139,12 @@ def fsdp2(
     itemsize: int,
     forwards: int,
     backwards: int,
-    reductions: int,
 ) -> Cost:
     """`fully_shard(layer)` of each layer and `fully_shard(model)`, parameters in bf16.
 
-    A forward gathers every group, and its backward once more, except for the first group, which stays whole from
-    the forwards to the end of the next backward. Backwards reduce the gradients, `itemsize` bytes an element, unless
-    gradient sync is off. With several replicas (HSDP) an all-reduce of each shard follows.
+    A forward gathers every group, and its backward once more, except for the first group, which stays whole
+    from the forwards to the end of the next backward. Backwards reduce the gradients, `itemsize` bytes an
+    element. With several replicas (HSDP) an all-reduce of each shard follows.
     """
     costs = []
     for i, group in enumerate(groups):
@@ -148,15 +153,16 @@ def fsdp2(
         if replicas > 1:
             reduction = total(reduction, all_reduce(itemsize * n / shard, replicas))
         costs.append(times(backwards if i == 0 else 2 * forwards, all_gather(2 * n, shard)))
-        costs.append(times(reductions, reduction))
+        costs.append(times(backwards, reduction))
     return total(*costs)
 
 
 def zero3(shapes: Shapes, p: int, itemsize: int, forwards: int, backwards: int) -> Cost:
-    """ZeRO-3 with its defaults: parameters and gradients of `itemsize` bytes.
+    """ZeRO-3, parameters and gradients of `itemsize` bytes, at most.
 
-    A gather for each parameter, forward and backward: where several are prefetched at a time there are fewer, of
-    the same bytes. Small parameters are gathered once, after the optimizer's step.
+    A gather for each parameter in every forward and its backward: without prefetching, which gathers several
+    at a time, and with `stage3_max_reuse_distance` 0. By default up to 1e9 elements stay whole where they are
+    soon needed again. Small parameters are gathered once, after the optimizer's step.
     """
     large = [shape for shape in shapes if math.prod(shape) >= PERSISTENT]
     small = [shape for shape in shapes if math.prod(shape) < PERSISTENT]
@@ -201,44 +207,87 @@ def _steps(shapes: Shapes, groups: Sequence[Shapes], p: int) -> Iterator[tuple[s
             for shard in (p, NODE) if p > NODE else (p,):
                 sharded = groups, shard, p // shard, size, 2 * n
                 engine = "FSDP2" if shard == p else f"HSDP, {p // shard} x {shard}"
-                step = f"{once}, sync off" if n > 1 else once
-                yield engine, step, n, reduced_in, fsdp2(*sharded, n, 1)
-                yield engine, twice, n, reduced_in, fsdp2(*sharded, 2 * n, 2 * n)
-    yield "ZeRO-3", once, 1, "bfloat16", zero3(shapes, p, 2, 2, 1)
+                yield engine, once, n, reduced_in, fsdp2(*sharded, n)
+                yield engine, twice, n, reduced_in, fsdp2(*sharded, 2 * n)
     for n in (1, WINDOW):
+        yield "ZeRO-3", once, n, "bfloat16", zero3(shapes, p, 2, 2 * n, n)
         yield "ZeRO-3", twice, n, "bfloat16", zero3(shapes, p, 2, 2 * n, 2 * n)
 
 
+class Collectives(TorchDispatchMode):
+    """Notes what is communicated.
+
+    Attributes:
+        found: Of every collective the operation and the largest of its tensors, on which the costs depend.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            tensors = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
+            self.found.append((func.__name__.split(".")[0], max(tensors, key=lambda t: t.nbytes)))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def without_ranks(count: int) -> Iterator[None]:
+    """The first of `count` ranks, of which the others do not exist: collectives return and do nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 def tables(tensors: int, ranks: Sequence[int] = RANKS) -> list[dict[str, Any]]:
-    """What the synthesis of so many tensors gives to `reduce_gram`, and what the all-reduce of it costs.
+    """The collectives of a synthesis of so many sharded tensors, and their cost.
 
     The elements of the tensors have no part in it, so they are few.
     """
-    params = [torch.ones(2, requires_grad=True) for _ in range(tensors)]
-    buckets = sago.GradientBuckets(params)
     rows = []
-    for rule in RULES:
-        for stats, max_norm in ((False, None), (False, 1.0), (True, None)):
-            for capture in (buckets.forget, buckets.retain):
-                with capture():
-                    torch.stack(params).sum().backward()
-            given: list[Tensor] = []
-            buckets.synthesize_(rule, stats=stats, max_norm=max_norm, reduce_gram=given.append)
-            buckets.zero_()
-            row: dict[str, Any] = {
-                "rule": rule,
-                "statistics": stats,
-                "max_norm": max_norm is not None,
-                "collectives": len(given),
-                "rows": sum(table.shape[0] for table in given),
-                "columns": max((table.shape[1] for table in given), default=0),
-                "bytes": sum(table.nbytes for table in given),
-            }
-            for p in ranks:
-                costs = [all_reduce(table.nbytes, p) for table in given]
-                row[f"bytes_a_rank_of_{p}"] = total(Cost(), *costs).bytes
-            rows.append(row)
+    with without_ranks(2):
+        mesh = init_device_mesh("cpu", (2,))
+        part = torch.ones(1)
+        params = [torch.nn.Parameter(DTensor.from_local(part, mesh, [Shard(0)])) for _ in range(tensors)]
+        buckets = sago.GradientBuckets(params)
+        _synthesize(buckets, params, "sum", True, None)  # the first synthesis of a list compares the ranks
+        for rule in RULES:
+            for stats, max_norm in ((False, None), (False, 1.0), (True, None)):
+                with Collectives() as seen:
+                    _synthesize(buckets, params, rule, stats, max_norm)
+                found = [table for name, table in seen.found if name == "allreduce_"]
+                if len(found) < len(seen.found) or any(t.dtype != torch.float64 for t in found):
+                    raise RuntimeError(f"{rule} should only sum tables over the ranks. Found {seen.found}.")
+                row: dict[str, Any] = {
+                    "rule": rule,
+                    "statistics": stats,
+                    "max_norm": max_norm is not None,
+                    "collectives": len(found),
+                    "rows": sum(table.shape[0] for table in found),
+                    "columns": max((table.shape[1] for table in found), default=0),
+                    "bytes": sum(table.nbytes for table in found),
+                }
+                for p in ranks:
+                    costs = [all_reduce(table.nbytes, p) for table in found]
+                    row[f"bytes_a_rank_of_{p}"] = total(Cost(), *costs).bytes
+                rows.append(row)
     return rows
+
+
+def _synthesize(
+    buckets: sago.GradientBuckets, params: Sequence[Tensor], rule: str, stats: bool, max_norm: float | None
+) -> None:
+    buckets.zero_()
+    for capture in (buckets.forget, buckets.retain):
+        with capture():
+            for p in params:
+                p.grad.to_local().add_(1.0)
+    buckets.synthesize_(rule, stats=stats, max_norm=max_norm)
 
 
 def latencies(ranks: Sequence[int] = RANKS) -> list[dict[str, int]]:
