@@ -113,6 +113,15 @@ class Ranks:
         return results
 
 
+def error_of(function: Callable[..., Any], *args: Any, **options: Any) -> tuple[type, str] | None:
+    """What it raises, in a form that can be sent; None for nothing."""
+    try:
+        function(*args, **options)
+    except Exception as error:
+        return type(error), str(error)
+    return None
+
+
 def _serve(pipe: Any, rank: int, world: int, store: str, timeout: float) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")

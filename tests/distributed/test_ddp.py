@@ -16,11 +16,18 @@ from tests.distributed.training import (
     WEIGHTS,
     Run,
     assert_as_single,
+    assert_equal_reports,
     assert_equal_results,
+    assert_equal_tensors,
     batches,
     buckets_of,
     fields,
+    losses_of,
+    mesh_of,
+    one_forward,
+    optimizer_of,
     runs,
+    scaled,
     share,
     single,
     train,
@@ -28,6 +35,7 @@ from tests.distributed.training import (
     window,
 )
 from tests.properties import assert_equal_bits
+from tests.ranks import error_of
 from tests.windows import ALONE, BF16, FP16, FP32, backward
 
 ORDERS = [pytest.param(INTERLEAVED, id="interleaved"), pytest.param(FORWARDS_FIRST, id="forwards_first")]
@@ -73,6 +81,41 @@ def test_where_parameters_come_from_and_no_sync_make_no_difference(ranks2):
     for results in ranks2(listed, trained_in_other_ways):
         for result in results:
             assert_equal_results(result, single(Run("pcgrad", accumulation=3)))
+
+
+def on_half_of_the_ranks():
+    """Two replicas of two data-parallel ranks each."""
+    mesh = mesh_of(replicate=2, shard=2)
+    ddp = replicated(process_group=mesh["shard"].get_group())
+    return {run: train(ddp, run, (mesh.get_local_rank("shard"), 2)) for run in runs(FORWARDS_FIRST)[3:4]}
+
+
+def test_ranks_of_the_group_of_ddp_alone_are_averaged(ranks4):
+    assert_as_single(ranks4(on_half_of_the_ranks), replicas=True)
+
+
+def one_forward_on_ranks():
+    return one_forward(replicated(), Run("pcgrad"), share())
+
+
+def test_losses_that_share_a_forward_and_captures_within_captures(ranks2):
+    for found in ranks2(one_forward_on_ranks):
+        assert_equal_tensors(found, one_forward(transformer(), Run("pcgrad")))
+
+
+def wrapped_later():
+    """The buckets are there before DDP is, which would reduce the first of two gradients only."""
+    model = transformer()
+    buckets = sago.GradientBuckets(model)
+    ddp = DistributedDataParallel(model)
+    return [error_of(capture().__enter__) for capture in (buckets.forget, buckets.retain)], ddp.training
+
+
+def test_a_module_that_is_wrapped_when_the_buckets_are_there_is_refused(ranks2):
+    for errors, _ in ranks2(wrapped_later):
+        for error, text in errors:
+            assert error is ValueError
+            assert "Make new GradientBuckets" in text
 
 
 def by_hand(order):
@@ -127,6 +170,25 @@ def test_all_reduces_of_a_step_are_as_many_as_flat_buffers(ranks2, order):
             assert backwards == reading == []
             assert len(synthesis) == 2 * len(sizes)
             assert sum(synthesis) >= 2 * sum(sizes)
+
+
+def counted_with_unscale():
+    """The all-reduces of `unscale_` and of the synthesis behind it."""
+    ddp, run = replicated(), Run("pcgrad", "sgd")
+    buckets, scaler = sago.GradientBuckets(ddp), torch.amp.GradScaler("cpu")
+    scaler.scale(torch.zeros(()))
+    window(ddp, buckets, run, batches(0, 0, *share()))
+    with Collectives() as unscale:
+        buckets.unscale_(scaler, optimizer_of(ddp, run))
+    with Collectives() as synthesis:
+        buckets.synthesize_(run.rule, max_norm=1.0)
+    return all_reduces(unscale.found), all_reduces(synthesis.found)
+
+
+def test_gradients_are_averaged_once(ranks2):
+    for unscale, synthesis in ranks2(counted_with_unscale):
+        assert len(unscale) == 2
+        assert synthesis == []
 
 
 GIVEN = (7, 1, 33)
@@ -216,25 +278,13 @@ def test_parameters_that_are_not_reached_on_some_ranks_or_on_none(ranks2):
         for rule, (found, reports, there) in zip(rules, results, strict=True):
             expected, right, there_on_one = branched(rule, Branches())
             assert there == there_on_one == expected.keys() - {"never.weight", "never.bias"}
-            for name, p in expected.items():
-                torch.testing.assert_close(found[name], p, rtol=1e-9, atol=1e-11)
+            assert_equal_tensors(found, expected)
             for report, of_one in zip(reports, right, strict=True):
-                assert report.keys() == of_one.keys()
-                for name in report.keys() - {"groups"}:
-                    torch.testing.assert_close(report[name], of_one[name], rtol=1e-9, atol=1e-12)
-
-
-def raised(function, *args):
-    """The error, or None."""
-    try:
-        function(*args)
-    except Exception as error:
-        return type(error), str(error)
-    return None
+                assert_equal_reports(report, of_one)
 
 
 def branched_without_search():
-    return raised(branched, "sago", DistributedDataParallel(Branches()), *share())
+    return error_of(branched, "sago", DistributedDataParallel(Branches()), *share())
 
 
 def test_a_parameter_that_is_not_reached_is_an_error_where_ddp_does_not_search(ranks2):
@@ -243,31 +293,8 @@ def test_a_parameter_that_is_not_reached_is_an_error_where_ddp_does_not_search(r
         assert "find_unused_parameters=True" in text
 
 
-def scaled(model, rank=0, world=1):
-    """Losses scaled by GradScaler, unscaled ahead of clipping; the second step has an inf in the last row."""
-    run, scales = Run("pcgrad", "sgd"), []
-    buckets, optimizer = sago.GradientBuckets(model), torch.optim.SGD(model.parameters(), lr=5e-2)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    for step in range(3):
-        batch = batches(step, 0)
-        batch[0][-1] *= torch.inf if step == 1 else 1.0
-        x, y, z, w = (t.chunk(world)[rank] for t in batch)
-        with buckets.forget():
-            scaler.scale(-nn.functional.mse_loss(model(x), y)).backward()
-        with buckets.retain():
-            scaler.scale(nn.functional.mse_loss(model(z), w)).backward()
-        buckets.unscale_(scaler, optimizer)
-        buckets.synthesize_(run.rule, max_norm=0.5, **WEIGHTS)
-        scaler.step(optimizer)
-        scaler.update()
-        buckets.zero_()
-        scales.append(scaler.get_scale())
-    inner = model.module if world > 1 else model
-    return scales, {name: p.detach().clone() for name, p in inner.named_parameters()}
-
-
 def scaled_on_ranks():
-    return scaled(replicated(), *share())
+    return scaled(replicated(), share())
 
 
 def test_unscale_averages_first_so_that_all_ranks_skip_the_same_step(ranks2):
@@ -275,21 +302,36 @@ def test_unscale_averages_first_so_that_all_ranks_skip_the_same_step(ranks2):
     assert scales == [2.0**10, 2.0**9, 2.0**9]
     for found, params in ranks2(scaled_on_ranks):
         assert found == scales
-        for name, p in expected.items():
-            torch.testing.assert_close(params[name], p, rtol=1e-9, atol=1e-11)
+        assert_equal_tensors(params, expected)
 
 
 def refused():
     """Modules whose gradients the buckets cannot reduce as DDP would."""
     hooked = replicated()
     hooked.register_comm_hook(None, lambda state, bucket: bucket.get_future())
-    yield raised(sago.GradientBuckets, hooked)
-    yield raised(sago.GradientBuckets, replicated(static_graph=True))
+    yield error_of(sago.GradientBuckets, hooked)
+    yield error_of(sago.GradientBuckets, replicated(static_graph=True))
     ddp = replicated()
-    yield raised(sago.GradientBuckets, [p for p in ddp.parameters() if p.ndim > 1])
+    yield error_of(sago.GradientBuckets, [p for p in ddp.parameters() if p.ndim > 1])
     ddp = replicated()
-    yield raised(sago.GradientBuckets, [*ddp.parameters(), nn.Parameter(torch.ones(3))])
+    yield error_of(sago.GradientBuckets, [*ddp.parameters(), nn.Parameter(torch.ones(3))])
     yield ddp.require_backward_grad_sync  # as it was
+
+
+def in_backward():
+    """The last retain capture and the synthesis in one, which would come ahead of the reduction."""
+    ddp = replicated()
+    buckets = sago.GradientBuckets(ddp)
+    forget, _ = losses_of(ddp, Run("sago"), batches(0, 0, *share()))
+    with buckets.forget():
+        forget().backward()
+    return error_of(buckets.synthesize_in_backward("sago").__enter__)
+
+
+def test_a_synthesis_within_backward_is_refused(ranks2):
+    for error, text in ranks2(in_backward):
+        assert error is ValueError
+        assert "on one rank" in text
 
 
 def test_what_ddp_would_reduce_in_another_way_is_refused(ranks2):

@@ -27,7 +27,7 @@ from tests.distributed.training import (
     transformer,
     window,
 )
-from tests.ranks import RankError, Ranks
+from tests.ranks import RankError, Ranks, error_of
 from tests.windows import FP32, FP64
 
 LATE = 3.0  # seconds, beyond which a group does not wait
@@ -94,14 +94,6 @@ def test_a_rank_that_does_not_come_is_an_error_within_the_timeout_of_the_group(r
     assert "timed out" in text.lower()
 
 
-def error_of(function, *args, **options):
-    try:
-        function(*args, **options)
-    except Exception as error:
-        return type(error), str(error)
-    return None
-
-
 def mismatched():
     """Lists that are not the same on both ranks."""
     second = dist.get_rank() == 1
@@ -135,6 +127,21 @@ def test_lists_that_differ_are_an_error_on_every_rank(ranks2):
         for name, (error, text) in found.items():
             assert error is ValueError, name
             assert "the same on every rank" in text, name
+
+
+def grouped_otherwise():
+    """Buckets of one model with other groups on each rank, though as many."""
+    model = sharded(transformer(), mesh_of(shard=2))
+    count, first = len(list(model.parameters())), 10 + dist.get_rank()
+    buckets = sago.GradientBuckets(model, groups=["a"] * first + ["b"] * (count - first))
+    window(model, buckets, Run("pcgrad"), batches(0, 0, *share()))
+    return error_of(buckets.synthesize_, "pcgrad")
+
+
+def test_buckets_with_other_groups_are_an_error_on_every_rank(ranks2):
+    for error, text in ranks2(grouped_otherwise):
+        assert error is ValueError
+        assert "the same on every rank" in text
 
 
 def misplaced():

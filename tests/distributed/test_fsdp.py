@@ -1,29 +1,44 @@
 """`GradientBuckets` of sharded models: as on one process with the batches of all ranks."""
 
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
+from torch.utils.checkpoint import checkpoint
 
 import sago
+from sago.flat import ALIGNMENT
 from tests import inputs
 from tests.distributed.by_hand import ByHand
 from tests.distributed.collectives import Collectives, all_reduces
 from tests.distributed.training import (
     FORWARDS_FIRST,
     INTERLEAVED,
+    STEPS,
     WEIGHTS,
     Run,
     assert_as_single,
     assert_equal_reports,
     assert_equal_results,
+    assert_equal_tensors,
     batches,
-    buckets_of,
     fields,
+    local,
     losses_of,
     mesh_of,
+    one_forward,
+    optimizer_of,
+    parameters,
     runs,
+    scaled,
     sharded,
     share,
     single,
@@ -34,6 +49,7 @@ from tests.distributed.training import (
     window,
 )
 from tests.properties import assert_equal_bits, assert_updates
+from tests.ranks import error_of
 from tests.windows import ALONE
 
 # How a model is laid out, on how many ranks, and whether there are replicas.
@@ -86,18 +102,84 @@ def test_as_on_one_process(ranks_of, layout, world, replicas, order):
     assert_as_single(ranks_of(world)(trained, layout, runs(order)), replicas)
 
 
-def test_a_buffer_a_tensor_and_no_resharding_make_no_difference(ranks2):
+def trained_in_other_ways():
+    """Where parameters come from, which optimizer steps, and when FSDP2 gathers, makes no difference."""
+    run, found = Run("pcgrad", accumulation=3, order=FORWARDS_FIRST), []
+    for options, listed, made, stepped in (
+        ({}, nn.Module.named_parameters, ALONE, {}),
+        ({"reshard_after_forward": False}, nn.Module.parameters, {}, {"foreach": True}),
+        ({}, lambda model: model, {}, {"fused": True}),
+    ):
+        model, _, part = laid_out("fsdp", **options)
+        buckets, optimizer = sago.GradientBuckets(listed(model), **made), optimizer_of(model, run, **stepped)
+        found.append(train(model, run, part, buckets, optimizer))
+        parts = [local(p).nbytes for p in model.parameters()]
+        assert buckets.nbytes == 2 * sum(-(-n // ALIGNMENT) * ALIGNMENT for n in parts)
+    return found
+
+
+def test_other_ways_that_make_no_difference(ranks2):
     for results in ranks2(trained_in_other_ways):
         for result in results:
-            assert_equal_results(result, single(Run("pcgrad", accumulation=3)))
+            assert_equal_tensors(result.parameters, single(Run("pcgrad", accumulation=3)).parameters)
 
 
-def trained_in_other_ways():
-    run, found = Run("pcgrad", accumulation=3), []
-    for options, made in (({}, ALONE), ({"reshard_after_forward": False}, {})):
-        model, _, part = laid_out("fsdp", **options)
-        found.append(train(model, run, part, buckets_of(model, run, **made)))
+class Checkpointed(nn.Module):
+    def __init__(self, module, **options):
+        super().__init__()
+        self.module, self.options = module, options
+
+    def forward(self, x):
+        return checkpoint(self.module, x, **self.options)
+
+
+def trained_with_checkpoints():
+    found = []
+    for reentrant in (False, True):
+        model = transformer()
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh_of(shard=2))
+        for i, block in enumerate(model.blocks):
+            model.blocks[i] = Checkpointed(block, use_reentrant=reentrant)
+        fully_shard(model, mesh=mesh_of(shard=2))
+        result = train(model, Run("pcgrad", accumulation=3), share())
+        found.append({n.replace("module.", ""): p for n, p in result.parameters.items()})
     return found
+
+
+def test_activation_checkpoints(ranks2):
+    for results in ranks2(trained_with_checkpoints):
+        for found in results:
+            assert_equal_tensors(found, single(Run("pcgrad", accumulation=3)).parameters)
+
+
+def one_forward_on_ranks(layout):
+    model, _, part = laid_out(layout)
+    return one_forward(model, Run("pcgrad"), part)
+
+
+@pytest.mark.parametrize(("layout", "world"), [("fsdp", 2), ("tp", 2)])
+def test_losses_that_share_a_forward_and_captures_within_captures(ranks_of, layout, world):
+    for found in ranks_of(world)(one_forward_on_ranks, layout):
+        assert_equal_tensors(found, one_forward(transformer(), Run("pcgrad")))
+
+
+def read_late():
+    """Reports of elementwise rules, whose sums over the ranks nothing has waited for, read in the end."""
+    model, run = laid_out("fsdp")[0], Run("sago")
+    buckets, optimizer, reports = sago.GradientBuckets(model), optimizer_of(model, run), []
+    for step in range(STEPS):
+        window(model, buckets, run, batches(step, 0, *share()))
+        reports.append(buckets.synthesize_("sago", **WEIGHTS))
+        optimizer.step()
+        buckets.zero_()
+    return [fields(report) for report in reports] if dist.get_rank() == 0 else None
+
+
+def test_reports_that_are_read_late_and_on_one_rank_only(ranks2):
+    reports, _ = ranks2(read_late)
+    for report, expected in zip(reports, single(Run("sago")).reports, strict=True):
+        assert_equal_reports(report, expected)
 
 
 PLAIN = [Run(rule) for rule in ("sago", "pcgrad", "pcgrad_global")]
@@ -201,10 +283,7 @@ def test_an_inf_on_one_rank_is_one_on_all(ranks_of, layout, world):
     expected = with_inf(layout, 1)
     for found in ranks_of(world)(with_inf, layout, world):
         for (updates, report), (right, of_one) in zip(found, expected, strict=True):
-            for name, update in right.items():
-                torch.testing.assert_close(
-                    updates[name], update, rtol=1e-9, atol=1e-11, equal_nan=True, msg=name
-                )
+            assert_equal_tensors(updates, right)
             assert report["nonfinite_forget"].sum() == 1
             assert report["nonfinite_forget"].tolist() == of_one["nonfinite_forget"].tolist()
     assert not any(update.any() for update in expected[2][0].values())
@@ -243,6 +322,36 @@ def test_mixed_precision(ranks2):
             assert_updates(updates, forget, retain, rule, **WEIGHTS)
 
 
+def in_wider_accumulators():
+    """Gradients in bf16, added up in fp32: those of each backward, their sums, and the updates."""
+    model = sharded(transformer(torch.bfloat16), mesh_of(shard=2))
+    batch = [[t.bfloat16() for t in batches(0, micro, *share())] for micro in range(3)]
+    buckets = sago.GradientBuckets(model, accumulate_dtype=torch.float32)
+    grads = []
+    for x, y, z, w in batch:
+        plain = ByHand(model)
+        for each in (plain, buckets):
+            with each.forget():
+                (-nn.functional.mse_loss(model(x), y)).backward()
+            with each.retain():
+                nn.functional.mse_loss(model(z), w).backward()
+        grads.append([[whole(g) for g in plain.sides[side]] for side in ("forget", "retain")])
+    found = [[whole(g) for g in side] for side in (buckets.forget_grads, buckets.retain_grads)]
+    buckets.synthesize_("sago", **WEIGHTS)
+    return grads, found, [whole(p.grad) for p in model.parameters()]
+
+
+def test_wider_accumulators(ranks2):
+    for grads, found, updates in ranks2(in_wider_accumulators):
+        for i, side in enumerate(found):
+            expected = [sum(t.float() for t in each) for each in zip(*(g[i] for g in grads), strict=True)]
+            assert_equal_bits(side, expected)
+        like = [torch.empty_like(u) for u in updates]
+        sago.reference.synthesize_(*found, "sago", out=like, **WEIGHTS)
+        assert_equal_bits(updates, like)
+        assert {u.dtype for u in updates} == {torch.bfloat16}
+
+
 def test_cpu_offload(ranks2):
     """Parameters and gradients on the CPU, beside the accelerator: here it is the CPU, too."""
     # Memory is pinned for an accelerator, and there may be none.
@@ -257,19 +366,10 @@ def without_sync(layout):
     buckets, run, errors = sago.GradientBuckets(model), Run("pcgrad", "sgd"), []
     for switch in (model.set_requires_gradient_sync, model.set_requires_all_reduce):
         switch(False)
-        errors.append(raised(lambda: window(model, buckets, run, batches(5, 0, *part))))
+        errors.append(error_of(lambda: window(model, buckets, run, batches(5, 0, *part))))
         switch(True)
         buckets.zero_()
     return errors, train(model, run, part, buckets)
-
-
-def raised(function, *args):
-    """The error, or None."""
-    try:
-        function(*args)
-    except Exception as error:
-        return type(error), str(error)
-    return None
 
 
 @pytest.mark.parametrize(("layout", "world"), [("fsdp", 2), ("hsdp", 4)])
@@ -302,7 +402,7 @@ def branched(rule, world):
     model, rank = Branches(), 0 if world == 1 else dist.get_rank()
     if world > 1:
         for module in (model.heads["forget"], model.heads["retain"], model.never, model):
-            torch.distributed.fsdp.fully_shard(module, mesh=mesh_of(shard=world))
+            fully_shard(module, mesh=mesh_of(shard=world))
     buckets = sago.GradientBuckets(model)
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer, reports = torch.optim.AdamW(params, lr=1e-2), []
@@ -332,55 +432,53 @@ def test_parameters_that_are_frozen_or_not_reached(ranks2):
             expected, right, there_on_one = branched(rule, 1)
             assert there == there_on_one
             assert not any(name.startswith(("never", "frozen")) for name in there)
-            for name, p in expected.items():
-                torch.testing.assert_close(found[name], p, rtol=1e-9, atol=1e-11, msg=name)
+            assert_equal_tensors(found, expected)
             for report, of_one in zip(reports, right, strict=True):
-                for name in report.keys() - {"groups"}:
-                    torch.testing.assert_close(report[name], of_one[name], rtol=1e-9, atol=1e-12, msg=name)
+                assert_equal_reports(report, of_one)
 
 
-def scaled(world):
-    """Losses scaled by GradScaler, unscaled ahead of clipping; an inf that one rank alone finds."""
-    model, part = transformer(), (0, 1)
-    if world > 1:
-        model, _, part = laid_out("fsdp")
-    run, scales = Run("pcgrad", "sgd"), []
-    buckets, optimizer = sago.GradientBuckets(model), torch.optim.SGD(model.parameters(), lr=5e-2)
+def scaled_on_ranks():
+    return scaled(laid_out("fsdp")[0], share())
+
+
+def test_unscale_under_grad_scaler(ranks2):
+    scales, expected = scaled(transformer())
+    assert scales == [2.0**10, 2.0**9, 2.0**9]
+    for found, params in ranks2(scaled_on_ranks):
+        assert found == scales
+        assert_equal_tensors(params, expected)
+
+
+def unscaled():
+    """The scale after a step in which one rank alone has an inf in its part of a gradient."""
+    model, _, part = laid_out("fsdp")
+    buckets, optimizer = sago.GradientBuckets(model), optimizer_of(model, Run("pcgrad", "sgd"))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    for step in range(3):
-        forget, retain = losses_of(model, run, batches(step, 0, *part))
-        with buckets.forget():
-            scaler.scale(forget()).backward()
-            if step == 1 and part[0] == 0:
-                grad = model.blocks[0].mlp.up.weight.grad
-                (grad if world == 1 else grad.to_local())[0, 0] = torch.inf
-        with buckets.retain():
-            scaler.scale(retain()).backward()
-        buckets.unscale_(scaler, optimizer)
-        buckets.synthesize_(run.rule, max_norm=0.5, **WEIGHTS)
-        scaler.step(optimizer)
-        scaler.update()
-        buckets.zero_()
-        scales.append(scaler.get_scale())
-    return scales, {name: whole(p) for name, p in model.named_parameters()}
+    before = parameters(model)[0]
+    losses = losses_of(model, Run("pcgrad"), batches(0, 0, *part))
+    for capture, loss in zip((buckets.forget, buckets.retain), losses, strict=True):
+        with capture():
+            scaler.scale(loss()).backward()
+            if dist.get_rank() == 0:
+                model.blocks[0].mlp.up.weight.grad.to_local()[0, 0] = torch.inf
+    buckets.unscale_(scaler, optimizer)
+    buckets.synthesize_("sago", **WEIGHTS)
+    scaler.step(optimizer)
+    scaler.update()
+    return scaler.get_scale(), before, parameters(model)[0]
 
 
 def test_unscale_finds_on_all_ranks_what_is_on_one(ranks2):
-    scales, expected = scaled(1)
-    assert scales == [2.0**10, 2.0**9, 2.0**9]
-    for found, params in ranks2(scaled, 2):
-        assert found == scales
-        for name, p in expected.items():
-            torch.testing.assert_close(params[name], p, rtol=1e-9, atol=1e-11, msg=name)
+    for scale, before, after in ranks2(unscaled):
+        assert scale == 2.0**9
+        assert all(torch.equal(after[name], p) for name, p in before.items())
 
 
 def of_fsdp1():
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # FSDP1 is deprecated
         model = FullyShardedDataParallel(transformer(), device_id=torch.device("cpu"), use_orig_params=True)
-    return [raised(sago.GradientBuckets, x) for x in (model, list(model.parameters()))]
+    return [error_of(sago.GradientBuckets, x) for x in (model, list(model.parameters()))]
 
 
 def test_fsdp1_is_refused_by_name(ranks2):

@@ -10,6 +10,7 @@ from sago.distributed import SumOver
 from tests import inputs, properties
 from tests.distributed.collectives import Collectives, all_reduces
 from tests.distributed.training import assert_equal_reports, fields, local, mesh_of, part, whole
+from tests.ranks import error_of
 from tests.windows import BF16, FP32, FP64, RULES, WEIGHTS
 
 LAYOUTS = {"one dimension": {"shard": 2}, "two dimensions": {"replicate": 2, "shard": 2}}
@@ -207,6 +208,26 @@ def test_ranks_that_have_nothing_to_say_are_silent(run):
     assert not any(run.ranks(first_without_statistics, run.sizes))
 
 
+def all_replicated(sizes):
+    """DTensors that every rank holds whole, beside a plain tensor."""
+    mesh = mesh_of(**sizes)
+    forget, retain = inputs.FAMILIES["tails"](FP64, FP64)
+    for side in (forget, retain):
+        side[1:] = [distribute_tensor(t, mesh, [Replicate()] * mesh.ndim) for t in side[1:]]
+    with Collectives() as calls:
+        report = sago.synthesize_(forget, retain, "pcgrad_global", **WEIGHTS)
+    return calls.found, [whole(t) for t in retain], fields(report)
+
+
+def test_gradients_that_are_whole_on_every_rank_need_no_sum(run):
+    forget, retain = inputs.FAMILIES["tails"](FP64, FP64)
+    right = fields(sago.synthesize_(forget, retain, "pcgrad_global", **WEIGHTS))
+    for calls, updates, report in run.ranks(all_replicated, run.sizes):
+        assert calls == []
+        properties.assert_equal_bits(updates, retain)
+        assert_equal_reports(report, right)
+
+
 def by_a_sum_of_ones_own(sizes):
     """`reduce_gram` in the place of the sum that DTensors bring."""
     forget, retain = (placed(side, sizes)[:3:2] for side in inputs.FAMILIES["tails"](FP64, FP64))
@@ -296,13 +317,7 @@ def test_sum_over_without_ranks():
 
 
 def sums_over(*wrong):
-    found = []
-    for over in wrong:
-        try:
-            SumOver(over)
-        except Exception as error:
-            found.append((type(error), str(error)))
-    return found
+    return [error_of(SumOver, over) for over in wrong]
 
 
 def test_sum_over_what_is_no_group(ranks2):

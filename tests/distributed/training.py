@@ -161,11 +161,12 @@ def train(
     run: Run,
     share: tuple[int, int] = (0, 1),
     buckets: Any = None,
+    optimizer: torch.optim.Optimizer | None = None,
     look: Callable[[Any], None] = lambda buckets: None,
 ) -> Result:
     """Some steps on the share `(i, n)` of every batch: the i-th of n equal parts."""
     buckets = buckets_of(model, run) if buckets is None else buckets
-    optimizer = optimizer_of(model, run)
+    optimizer = optimizer_of(model, run) if optimizer is None else optimizer
     reports = []
     for step in range(STEPS):
         for micro in range(run.accumulation):
@@ -185,10 +186,10 @@ def buckets_of(model: nn.Module, run: Run, **options: Any) -> sago.GradientBucke
     return sago.GradientBuckets(model, accumulation="mean" if run.mean else "sum", **options)
 
 
-def optimizer_of(model: nn.Module, run: Run) -> torch.optim.Optimizer:
+def optimizer_of(model: nn.Module, run: Run, **options: Any) -> torch.optim.Optimizer:
     if run.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=1e-2)
-    return torch.optim.SGD(model.parameters(), lr=5e-2, momentum=0.9)
+        return torch.optim.AdamW(model.parameters(), lr=1e-2, **options)
+    return torch.optim.SGD(model.parameters(), lr=5e-2, momentum=0.9, **options)
 
 
 def window(model: nn.Module, buckets: Any, run: Run, batch: Sequence[Tensor]) -> None:
@@ -213,9 +214,54 @@ def batches(step: int, micro: int, i: int = 0, n: int = 1) -> list[Tensor]:
     shapes = (ROWS, LENGTH, INPUTS), (ROWS, LENGTH, OUTPUTS)
     found = []
     for k, shape in enumerate(shapes * 2):
-        whole = inputs.normal(torch.Size(shape).numel(), 1000 + 100 * step + 10 * micro + k).view(shape)
-        found.append(whole.chunk(n)[i])
+        drawn = inputs.normal(torch.Size(shape).numel(), 1000 + 100 * step + 10 * micro + k).view(shape)
+        found.append(drawn.chunk(n)[i])
     return found
+
+
+def scaled(model: nn.Module, part: tuple[int, int] = (0, 1)) -> tuple[list[float], dict[str, Tensor]]:
+    """A run under GradScaler, unscaled ahead of clipping; in the second step one row of a batch is inf."""
+    buckets, optimizer = sago.GradientBuckets(model), optimizer_of(model, Run("pcgrad", "sgd"))
+    scaler, scales = torch.amp.GradScaler("cpu", init_scale=2.0**10), []
+    for step in range(STEPS):
+        batch = batches(step, 0, *part)
+        if step == 1 and part[0] == part[1] - 1:
+            batch[0][-1] *= torch.inf
+        for capture, loss in zip(
+            (buckets.forget, buckets.retain), losses_of(model, Run("pcgrad"), batch), strict=True
+        ):
+            with capture():
+                scaler.scale(loss()).backward()
+        buckets.unscale_(scaler, optimizer)
+        buckets.synthesize_("pcgrad", max_norm=0.5, **WEIGHTS)
+        scaler.step(optimizer)
+        scaler.update()
+        buckets.zero_()
+        scales.append(scaler.get_scale())
+    return scales, parameters(model)[0]
+
+
+def one_forward(model: nn.Module, run: Run, part: tuple[int, int] = (0, 1)) -> dict[str, Tensor]:
+    """The update of a step whose losses share a forward, captured one within the other."""
+    buckets = buckets_of(model, run)
+    x, y, z, w = batches(0, 0, *part)
+    forget, retain = model(torch.cat([x, z])).chunk(2)
+    with buckets.forget():
+        (-mse_loss(forget, y)).backward(retain_graph=True)
+        with buckets.retain():
+            mse_loss(retain, w).backward(retain_graph=True)
+        (-mse_loss(retain, w)).backward()
+    buckets.synthesize_(run.rule, **WEIGHTS)
+    return {name.removeprefix("module."): whole(p.grad) for name, p in model.named_parameters()}
+
+
+def assert_equal_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """To rounding."""
+    assert found.keys() == expected.keys()
+    for name, t in expected.items():
+        torch.testing.assert_close(
+            found[name], t, rtol=1e-9, atol=1e-11, equal_nan=True, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 def share() -> tuple[int, int]:
@@ -291,9 +337,7 @@ def assert_as_single(found: Sequence[dict[Run, Result]], replicas: bool) -> None
 
 def assert_equal_results(found: Result, expected: Result) -> None:
     """To rounding: parameters, and what the reports say about the whole gradients."""
-    assert found.parameters.keys() == expected.parameters.keys()
-    for name, p in expected.parameters.items():
-        torch.testing.assert_close(found.parameters[name], p, rtol=1e-9, atol=1e-11, msg=_of(name))
+    assert_equal_tensors(found.parameters, expected.parameters)
     assert len(found.reports) == len(expected.reports)
     for report, right in zip(found.reports, expected.reports, strict=True):
         assert_equal_reports(report, right)
@@ -306,14 +350,12 @@ def assert_equal_reports(found: dict[str, Any], expected: dict[str, Any]) -> Non
     for name in SUMS:
         if name in found:
             atol = 1e-12 * size if name in ("fr", "uf", "ur") else 0.0
-            torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=atol, msg=_of(name))
+            torch.testing.assert_close(
+                found[name], expected[name], rtol=1e-9, atol=atol, msg=lambda text, n=name: f"{n}: {text}"
+            )
     for name in COUNTS:
         if name in found:
             assert found[name].tolist() == expected[name].tolist(), name
-
-
-def _of(name: str) -> Callable[[str], str]:
-    return lambda text: f"{name}: {text}"
 
 
 def assert_same_bits(results: Sequence[Result], replicas: bool) -> None:
