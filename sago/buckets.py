@@ -137,7 +137,8 @@ class GradientBuckets:
                 "torch.distributed has several ranks: another engine may reduce a gradient behind the hook "
                 f"that widens it. Found {ranks()} ranks."
             )
-        self._shards = shards.read(self._params, range(len(kept)))
+        rows, _ = check_groups(self._keys, len(kept), resolve("pcgrad"))  # which ranks should agree on, too
+        self._shards = shards.read(self._params, rows)
 
         narrow = [p.dtype for p in self._params]
         wide = [d if accumulate_dtype is None else torch.promote_types(d, accumulate_dtype) for d in narrow]
