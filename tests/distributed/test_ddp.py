@@ -108,7 +108,7 @@ def wrapped_later():
     model = transformer()
     buckets = sago.GradientBuckets(model)
     ddp = DistributedDataParallel(model)
-    return [error_of(capture().__enter__) for capture in (buckets.forget, buckets.retain)], ddp.training
+    return [error_of(capture) for capture in (buckets.forget, buckets.retain)], ddp.training
 
 
 def test_a_module_that_is_wrapped_when_the_buckets_are_there_is_refused(ranks2):
