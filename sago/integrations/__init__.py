@@ -1,0 +1,1 @@
+"""Training frameworks, one a module, each imported by those who use it."""
