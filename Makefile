@@ -19,6 +19,7 @@ bench: .venv/ready
 	$(BIN)/python -m benchmarks speed
 	$(BIN)/python -m benchmarks host
 	$(BIN)/python -m benchmarks memory
+	$(BIN)/python -m benchmarks shards
 	$(BIN)/python -m benchmarks compile
 
 .venv/ready: pyproject.toml setup.py constraints.txt
