@@ -190,6 +190,15 @@ def test_gradvac_reaches_its_cosine(f, r, target):
             assert np.linalg.matrix_rank(np.stack([found - moved, fixed]), tol=1e-9) == 1
 
 
+def test_a_rule_can_read_a_tensor_that_changes():
+    f, r = pair(100)
+    target = torch.zeros((), dtype=DOUBLE)
+    rule = sago.Rule("gradvac", rules.gradvac(target), "global")
+    for cosine in (0.0, 0.4, -0.5):
+        target.fill_(cosine)
+        close(update(rule, f, r), update(sago.Rule("fixed", rules.gradvac(cosine), "global"), f, r))
+
+
 # TorchJD, with the weights as its preference vector where it has one.
 
 
