@@ -1,1 +1,1 @@
-"""Training frameworks, one a module, each imported by those who use it."""
+"""Adapters to other libraries, one a module. Nothing here is imported by `import sago`."""
