@@ -68,6 +68,17 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--repeats", type=int, default=300, help="timed calls (default: 300)")
     command.add_argument("--json", metavar="FILE")
 
+    command = commands.add_parser(
+        "shards", help="what several ranks put on the wire, and how far updates move with their number"
+    )
+    command.set_defaults(run=_shards)
+    command.add_argument(
+        "--shards", type=int, nargs="+", metavar="N", help="simulated (default: 1 2 3 8 64 255 1024)"
+    )  # fmt: skip
+    command.add_argument("--rule", nargs="+", choices=RULES, metavar="RULE")
+    command.add_argument("--dtype", nargs="+", choices=["bfloat16", "float32"])
+    command.add_argument("--json", metavar="FILE")
+
     command = commands.add_parser("memory", help="peak memory of an unlearning step, and passes it adds")
     command.set_defaults(run=_memory)
     command.add_argument("--shape", choices=["small", "llama-3-8b"], default="small", help="default: small")
@@ -167,6 +178,29 @@ def _host(options: argparse.Namespace) -> int:
         write_json(options.json, record)
     print(", ".join(f"{key} {value}" for key, value in record.items() if key != "rows"), end="\n\n")
     print(table(record["rows"], host.COLUMNS))
+    return 0
+
+
+def _shards(options: argparse.Namespace) -> int:
+    from benchmarks import shards, wire
+    from benchmarks.gradients import WrongResult
+
+    dtypes = [getattr(torch, dtype) for dtype in options.dtype or ()]
+    try:
+        record = shards.run(
+            options.shards or shards.SHARDS, options.rule or shards.RULES, dtypes or shards.DTYPES
+        )
+    except WrongResult as error:
+        print(error, file=sys.stderr)
+        return 1
+    if options.json:
+        write_json(options.json, record)
+    tables = ("engines", "tables", "latencies", "rows")
+    print(", ".join(f"{key} {value}" for key, value in record.items() if key not in tables), end="\n\n")
+    print(table(record["engines"], wire.ENGINE_COLUMNS), end="\n\n")
+    print(table(record["tables"], tuple(record["tables"][0])), end="\n\n")
+    print(table(record["latencies"], wire.LATENCY_COLUMNS), end="\n\n")
+    print(table(record["rows"], shards.COLUMNS))
     return 0
 
 

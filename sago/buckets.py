@@ -131,13 +131,15 @@ class GradientBuckets:
         chosen = [names[i] for i in kept]
         sharded = data_parallel.sharded(params, self._params)
         self._ranks = data_parallel.take_over(params, self._params, chosen)
+        self._looked = False  # for DDP that came later
         if accumulate_dtype is not None and ranks() > 1 and self._ranks is None and not sharded:
             raise ValueError(
                 "`accumulate_dtype` should be used with DistributedDataParallel or FSDP2 where "
                 "torch.distributed has several ranks: another engine may reduce a gradient behind the hook "
                 f"that widens it. Found {ranks()} ranks."
             )
-        self._shards = shards.read(self._params, range(len(kept)))
+        rows, _ = check_groups(self._keys, len(kept), resolve("pcgrad"))  # which ranks should agree on, too
+        self._shards = shards.read(self._params, rows)
 
         narrow = [p.dtype for p in self._params]
         wide = [d if accumulate_dtype is None else torch.promote_types(d, accumulate_dtype) for d in narrow]
@@ -168,10 +170,12 @@ class GradientBuckets:
 
     def forget(self) -> AbstractContextManager[None]:
         """Backwards within `with buckets.forget():` accumulate the forget gradient, as minimised."""
+        self._check_wrapped()
         return self._extraction.capture(self._forget)
 
     def retain(self) -> AbstractContextManager[None]:
         """Backwards within `with buckets.retain():` accumulate the retain gradient."""
+        self._check_wrapped()
         return self._extraction.capture(self._retain)
 
     @property
@@ -354,6 +358,12 @@ class GradientBuckets:
             f"GradientBuckets({len(self._params)} parameters, {len(self._retain.buffers)} buffers a side, "
             f"{self.nbytes / 2**20:.1f} MiB)"
         )
+
+    def _check_wrapped(self) -> None:
+        """Once, ahead of the first capture: living objects are looked through."""
+        if not self._looked and self._ranks is None:
+            data_parallel.check_not_wrapped(self._params)
+        self._looked = True
 
     def _average(self) -> None:
         """Over the ranks of DistributedDataParallel, once a window."""

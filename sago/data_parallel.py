@@ -104,6 +104,16 @@ def take_over(source: Any, params: Sequence[Tensor], names: Sequence[str]) -> Da
     return None
 
 
+def check_not_wrapped(params: Sequence[Tensor]) -> None:
+    """Raises for a DistributedDataParallel module that came later than the buckets."""
+    there = dist.is_available() and dist.is_initialized()
+    if there and _owners(None, params, torch.nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "A module should be in DistributedDataParallel when its buckets are made, because they take over "
+            "the reduction. Found one that came later. Make new GradientBuckets."
+        )
+
+
 def sharded(source: Any, params: Sequence[Tensor]) -> Sequence[torch.nn.Module]:
     """The modules of FSDP2 that the parameters are in. Refuses those of FSDP1."""
     if not (dist.is_available() and dist.is_initialized()):

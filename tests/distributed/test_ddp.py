@@ -1,0 +1,343 @@
+"""`GradientBuckets` of a DistributedDataParallel module: as on one process with the batches of all ranks."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import sago
+from tests import inputs
+from tests.distributed.by_hand import ByHand
+from tests.distributed.collectives import Collectives, all_reduces
+from tests.distributed.training import (
+    FORWARDS_FIRST,
+    INTERLEAVED,
+    WEIGHTS,
+    Run,
+    assert_as_single,
+    assert_equal_reports,
+    assert_equal_results,
+    assert_equal_tensors,
+    batches,
+    buckets_of,
+    fields,
+    losses_of,
+    mesh_of,
+    one_forward,
+    optimizer_of,
+    runs,
+    scaled,
+    share,
+    single,
+    train,
+    transformer,
+    window,
+)
+from tests.properties import assert_equal_bits
+from tests.ranks import error_of
+from tests.windows import ALONE, BF16, FP16, FP32, backward
+
+ORDERS = [pytest.param(INTERLEAVED, id="interleaved"), pytest.param(FORWARDS_FIRST, id="forwards_first")]
+PLAIN = [Run(rule) for rule in ("sago", "pcgrad", "pcgrad_global")]
+
+
+def replicated(**options):
+    return DistributedDataParallel(transformer(), **options)
+
+
+def trained(chosen, **options):
+    return {run: train(replicated(**options), run, share()) for run in chosen}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("as_view", [False, True])
+def test_as_on_one_process(ranks2, order, as_view):
+    found = ranks2(trained, runs(order), gradient_as_bucket_view=as_view)
+    assert_as_single(found, replicas=True)
+
+
+def test_as_on_one_process_with_four_ranks(ranks4):
+    assert_as_single(ranks4(trained, runs(FORWARDS_FIRST)[1::2]), replicas=True)
+
+
+def trained_in_other_ways():
+    """Where the parameters come from, and what is around the forwards, makes no difference."""
+    run = Run("pcgrad", accumulation=3, order=FORWARDS_FIRST)
+    ddp = replicated()
+    yield train(ddp, run, share(), sago.GradientBuckets(ddp.module.named_parameters()))
+    ddp = replicated()
+    with ddp.no_sync():
+        yield train(ddp, run, share())
+    ddp = replicated()
+    yield train(ddp, run, share(), buckets_of(ddp, run, **ALONE))
+
+
+def listed(function):
+    return list(function())
+
+
+def test_where_parameters_come_from_and_no_sync_make_no_difference(ranks2):
+    for results in ranks2(listed, trained_in_other_ways):
+        for result in results:
+            assert_equal_results(result, single(Run("pcgrad", accumulation=3)))
+
+
+def on_half_of_the_ranks():
+    """Two replicas of two data-parallel ranks each."""
+    mesh = mesh_of(replicate=2, shard=2)
+    ddp = replicated(process_group=mesh["shard"].get_group())
+    return {run: train(ddp, run, (mesh.get_local_rank("shard"), 2)) for run in runs(FORWARDS_FIRST)[3:4]}
+
+
+def test_ranks_of_the_group_of_ddp_alone_are_averaged(ranks4):
+    assert_as_single(ranks4(on_half_of_the_ranks), replicas=True)
+
+
+def one_forward_on_ranks():
+    return one_forward(replicated(), Run("pcgrad"), share())
+
+
+def test_losses_that_share_a_forward_and_captures_within_captures(ranks2):
+    for found in ranks2(one_forward_on_ranks):
+        assert_equal_tensors(found, one_forward(transformer(), Run("pcgrad")))
+
+
+def wrapped_later():
+    """The buckets are there before DDP is, which would reduce the first of two gradients only."""
+    model = transformer()
+    buckets = sago.GradientBuckets(model)
+    ddp = DistributedDataParallel(model)
+    return [error_of(capture) for capture in (buckets.forget, buckets.retain)], ddp.training
+
+
+def test_a_module_that_is_wrapped_when_the_buckets_are_there_is_refused(ranks2):
+    for errors, _ in ranks2(wrapped_later):
+        for error, text in errors:
+            assert error is ValueError
+            assert "Make new GradientBuckets" in text
+
+
+def by_hand(order):
+    """DDP's own reduction, and nothing else."""
+    found = {}
+    for run in PLAIN:
+        ddp, run = replicated(), run._replace(order=order)
+        found[run] = train(ddp, run, share(), ByHand(ddp))
+    return found
+
+
+def test_ddp_alone_is_as_on_one_process_interleaved(ranks2):
+    """The harness finds nothing wrong with plain torch that is right."""
+    assert_as_single(ranks2(by_hand, INTERLEAVED), replicas=True)
+
+
+def test_ddp_alone_does_not_reduce_the_second_of_two_gradients(ranks2):
+    """Forward, forward, backward, backward without the buckets: the reason why they reduce by themselves."""
+    for rank in ranks2(by_hand, FORWARDS_FIRST):
+        for run, result in rank.items():
+            with pytest.raises(AssertionError, match="not close"):
+                assert_equal_results(result, single(run))
+
+
+def counted(order, **options):
+    """The all-reduces of a step, of its backwards and of its synthesis, and of reading the report."""
+    ddp, run, found = replicated(), Run("pcgrad", accumulation=3, order=order), []
+    buckets = buckets_of(ddp, run, **options)
+    for step in range(2):
+        with Collectives() as backwards:
+            for micro in range(run.accumulation):
+                window(ddp, buckets, run, batches(step, micro, *share()))
+        with Collectives() as synthesis:
+            report = buckets.synthesize_(run.rule, max_norm=1.0)
+        with Collectives() as reading:
+            report.table()
+        buckets.zero_()
+        found.append((all_reduces(backwards.found), all_reduces(synthesis.found), all_reduces(reading.found)))
+    return found
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_all_reduces_of_a_step_are_as_many_as_flat_buffers(ranks2, order):
+    sizes = [p.numel() for p in transformer().parameters()]
+    for rank in ranks2(counted, order):
+        for backwards, synthesis, reading in rank:
+            assert backwards == reading == []
+            assert len(synthesis) == 2  # forget and retain
+            assert min(synthesis) >= sum(sizes)
+    for rank in ranks2(counted, order, **ALONE):
+        for backwards, synthesis, reading in rank:
+            assert backwards == reading == []
+            assert len(synthesis) == 2 * len(sizes)
+            assert sum(synthesis) >= 2 * sum(sizes)
+
+
+def counted_with_unscale():
+    """The all-reduces of `unscale_` and of the synthesis behind it."""
+    ddp, run = replicated(), Run("pcgrad", "sgd")
+    buckets, scaler = sago.GradientBuckets(ddp), torch.amp.GradScaler("cpu")
+    scaler.scale(torch.zeros(()))
+    window(ddp, buckets, run, batches(0, 0, *share()))
+    with Collectives() as unscale:
+        buckets.unscale_(scaler, optimizer_of(ddp, run))
+    with Collectives() as synthesis:
+        buckets.synthesize_(run.rule, max_norm=1.0)
+    return all_reduces(unscale.found), all_reduces(synthesis.found)
+
+
+def test_gradients_are_averaged_once(ranks2):
+    for unscale, synthesis in ranks2(counted_with_unscale):
+        assert len(unscale) == 2
+        assert synthesis == []
+
+
+GIVEN = (7, 1, 33)
+
+
+def of_rank(rank, dtype):
+    """Gradients that a rank has of its own: multiples of 1/8, whose sums over two ranks are exact in fp32."""
+    sides = [inputs.normal(sum(GIVEN), 50 + 10 * k + rank) for k in range(2)]
+    return [[(8 * t).round().div(8).to(dtype) for t in side.split(GIVEN)] for side in sides]
+
+
+def given(dtype, rule, **options):
+    """Gradients that are known, by a module whose forward is of no concern."""
+    module = nn.Module()
+    module.params = nn.ParameterList(torch.zeros(n, dtype=dtype) for n in GIVEN)
+    ddp = DistributedDataParallel(module)
+    buckets = sago.GradientBuckets(ddp, **options)
+    forget, retain = of_rank(dist.get_rank(), dtype)
+    for capture, side in ((buckets.forget, forget), (buckets.retain, retain)):
+        with capture():
+            backward(list(ddp.parameters()), side)
+    buckets.synthesize_(rule, **WEIGHTS)
+    return [p.grad.clone() for p in ddp.parameters()]
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("wide", [None, FP32])
+def test_a_given_pair_is_averaged_and_synthesized_bit_for_bit(ranks2, dtype, wide):
+    forget, retain = (
+        [((a.to(wide or dtype) + b.to(wide or dtype)) / 2) for a, b in zip(*sides, strict=True)]
+        for sides in zip(of_rank(0, dtype), of_rank(1, dtype), strict=True)
+    )
+    like = [torch.zeros(n, dtype=dtype) for n in GIVEN]
+    sago.reference.synthesize_(forget, retain, "sago", out=like, **WEIGHTS)
+    for found in ranks2(given, dtype, "sago", accumulate_dtype=wide):
+        assert_equal_bits(found, like)
+
+
+class Branches(nn.Module):
+    """Parameters of forget alone, of retain alone, of none, and of rows that may be on some ranks only."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.trunk, self.never = nn.Linear(3, 5), nn.Linear(5, 2)
+            self.heads = nn.ModuleDict({"forget": nn.Linear(5, 2), "retain": nn.Linear(5, 2)})
+            self.marked = nn.Linear(3, 5)
+        self.double()
+
+    def forward(self, x, marks, head):
+        y = self.trunk(x)
+        if marks.any():
+            y = y + marks[:, None] * self.marked(x)
+        return self.heads[head](torch.tanh(y))
+
+
+def branched(rule, module, rank=0, world=1):
+    """Some steps in which half of the rows are marked: with two ranks, those of the first."""
+    buckets = sago.GradientBuckets(module)
+    optimizer, reports = torch.optim.AdamW(module.parameters(), lr=1e-2), []
+    for step in range(3):
+        x = inputs.normal(2 * 8 * 3, 300 + step).view(2, 8, 3)
+        marks = (torch.arange(8) < 4).double()
+        x, marks = x.chunk(world, dim=1)[rank], marks.chunk(world)[rank]
+        with buckets.forget():
+            (-(module(x[0], marks, "forget") ** 2).mean()).backward()
+        with buckets.retain():
+            ((module(x[1], marks, "retain") - 1) ** 2).mean().backward()
+        reports.append(fields(buckets.synthesize_(rule, **WEIGHTS)))
+        inner = module.module if world > 1 else module
+        there = {name for name, p in inner.named_parameters() if p.grad is not None}
+        optimizer.step()
+        buckets.zero_()
+    return {name: p.detach().clone() for name, p in inner.named_parameters()}, reports, there
+
+
+def branched_on_ranks(rules):
+    ddp = [DistributedDataParallel(Branches(), find_unused_parameters=True) for _ in rules]
+    return [branched(rule, module, *share()) for rule, module in zip(rules, ddp, strict=True)]
+
+
+def test_parameters_that_are_not_reached_on_some_ranks_or_on_none(ranks2):
+    """AdamW would decay the one that is never reached, if it had a gradient of zeros."""
+    rules = "sago", "pcgrad", "blur"
+    for results in ranks2(branched_on_ranks, rules):
+        for rule, (found, reports, there) in zip(rules, results, strict=True):
+            expected, right, there_on_one = branched(rule, Branches())
+            assert there == there_on_one == expected.keys() - {"never.weight", "never.bias"}
+            assert_equal_tensors(found, expected)
+            for report, of_one in zip(reports, right, strict=True):
+                assert_equal_reports(report, of_one)
+
+
+def branched_without_search():
+    return error_of(branched, "sago", DistributedDataParallel(Branches()), *share())
+
+
+def test_a_parameter_that_is_not_reached_is_an_error_where_ddp_does_not_search(ranks2):
+    for error, text in ranks2(branched_without_search):
+        assert error is ValueError
+        assert "find_unused_parameters=True" in text
+
+
+def scaled_on_ranks():
+    return scaled(replicated(), share())
+
+
+def test_unscale_averages_first_so_that_all_ranks_skip_the_same_step(ranks2):
+    scales, expected = scaled(transformer())
+    assert scales == [2.0**10, 2.0**9, 2.0**9]
+    for found, params in ranks2(scaled_on_ranks):
+        assert found == scales
+        assert_equal_tensors(params, expected)
+
+
+def refused():
+    """Modules whose gradients the buckets cannot reduce as DDP would."""
+    hooked = replicated()
+    hooked.register_comm_hook(None, lambda state, bucket: bucket.get_future())
+    yield error_of(sago.GradientBuckets, hooked)
+    yield error_of(sago.GradientBuckets, replicated(static_graph=True))
+    ddp = replicated()
+    yield error_of(sago.GradientBuckets, [p for p in ddp.parameters() if p.ndim > 1])
+    ddp = replicated()
+    yield error_of(sago.GradientBuckets, [*ddp.parameters(), nn.Parameter(torch.ones(3))])
+    yield ddp.require_backward_grad_sync  # as it was
+
+
+def in_backward():
+    """The last retain capture and the synthesis in one, which would come ahead of the reduction."""
+    ddp = replicated()
+    buckets = sago.GradientBuckets(ddp)
+    forget, _ = losses_of(ddp, Run("sago"), batches(0, 0, *share()))
+    with buckets.forget():
+        forget().backward()
+    return error_of(buckets.synthesize_in_backward("sago").__enter__)
+
+
+def test_a_synthesis_within_backward_is_refused(ranks2):
+    for error, text in ranks2(in_backward):
+        assert error is ValueError
+        assert "on one rank" in text
+
+
+def test_what_ddp_would_reduce_in_another_way_is_refused(ranks2):
+    says = "communication hook", "static_graph", "left out", "as the others are"
+    for *found, sync in ranks2(listed, refused):
+        assert sync
+        for (error, text), expected in zip(found, says, strict=True):
+            assert error is ValueError
+            assert expected in text

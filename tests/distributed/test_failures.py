@@ -1,0 +1,223 @@
+"""What goes wrong between ranks is an error on all that it concerns, and no rank waits for ever."""
+
+import os
+import time
+from contextlib import suppress
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import sago
+from sago.distributed import SumOver
+from tests import inputs
+from tests.distributed.training import (
+    Run,
+    assert_equal_results,
+    batches,
+    mesh_of,
+    sharded,
+    share,
+    single,
+    train,
+    transformer,
+    window,
+)
+from tests.ranks import RankError, Ranks, error_of
+from tests.windows import FP32, FP64
+
+LATE = 3.0  # seconds, beyond which a group does not wait
+
+
+@pytest.fixture(scope="module")
+def mortals():
+    """Two ranks that may die."""
+    ranks = Ranks(2, timeout=30.0)
+    yield ranks
+    ranks.stop()
+
+
+def shards_of(numel=9, dtype=FP64, seed=0):
+    mesh = mesh_of(shard=dist.get_world_size())
+    return [distribute_tensor(t.to(dtype), mesh, [Shard(0)]) for t in inputs.pair(numel, seed)]
+
+
+def dies(kind):
+    """In the middle of a training, when everything before the second synthesis is done."""
+    model = transformer()
+    model = DistributedDataParallel(model) if kind == "ddp" else sharded(model, mesh_of(shard=2))
+    buckets = sago.GradientBuckets(model)
+    window(model, buckets, Run("pcgrad"), batches(0, 0, *share()))
+    buckets.synthesize_("pcgrad").table()
+    buckets.zero_()
+    window(model, buckets, Run("pcgrad"), batches(1, 0, *share()))
+    if dist.get_rank() == 1:
+        os._exit(3)
+    buckets.synthesize_("pcgrad").table()
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_rank_that_dies_is_an_error_on_the_others(mortals, kind):
+    mortals(int)
+    store = mortals._folder.name
+    with pytest.raises(RankError) as caught:
+        mortals(dies, kind)
+    on_first, on_second = caught.value.errors
+    assert on_second == "died, exit code 3"
+    assert "synthesize_" in on_first
+    assert on_first.splitlines()[-1].startswith("RuntimeError")
+    assert "timed out" not in on_first.lower()  # it was not waited for
+    assert not os.path.exists(store)
+
+
+def is_late():
+    """One rank is busy with something else. What the other is told."""
+    group = dist.new_group(timeout=timedelta(seconds=LATE))
+    f, r = inputs.pair(9)
+    sago.synthesize_(f, r, "pcgrad", reduce_gram=SumOver(group))
+    error = None
+    if dist.get_rank() == 1:
+        time.sleep(2 * LATE)
+    else:
+        error = error_of(sago.synthesize_, f, r, "pcgrad", reduce_gram=SumOver(group))
+    dist.barrier()
+    return error
+
+
+def test_a_rank_that_does_not_come_is_an_error_within_the_timeout_of_the_group(ranks2):
+    (error, text), _ = ranks2(is_late)
+    assert error is RuntimeError
+    assert "timed out" in text.lower()
+
+
+def mismatched():
+    """Lists that are not the same on both ranks."""
+    second = dist.get_rank() == 1
+    mesh = mesh_of(shard=2)
+    f, r = shards_of(9)
+    g, s = shards_of(6, seed=1)
+    narrow = [t.to(FP32) for t in (f, r)]
+    whole = [distribute_tensor(t.full_tensor(), mesh, [Replicate()]) for t in (f, r)]
+    others = {
+        "fewer": [[f], [r]],
+        "another order": [[g, f], [s, r]],
+        "another dtype": [[narrow[0], g], [narrow[1], s]],
+        "another placement": [[whole[0], g], [whole[1], s]],
+        "another shape": [[shards_of(11)[0], g], [shards_of(11)[1], s]],
+    }
+    found = {}
+    for name, other in others.items():
+        lists = other if second else [[f, g], [r, s]]
+        before = [t.to_local().clone() for side in lists for t in side]
+        found[name] = error_of(sago.synthesize_, *lists, "pcgrad")
+        assert all(torch.equal(t.to_local(), b) for t, b in zip((*lists[0], *lists[1]), before, strict=True))
+    groups = ["a", "b"] if second else ["a", "a"]
+    found["other groups"] = error_of(sago.synthesize_, [f, g], [r, s], "pcgrad", groups=groups)
+    found["the same"] = error_of(sago.synthesize_, [f, g], [r, s], "pcgrad")
+    return found
+
+
+def test_lists_that_differ_are_an_error_on_every_rank(ranks2):
+    for found in ranks2(mismatched):
+        assert found.pop("the same") is None
+        for name, (error, text) in found.items():
+            assert error is ValueError, name
+            assert "the same on every rank" in text, name
+
+
+def grouped_otherwise():
+    """Buckets of one model with other groups on each rank, though as many."""
+    model = sharded(transformer(), mesh_of(shard=2))
+    count, first = len(list(model.parameters())), 10 + dist.get_rank()
+    buckets = sago.GradientBuckets(model, groups=["a"] * first + ["b"] * (count - first))
+    window(model, buckets, Run("pcgrad"), batches(0, 0, *share()))
+    return error_of(buckets.synthesize_, "pcgrad")
+
+
+def test_buckets_with_other_groups_are_an_error_on_every_rank(ranks2):
+    for error, text in ranks2(grouped_otherwise):
+        assert error is ValueError
+        assert "the same on every rank" in text
+
+
+def misplaced():
+    """What cannot be synthesized, wherever it lies."""
+    mesh = mesh_of(shard=2, replicate=2)
+    f, r = (t.clone() for t in inputs.pair(9))
+    partial = [DTensor.from_local(t, mesh, [Shard(0), Partial()], run_check=False) for t in (f, r)]
+    placed = [distribute_tensor(t, mesh, [Shard(0), Replicate()]) for t in (f, r)]
+    elsewhere = [distribute_tensor(t, mesh_of(shard=4), [Shard(0)]) for t in (f, r)]
+    apart = [distribute_tensor(t, mesh["shard"], [Shard(0)]) for t in (f, r)]
+    across = [distribute_tensor(t, mesh["replicate"], [Shard(0)]) for t in (f, r)]
+    otherwise = distribute_tensor(r, mesh, [Replicate(), Shard(0)])
+    parameter = torch.nn.Parameter(partial[0])
+    return {
+        "partial": error_of(sago.synthesize_, *partial, "sago"),
+        "partial, summed": error_of(sago.synthesize_, *partial, "pcgrad", reduce_gram=SumOver()),
+        "partial parameter": error_of(sago.GradientBuckets, [parameter]),
+        "mesh": error_of(sago.synthesize_, placed[0], elsewhere[1], "sago"),
+        "placements": error_of(sago.synthesize_, placed[0], otherwise, "sago"),
+        "plain": error_of(sago.synthesize_, placed[0], r, "sago"),
+        "out": error_of(sago.synthesize_, *placed, "sago", out=[r.clone()]),
+        "no common mesh": error_of(sago.synthesize_, [apart[0], across[0]], [apart[1], across[1]], "pcgrad"),
+        "untouched": torch.equal(r, inputs.pair(9)[1]),
+    }
+
+
+def test_what_is_not_placed_alike_is_refused_with_the_reason(ranks4):
+    says = {
+        "partial": (ValueError, "should be reduced before"),
+        "partial, summed": (ValueError, "should be reduced before"),
+        "partial parameter": (ValueError, "should be reduced before"),
+        "mesh": (ValueError, "the same mesh and placements"),
+        "placements": (ValueError, "the same mesh and placements"),
+        "plain": (TypeError, "all be DTensors or none"),
+        "out": (TypeError, "all be DTensors or none"),
+        "no common mesh": (ValueError, "on one mesh or on parts of it"),
+    }
+    for found in ranks4(misplaced):
+        assert found.pop("untouched")
+        assert found.keys() == says.keys()
+        for name, (error, text) in says.items():
+            assert found[name] is not None, name
+            assert found[name][0] is error, name
+            assert text in found[name][1], name
+
+
+def beside_the_mesh():
+    """DTensors of two ranks of four: the other two are not on the mesh."""
+    mesh = DeviceMesh("cpu", [0, 1], mesh_dim_names=("shard",))
+    f, r = (distribute_tensor(t, mesh, [Shard(0)]) for t in inputs.pair(9))
+    return error_of(sago.synthesize_, f, r, "pcgrad")
+
+
+def test_a_rank_beside_the_mesh_is_told_so(ranks4):
+    first, second, *others = ranks4(beside_the_mesh)
+    assert first is second is None
+    for error, text in others:
+        assert error is ValueError
+        assert "mesh that has this rank" in text
+
+
+def spoilt():
+    """A capture that fails, and `zero_`: nothing is left of it."""
+    model, run = sharded(transformer(), mesh_of(shard=2)), Run("pcgrad")
+    buckets = sago.GradientBuckets(model)
+    window(model, buckets, run, batches(0, 0, *share()))
+    with suppress(ZeroDivisionError), buckets.forget():
+        model(batches(1, 0, *share())[0]).sum().backward()
+        raise ZeroDivisionError
+    error = error_of(buckets.synthesize_, "pcgrad")
+    buckets.zero_()
+    return error, train(model, run, share(), buckets)
+
+
+def test_zero_is_the_way_out_of_a_capture_that_failed(ranks2):
+    for (error, text), result in ranks2(spoilt):
+        assert error is ValueError
+        assert "ended in ZeroDivisionError" in text
+        assert_equal_results(result, single(Run("pcgrad")))
