@@ -15,7 +15,7 @@ from examples.people import Collator
 
 
 def answers(model: LlamaForCausalLM, batch: Batch) -> Answers:
-    return answers_of(logits_of(model, batch), batch["labels"])
+    return answers_of(logits_of(model, batch), batch["labels"].to(model.device))
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from benchmarks.measure import ROOT
 from examples import demo, tell
 from examples.draw import STYLES
 from examples.grid import QUICK, Setup
-from examples.recovery import LEVELS
+from examples.recovery import LEVELS, entries
 from examples.sweep import COSINES
 from examples.world import SETS
 
@@ -148,6 +148,17 @@ def test_the_committed_record_is_that_of_make_demo():
     check_record(record, Setup())
     check_results(record)
     assert set(STYLES) == set(Setup().rules)
+
+
+def test_the_readme_shows_the_committed_record():
+    record = json.loads(RECORD.read_text())
+    rows = {}
+    for entry in entries(record, LEVELS[0]):
+        mean, deviation = entry.recovery["retain"]
+        rows.setdefault(entry.objective, []).append(f"{100 * mean:.1f} ± {100 * deviation:.1f} %")
+    readme = (ROOT / "README.md").read_text()
+    for objective, cells in rows.items():
+        assert f"| {objective} | {' | '.join(cells)} |\n" in readme
 
 
 @pytest.mark.parametrize("level", LEVELS)
