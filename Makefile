@@ -1,13 +1,22 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test lint bench clean
+# Of transformers, besides the pinned one: OpenUnlearning's, its upstream's and the newest.
+MATRIX = 4.45.2 4.51.3 5.24.0
+
+.PHONY: demo test test-matrix lint bench clean
 
 demo: .venv/ready
 	$(BIN)/python -m examples.demo
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-matrix: $(MATRIX:%=.venv-transformers-%/ready)
+	@for version in $(MATRIX); do \
+		echo "transformers $$version"; \
+		.venv-transformers-$$version/bin/python -m pytest -q -W default tests/integrations || exit 1; \
+	done
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -28,5 +37,13 @@ bench: .venv/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
+.venv-transformers-%/ready: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	grep -vE '^(transformers|tokenizers)==' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt \
+		--editable '.[transformers,triton]' transformers==$* torch==2.13.0 numpy pytest hypothesis
+	touch $@
+
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-* build *.egg-info

@@ -1,0 +1,424 @@
+"""Gradient synthesis in the Trainer of Hugging Face transformers: a class to put ahead of a trainer's."""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from sago.buckets import GradientBuckets
+from sago.report import SynthesisReport
+from sago.rules import Rule, resolve
+
+if TYPE_CHECKING:
+    _Trainer: TypeAlias = Any
+else:
+    _Trainer = object
+
+_PRODUCTS = ("mul", "multiply", "__mul__", "__rmul__")
+_NORMS = ("norm_forget", "norm_retain", "norm_update")
+_LOGGED = (
+    "cos_forget_retain",
+    "cos_update_forget",
+    "cos_update_retain",
+    "conflict_fraction",
+    *_NORMS,
+    "nonfinite_forget",
+    "nonfinite_retain",
+)
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    """How a trainer makes one update of its two gradients.
+
+    Attributes:
+        rule: As in `sago.synthesize_`.
+        groups: The group of a parameter, made of its name, for rules that take inner products over each
+            group. By default every parameter is one.
+        nonfinite: As in `GradientBuckets.synthesize_`.
+        accumulate_dtype: As in `sago.GradientBuckets`.
+        stats: Whether everything in the report is computed and logged, or only what the rule needs.
+    """
+
+    rule: str | Rule = "sago"
+    groups: Callable[[str], Hashable] | None = None
+    nonfinite: Literal["propagate", "zero_update"] = "propagate"
+    accumulate_dtype: torch.dtype | None = None
+    stats: bool = True
+
+    def __post_init__(self) -> None:
+        resolve(self.rule)
+        if self.groups is not None and not callable(self.groups):
+            raise TypeError(
+                "Parameter `groups` should be None or a function of a parameter's name. Found "
+                f"{type(self.groups).__name__}."
+            )
+
+
+class GradientSynthesisMixin(_Trainer):
+    """Turns a trainer that adds two weighted losses into one that synthesizes their gradients.
+
+        class SAGOSimNPO(GradientSynthesisMixin, SimNPO):
+            synthesis = Synthesis(rule="sago")
+
+    `SimNPO` stands for any subclass of `transformers.Trainer` whose loss is `self.gamma * forget_loss +
+    self.alpha * retain_loss`, the forget loss as minimised. Once an optimizer step, after the whole window of
+    accumulation and the reduction over ranks, `p.grad` is what the rule makes of the two gradients. All else
+    is the trainer's: batches, mixed precision, clipping, optimizer, checkpoints, evaluation.
+
+    A trainer that weighs its losses in another way has a method `compute_losses(model, inputs)` that returns
+    the forget and the retain loss, unweighted. It is used for training in the place of `compute_loss`, with
+    `self.gamma` and `self.alpha` as weights, or 1 where there are none.
+
+    The two losses are found while `compute_loss` runs: `self.gamma` and `self.alpha` are floats then that
+    note what they are multiplied with, and cut the product out of the graph. The trainer's own backward goes
+    as far as the cut, and leaves there how it scales the losses, for accumulation or by a GradScaler. The
+    backwards of the two losses follow with that, each into its side of `sago.GradientBuckets`.
+
+    With each of the trainer's logs of its loss come both losses, unweighted, averaged over micro-batches and
+    ranks, and the report of the last synthesis over all groups.
+
+    Attributes:
+        synthesis: How; read at the first step of `train`.
+
+    Raises:
+        ValueError: In a step of training, unless both losses are seen and nothing else reaches parameters.
+
+    Source: arXiv 2604.14808; the trainers of OpenUnlearning (arXiv 2506.12618).
+    """
+
+    synthesis: Synthesis = Synthesis()
+    _window: _Window | None = None
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        if self._window is None or self._window.model is not model:
+            self._window = _Window(self, model)
+        window = self._window
+        window.begin(self)
+        forget, retain = _weights(self)
+        instead: dict[str, Any] = {"gamma": forget, "alpha": retain}
+        if hasattr(self, "compute_losses"):
+            instead = {"compute_loss": partial(_weighed, self.compute_losses, forget, retain)}
+        extra = () if num_items_in_batch is None else (num_items_in_batch,)
+        with _replaced(self, instead), window.not_stepping(self.accelerator):
+            loss = super().training_step(model, inputs, *extra)
+        window.capture(forget, retain)
+        if _steps_next(self):
+            window.synthesize(self.accelerator)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # The trainer itself logs its loss on every rank, so ranks can be averaged here.
+        if self._window is not None and "loss" in logs and self.control.should_log:
+            logs = {**logs, **self._window.summary(self.accelerator)}
+        super().log(logs, *(() if start_time is None else (start_time,)))
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._window = None
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        finally:
+            self._window = None  # with its two copies of the gradients
+
+
+class _Weight(float):
+    """The weight of a loss, which notes what it is multiplied with.
+
+    The product that it gives is a leaf, so that the backward of the trainer ends there.
+
+    Attributes:
+        products: The factors, and the leaves.
+    """
+
+    products: list[tuple[Tensor, Tensor]]
+
+    def __mul__(self, other: Any) -> Any:
+        product = float(self) * other
+        return self._cut(other, product) if isinstance(other, Tensor) else product
+
+    __rmul__ = __mul__
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # A tensor that is multiplied with a float does not ask the float, except like this.
+        plain = [float(x) if isinstance(x, cls) else x for x in args]
+        named = {k: float(x) if isinstance(x, cls) else x for k, x in (kwargs or {}).items()}
+        result = func(*plain, **named)
+        weights = [x for x in args if isinstance(x, cls)]
+        factors = [x for x in args if isinstance(x, Tensor)]
+        if func.__name__ in _PRODUCTS and len(weights) == len(factors) == 1 and not named:
+            return weights[0]._cut(factors[0], result)
+        return result
+
+    def _cut(self, factor: Tensor, product: Tensor) -> Tensor:
+        if not product.requires_grad:
+            return product
+        cut = product.detach().requires_grad_()
+        self.products.append((factor, cut))
+        return cut
+
+
+class _Window:
+    """The two gradients of a model in training, and what is logged of them.
+
+    Attributes:
+        model: As the trainer passes it to `training_step`.
+    """
+
+    def __init__(self, trainer: Any, model: Any) -> None:
+        _check_optimizer(trainer)
+        self.model = model
+        self._engine: Any = getattr(trainer.accelerator, "deepspeed_engine_wrapped", None)
+        self._backward_options: dict[str, Any] = {}  # that the trainer gives to DeepSpeed
+        self._named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        self._rule, groups = _rule_and_groups(trainer, model)
+        self._how = trainer.synthesis
+        self._buckets = GradientBuckets(model, groups, self._how.accumulate_dtype)
+        self._reducing = list(_reducing(model))
+        self._weights: tuple[float, float] | None = None  # of the window that is open
+        self._step = 0  # that it belongs to
+        self._shared: bool | None = None
+        self._report: SynthesisReport | None = None
+        self._loss_scale: Any = 1.0
+        self._losses: Tensor | None = None  # sums since the last log
+        self._count = 0
+
+    def begin(self, trainer: Any) -> None:
+        step = trainer.state.global_step
+        if self._weights is not None and self._step != step:
+            raise ValueError(
+                "The optimizer should step after the last micro-batch of a window, which is known by "
+                f"`accelerator.sync_gradients`. Found that step {self._step} went by before it was set."
+            )
+        self._step = step
+        # Within accelerate's no_sync, which is around all but the last micro-batch.
+        for module in self._reducing:
+            if isinstance(module, DistributedDataParallel):
+                module.require_backward_grad_sync = False  # `GradientBuckets` reduces
+            else:
+                module.set_requires_gradient_sync(True, recurse=False)
+
+    @contextmanager
+    def not_stepping(self, accelerator: Any) -> Iterator[None]:
+        """Within, a backward of accelerate with DeepSpeed is one of torch: the engine's would step, too."""
+        if self._engine is None:
+            yield
+            return
+        accelerator.deepspeed_engine_wrapped = _Engineless(self._backward_options)
+        try:
+            yield
+        finally:
+            accelerator.deepspeed_engine_wrapped = self._engine
+
+    def capture(self, forget: _Weight, retain: _Weight) -> None:
+        """Runs both backwards, with the scales that the trainer's has left at the cuts."""
+        sides = [_scaled("gamma", "forget", forget), _scaled("alpha", "retain", retain)]
+        self._check_nothing_else()
+        weights = float(forget), float(retain)
+        if self._weights not in (None, weights):
+            raise ValueError(
+                "`self.gamma` and `self.alpha` should stay the same over the micro-batches of a window. "
+                f"Found {weights} after {self._weights}."
+            )
+        losses = [[loss for loss, _ in side] for side in sides]
+        if self._shared is None:
+            self._shared = _share_graph(*losses)
+        seen = torch.stack([torch.stack([x.detach().float().mean() for x in side]).sum() for side in losses])
+        with self._buckets.forget():
+            self._backward(sides[0], retain_graph=self._shared)
+        with self._buckets.retain():
+            self._backward(sides[1], retain_graph=False)
+        self._weights = weights
+        self._losses = seen if self._losses is None else self._losses + seen
+        self._count += 1
+
+    def synthesize(self, accelerator: Any) -> None:
+        assert self._weights is not None
+        gamma, alpha = self._weights
+        self._report = self._buckets.synthesize_(
+            self._rule, gamma, alpha, nonfinite=self._how.nonfinite, stats=self._how.stats
+        )
+        self._weights = None
+        if self._engine is not None:
+            self._loss_scale = getattr(self._engine.engine.optimizer, "loss_scale", 1.0)
+            self._engine.engine.step()
+        elif accelerator.scaler is not None and self._losses is not None:
+            self._loss_scale = accelerator.scaler.scale(torch.ones_like(self._losses[0]))
+
+    def summary(self, accelerator: Any) -> dict[str, float]:
+        """What is logged. Waits for the device."""
+        if self._report is None or self._losses is None:
+            return {}
+        forget, retain = accelerator.reduce(self._losses / self._count, reduction="mean").tolist()
+        self._losses, self._count = None, 0
+        found = self._report.summary()
+        scale = float(self._loss_scale)
+        logged = {n: found[n] / scale if n in _NORMS else found[n] for n in _LOGGED if n in found}
+        return {"forget_loss": forget, "retain_loss": retain, **logged}
+
+    def _backward(self, side: Sequence[tuple[Tensor, Tensor]], retain_graph: bool) -> None:
+        losses, scales = [loss for loss, _ in side], [scale for _, scale in side]
+        if self._engine is None:
+            torch.autograd.backward(losses, scales, retain_graph=retain_graph)
+            return
+        total = torch.stack([(loss * scale).sum() for loss, scale in side]).sum()
+        self._engine.backward(total, retain_graph=retain_graph, **self._backward_options)
+
+    def _check_nothing_else(self) -> None:
+        for name, p in self._named:
+            if p.grad is not None:
+                raise ValueError(
+                    "The loss should be `self.gamma * forget_loss + self.alpha * retain_loss` and nothing "
+                    f"else. Found another term, which reaches parameter `{name}`."
+                )
+
+
+class _Engineless:
+    """In the place of accelerate's wrapper of a DeepSpeed engine: its backward, without the engine.
+
+    Args:
+        options: Where to put what the engine's backward was to get.
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._options = options
+
+    def backward(self, loss: Tensor, **options: Any) -> None:
+        self._options.clear()
+        self._options.update(options)
+        loss.backward()
+
+
+def _weights(trainer: Any) -> tuple[_Weight, _Weight]:
+    found = []
+    for name in ("gamma", "alpha"):
+        default = [1.0] if hasattr(trainer, "compute_losses") else []
+        value = getattr(trainer, name, *default)
+        if not isinstance(value, Real):
+            raise ValueError(f"`self.{name}` should be a number. Found {type(value).__name__}.")
+        weight = _Weight(value)
+        weight.products = []
+        found.append(weight)
+    return found[0], found[1]
+
+
+def _weighed(
+    compute_losses: Callable[[Any, Any], tuple[Tensor, Tensor]],
+    gamma: _Weight,
+    alpha: _Weight,
+    model: Any,
+    inputs: Any,
+    return_outputs: bool = False,
+    num_items_in_batch: Any = None,
+) -> Tensor:
+    forget, retain = compute_losses(model, inputs)
+    return gamma * forget + alpha * retain
+
+
+@contextmanager
+def _replaced(trainer: Any, instead: dict[str, Any]) -> Iterator[None]:
+    """Within, attributes are others. One that is set meanwhile stays as it was set."""
+    before = {name: vars(trainer)[name] for name in instead if name in vars(trainer)}
+    for name, value in instead.items():
+        setattr(trainer, name, value)
+    try:
+        yield
+    finally:
+        for name, value in instead.items():
+            if vars(trainer).get(name) is not value:
+                continue
+            if name in before:
+                setattr(trainer, name, before[name])
+            else:
+                delattr(trainer, name)
+
+
+def _scaled(weight: str, name: str, found: _Weight) -> list[tuple[Tensor, Tensor]]:
+    """The losses that the weight was multiplied with, and the derivatives of the total by the products."""
+    reached = [(loss, cut.grad) for loss, cut in found.products if cut.grad is not None]
+    if not reached:
+        seen = "a product that is no part of the loss" if found.products else "no product of it and a loss"
+        raise ValueError(
+            "The loss in training should be `self.gamma * forget_loss + self.alpha * retain_loss`. Found "
+            f"{seen} for `self.{weight}`. Where a trainer uses its weights otherwise, or leaves the {name} "
+            "loss out of some batches, give it `compute_losses(model, inputs)`, which returns the forget and "
+            "the retain loss."
+        )
+    return reached
+
+
+def _share_graph(forget: Sequence[Tensor], retain: Sequence[Tensor]) -> bool:
+    """Whether the second backward needs what the first would free."""
+    nodes = set(_inner_nodes(forget))  # kept, because a node that is let go comes back as another object
+    return any(node in nodes for node in _inner_nodes(retain))
+
+
+def _inner_nodes(losses: Sequence[Tensor]) -> Iterator[Any]:
+    ahead = [loss.grad_fn for loss in losses]
+    seen = set()
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen or not node.next_functions:  # a leaf frees nothing
+            continue
+        seen.add(node)
+        yield node
+        ahead += [following for following, _ in node.next_functions]
+
+
+def _reducing(model: torch.nn.Module) -> Iterator[Any]:
+    """The modules that reduce gradients over ranks in the backward."""
+    sharded: tuple[type, ...] = ()
+    if torch.distributed.is_available():
+        from torch.distributed.fsdp import FSDPModule
+
+        sharded = (FSDPModule,)
+    return (m for m in model.modules() if isinstance(m, (DistributedDataParallel, *sharded)))
+
+
+def _rule_and_groups(trainer: Any, model: torch.nn.Module) -> tuple[Rule, list[Hashable] | None]:
+    """The rule, and one key a parameter, such that what the optimizer has not is in no sum of what it has."""
+    rule, groups = resolve(trainer.synthesis.rule), trainer.synthesis.groups
+    named = [(_clean(n), p) for n, p in model.named_parameters()]
+    if rule.scope != "global":
+        return rule, None if groups is None else [groups(n) for n, _ in named]
+    trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    keys: list[Hashable] = [id(p) in trained for _, p in named]
+    if all(key or not p.requires_grad for key, (_, p) in zip(keys, named, strict=True)):
+        return rule, None
+    return replace(rule, scope="tensor"), keys
+
+
+def _clean(name: str) -> str:
+    """The name in the model that the user has made: without those of DDP and torch.compile."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
+def _check_optimizer(trainer: Any) -> None:
+    name = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    if "layerwise" in name or "lomo" in name:
+        raise ValueError(f"Parameter `optim` should step after the backward, not in it. Found {name!r}.")
+    if getattr(trainer, "use_apex", False):
+        raise ValueError("Parameter `half_precision_backend` should be 'auto'. Found apex.")
+
+
+def _steps_next(trainer: Any) -> bool:
+    """Whether the optimizer steps before the next micro-batch."""
+    accelerator = trainer.accelerator
+    if accelerator.sync_gradients:
+        return True
+    if hasattr(trainer, "get_batch_samples"):
+        return False
+    # transformers 4.45 steps at the end of an epoch that is shorter than a window, and says so afterwards.
+    batches = operator.length_hint(trainer.callback_handler.train_dataloader, sys.maxsize)
+    short = batches <= trainer.args.gradient_accumulation_steps
+    return short and accelerator.gradient_state.end_of_dataloader

@@ -1,0 +1,613 @@
+"""Trainers with nothing but the mixin added, against the reference on the same micro-batches by hand."""
+
+import gc
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from accelerate.state import AcceleratorState
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sago
+from sago.integrations.transformers import GradientSynthesisMixin, Synthesis
+from tests.integrations.trainers import (
+    ALPHA,
+    GAMMA,
+    LENGTH,
+    LOSSES,
+    NPO,
+    GradDiff,
+    Pairs,
+    SimNPO,
+    Texts,
+    adamw,
+    by_hand,
+    gpt2,
+    graddiff_losses,
+    llama,
+    make,
+    text_nll,
+    weights,
+    windows,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread", "_quick_collection")
+
+KINDS = [GradDiff, NPO, SimNPO]
+# The newest versions have another name for it, and warn.
+CHECKPOINTING = "activation_checkpointing"
+if not hasattr(transformers.TrainingArguments, CHECKPOINTING):
+    CHECKPOINTING = "gradient_checkpointing"
+# transformers 4.45 does not say to torch 2.6 and later that there is a state of numpy's in a checkpoint.
+NUMPY = [np.ndarray, np.dtype, np.dtypes.UInt32DType, np._core.multiarray._reconstruct]
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.fixture(scope="module")
+def _quick_collection():
+    """Each training collects garbage, which takes longer than the training: not in what there is already."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def with_mixin(kind, **how):
+    return type(
+        f"Synthesizing{kind.__name__}", (GradientSynthesisMixin, kind), {"synthesis": Synthesis(**how)}
+    )
+
+
+@pytest.fixture(autouse=True)
+def _own_precision(monkeypatch):
+    """Of each test: older versions leave that of one trainer to those after it."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def steps_of(trainer):
+    return [log for log in trainer.state.log_history if "loss" in log]
+
+
+class Looking(transformers.TrainerCallback):
+    """Looks at something after each step."""
+
+    def __init__(self, look):
+        self.look = look
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.look()
+
+
+def assert_unmoved(trainer):
+    torch.testing.assert_close(weights(trainer.model), weights(llama()), rtol=0, atol=0)
+
+
+def assert_trained_alike(model, expected, start=None, exact=True):
+    """Within the rounding of a few steps, after having moved by much more.
+
+    In fp32 every element is compared. In less, single elements go other ways where two gradients all but
+    cancel, so it is the distance that counts, in that from the start.
+    """
+    found, expected = weights(model), weights(expected)
+    start = weights(llama() if start is None else start)
+    flat, other, begin = (
+        torch.cat([x[n].double().flatten() for n in start]) for x in (found, expected, start)
+    )
+    assert (other - begin).abs().max() > 5e-3
+    assert (flat - other).norm() < 0.05 * (other - begin).norm()
+    if exact:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def check_by_hand(kind, folder, rule="sago", model=llama, data=None, autocast=None, dtype=FP32, **options):
+    """Trains with the mixin and by hand, and returns the trainer and the reports of the reference."""
+    data = Pairs(8) if data is None else data
+    trainer = make(with_mixin(kind, rule=rule), folder, model(dtype), data, **options)
+    trainer.train()
+    accumulation = options.get("gradient_accumulation_steps", 1)
+    steps = windows(trainer.data_collator.batches, accumulation, len(data))[: trainer.state.max_steps]
+    assert trainer.state.global_step == len(steps)
+    expected = model(dtype)
+    reports = by_hand(
+        expected, LOSSES[kind], steps, rule, max_norm=options.get("max_grad_norm", 0.5), autocast=autocast
+    )
+    assert_trained_alike(trainer.model, expected, model(dtype), exact=dtype == FP32 and autocast is None)
+    return trainer, reports
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize(
+    ("kind", "rule"),
+    [*((GradDiff, rule) for rule in sago.list_rules()), (NPO, "sago"), (NPO, "pcgrad"), (SimNPO, "sago")],
+)
+def test_trains_as_the_reference_by_hand(kind, rule, accumulation, tmp_path):
+    """With clipping: at a norm of 0.5 it is active in most steps."""
+    trainer, reports = check_by_hand(kind, tmp_path, rule, gradient_accumulation_steps=accumulation)
+    norms = [log["grad_norm"] for log in steps_of(trainer)]
+    torch.testing.assert_close(norms, [report["norm_update"] for report in reports], rtol=1e-3, atol=1e-5)
+    assert max(norms) > 0.5
+
+
+@pytest.mark.parametrize("rule", ["sago", "pcgrad", "sum"])
+@pytest.mark.parametrize("precision", ["weights", "autocast"])
+def test_trains_as_the_reference_in_bf16(precision, rule, tmp_path):
+    options = {"gradient_accumulation_steps": 2, "data": Pairs(4)}
+    if precision == "autocast":
+        check_by_hand(NPO, tmp_path, rule, autocast=BF16, bf16=True, **options)
+    else:
+        check_by_hand(NPO, tmp_path, rule, dtype=BF16, **options)
+
+
+@pytest.mark.parametrize("model", [llama, gpt2])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_trains_as_the_reference_with_checkpointed_activations(reentrant, model, tmp_path):
+    """GPT-2 has tied embeddings."""
+    check_by_hand(
+        SimNPO,
+        tmp_path,
+        model=model,
+        data=Pairs(4),
+        **{f"{CHECKPOINTING}": True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": reentrant}},
+    )
+
+
+@pytest.mark.parametrize(("count", "accumulation"), [(6, 4), (3, 4), (5, 2)])
+def test_windows_at_the_end_of_an_epoch(count, accumulation, tmp_path):
+    """Shorter in newer versions; in 4.45 the last one goes on, unless the whole epoch is shorter than one."""
+    options = {"gradient_accumulation_steps": accumulation, "num_train_epochs": 2}
+    trainer, _ = check_by_hand(GradDiff, tmp_path, data=Pairs(count), **options)
+    if hasattr(trainer, "_run_epoch"):  # older versions stop at the number of full windows
+        assert trainer.state.global_step == 2 * -(-count // accumulation)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [*((kind, "fp32") for kind in KINDS), (GradDiff, "weights"), (NPO, "autocast")],
+)
+def test_the_sum_is_the_training_without_the_mixin(kind, precision, accumulation, tmp_path):
+    dtype = BF16 if precision == "weights" else FP32
+    options = {"bf16": precision == "autocast", "gradient_accumulation_steps": accumulation}
+    count = 8 if precision == "fp32" else 2 * accumulation  # before the rounding of gradients adds up
+    trainers = [
+        make(each, tmp_path, llama(dtype), Pairs(count), **options)
+        for each in (with_mixin(kind, rule="sum"), kind)
+    ]
+    for trainer in trainers:
+        trainer.train()
+    models = [trainer.model for trainer in trainers]
+    assert_trained_alike(*models, llama(dtype), exact=precision == "fp32")
+    losses, plain = ([log["loss"] for log in steps_of(trainer)] for trainer in trainers)
+    assert len(losses) == count // accumulation
+    torch.testing.assert_close(losses, plain, rtol=1e-3 if precision == "fp32" else 2e-2, atol=2e-4)
+
+
+def test_resumes_from_a_checkpoint(tmp_path):
+    """In the middle of an epoch, with nothing of its own in the checkpoint."""
+    kind = with_mixin(NPO, rule="pcgrad")
+    options = {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    whole = make(kind, tmp_path, **options)
+    whole.train()
+    again = make(kind, tmp_path, llama(seed=1), **options)
+    again.ref_model = whole.ref_model
+    with torch.serialization.safe_globals(NUMPY):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert len(again.data_collator.batches) < len(whole.data_collator.batches)
+    assert_trained_alike(again.model, whole.model)
+    plain = make(NPO, tmp_path / "plain", data=Pairs(4), **options)
+    plain.train()
+    names = [
+        {file.name for file in (path / "checkpoint-2").iterdir()} for path in (tmp_path, tmp_path / "plain")
+    ]
+    assert names[0] == names[1]
+
+
+def test_is_as_new_for_a_second_training(tmp_path):
+    trainer = make(with_mixin(GradDiff), tmp_path, data=Pairs(3))
+    trainer.train()
+    assert trainer._window is None
+    trainer.model.load_state_dict(llama().state_dict())
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.train()
+    expected = llama()
+    by_hand(expected, graddiff_losses, windows(trainer.data_collator.batches[3:], 1))
+    assert_trained_alike(trainer.model, expected)
+
+
+def test_logs_both_losses_and_the_last_report(tmp_path):
+    options = {"gradient_accumulation_steps": 2, "logging_steps": 2, "max_grad_norm": 1e9}
+    trainer, reports = check_by_hand(GradDiff, tmp_path, **options)
+    logs = steps_of(trainer)
+    assert [log["step"] for log in logs] == [2, 4]
+    model, seen = llama(), []
+    optimizer = adamw(model.parameters())
+    for step in windows(trainer.data_collator.batches, 2):
+        with torch.no_grad():
+            each = [torch.stack(graddiff_losses(model, None, batch)) for batch in step[0]]
+        seen.append(torch.stack(each).mean(0))
+        by_hand(model, graddiff_losses, [step], max_norm=1e9, optimizer=optimizer)
+    for i, log in enumerate(logs):
+        losses = ((seen[2 * i] + seen[2 * i + 1]) / 2).tolist()
+        torch.testing.assert_close([log["forget_loss"], log["retain_loss"]], losses, rtol=1e-3, atol=1e-4)
+        report = reports[2 * i + 1]
+        expected = {k: v for k, v in report.items() if k not in ("ff", "fr", "rr", "uu", "uf", "ur")}
+        assert len(expected) == 9
+        torch.testing.assert_close({k: log[k] for k in expected}, expected, rtol=1e-3, atol=1e-5)
+
+
+class Reads(TorchDispatchMode):
+    """Counts what waits for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ in (
+            "_local_scalar_dense",
+            "equal",
+            "is_nonzero",
+            "nonzero",
+        )
+        return func(*args, **(kwargs or {}))
+
+
+def test_waits_for_the_device_only_to_log(tmp_path, monkeypatch):
+    """`training_step` waits as often as without the mixin: the model does, for its mask.
+
+    Without statistics, for which the backend of the CPU looks at sums.
+    """
+    counts = []
+    for kind in (GradDiff, with_mixin(GradDiff, stats=False)):
+        reads = Reads()
+
+        class Watched(kind):
+            def training_step(self, *args):
+                with reads:  # noqa: B023
+                    return super().training_step(*args)
+
+        make(Watched, tmp_path, gradient_accumulation_steps=2, logging_steps=2).train()
+        counts.append(reads.count)
+    assert counts[0] == counts[1]
+
+    trainer = make(with_mixin(GradDiff), tmp_path, gradient_accumulation_steps=2, logging_steps=2)
+    read, steps = sago.SynthesisReport._read, []
+    monkeypatch.setattr(
+        sago.SynthesisReport,
+        "_read",
+        lambda report: (steps.append(trainer.state.global_step), read(report))[1],
+    )
+    trainer.train()
+    assert set(steps) == {2, 4}
+
+
+def test_logs_what_the_rule_needs_without_statistics(tmp_path):
+    trainer = make(with_mixin(GradDiff, rule="pcgrad", stats=False), tmp_path, data=Pairs(2))
+    trainer.train()
+    logged = set(steps_of(trainer)[0])
+    assert {"forget_loss", "retain_loss", "cos_forget_retain", "norm_retain"} <= logged
+    assert "conflict_fraction" not in logged
+
+
+def test_evaluation_is_the_trainers(tmp_path):
+    """Before, between and after steps, with plain numbers as weights and no gradient captured."""
+    found = []
+
+    class Evaluated(SimNPO):
+        def compute_unlearn_loss(self, model, inputs, return_outputs=False):
+            if not model.training:
+                found.append((type(self.gamma), type(self.alpha), return_outputs))
+            return super().compute_unlearn_loss(model, inputs, return_outputs)
+
+    options = {"eval_dataset": Texts(3), "eval_strategy": "steps", "eval_steps": 1, "data": Pairs(4)}
+    trainers = [make(kind, tmp_path, **options) for kind in (with_mixin(Evaluated, rule="sum"), SimNPO)]
+    results = []
+    for trainer in trainers:
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
+        results.append([before, *losses, trainer.evaluate()["eval_loss"]])
+    assert len(results[0]) == 6
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    assert set(found) == {(float, float, True)}
+    assert all("forget_loss" not in log for log in trainers[0].state.log_history if "eval_loss" in log)
+
+
+def variant(compute):
+    """A trainer with another loss, `compute(self, forget_loss, retain_loss)`."""
+
+    class Variant(GradDiff):
+        def compute_unlearn_loss(self, model, inputs, return_outputs=False):
+            loss = compute(self, *graddiff_losses(model, None, inputs))
+            return (loss, None) if return_outputs else loss
+
+    return Variant
+
+
+FORMS = {
+    "loss first": lambda self, f, r: f * self.gamma + r * self.alpha,
+    "functions": lambda self, f, r: torch.mul(f, self.gamma) + r.mul(self.alpha),
+    "scaled together": lambda self, f, r: (self.gamma * f + self.alpha * r) * 3 / 3,
+    "texts": lambda self, f, r: (self.gamma * torch.stack([f, f]) + self.alpha * torch.stack([r, r])).mean(),
+    "in parts": lambda self, f, r: self.gamma * (0.25 * f) + self.gamma * (0.75 * f) + self.alpha * r,
+    "looked at": lambda self, f, r: (self.gamma * f).detach() * 0 + self.gamma * f + self.alpha * r,
+    "integers": lambda self, f, r: self.gamma * (GAMMA * f) + self.alpha * (ALPHA * r),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_finds_the_losses_in(form, tmp_path):
+    trainer = make(with_mixin(variant(FORMS[form])), tmp_path, data=Pairs(4), gradient_accumulation_steps=2)
+    if form == "integers":
+        trainer.gamma = trainer.alpha = 1
+    trainer.train()
+    steps = windows(trainer.data_collator.batches, 2)
+    expected = llama()
+    losses = LOSSES[GradDiff]
+    if form == "integers":
+        losses = lambda *args: [x * w for x, w in zip(graddiff_losses(*args), (GAMMA, ALPHA), strict=True)]  # noqa: E731
+    by_hand(expected, losses, steps, weights=(1, 1) if form == "integers" else (GAMMA, ALPHA))
+    assert_trained_alike(trainer.model, expected)
+
+
+class WithLosses(GradDiff):
+    """Uses its weights in no way that could be recognised."""
+
+    def compute_unlearn_loss(self, model, inputs, return_outputs=False):
+        assert not model.training
+        return super().compute_unlearn_loss(model, inputs, return_outputs)
+
+    def compute_losses(self, model, inputs):
+        assert type(self.gamma) is float
+        return graddiff_losses(model, None, inputs)
+
+
+class OneForward(GradDiff):
+    def compute_losses(self, model, inputs):
+        both = {k: torch.cat([inputs[side][k] for side in ("forget", "retain")]) for k in inputs["forget"]}
+        labels = both.pop("labels")
+        forget, retain = text_nll(model(**both).logits, {"labels": labels}).tensor_split(2)
+        return -forget.mean() / (LENGTH - 2), retain.mean() / (LENGTH - 2)
+
+
+@pytest.mark.parametrize("kind", [WithLosses, OneForward])
+def test_takes_the_losses_from_compute_losses(kind, tmp_path):
+    options = {"data": Pairs(4), "gradient_accumulation_steps": 2}
+    trainer = make(with_mixin(kind, rule="pcgrad"), tmp_path, eval_dataset=Texts(2), **options)
+    trainer.train()
+    expected = llama()
+    by_hand(expected, graddiff_losses, windows(trainer.data_collator.batches, 2), "pcgrad")
+    assert_trained_alike(trainer.model, expected)
+    trainer.evaluate()
+    assert "compute_loss" not in vars(trainer)
+
+
+def test_weights_are_1_where_a_trainer_with_compute_losses_has_none(tmp_path):
+    class Weightless(WithLosses):
+        def compute_losses(self, model, inputs):
+            return graddiff_losses(model, None, inputs)
+
+    trainer = make(with_mixin(Weightless), tmp_path, data=Pairs(2))
+    del trainer.gamma, trainer.alpha
+    trainer.train()
+    expected = llama()
+    by_hand(expected, graddiff_losses, windows(trainer.data_collator.batches, 1), weights=(1, 1))
+    assert_trained_alike(trainer.model, expected)
+
+
+def test_a_weight_of_0_switches_a_side_off(tmp_path):
+    trainer = make(with_mixin(GradDiff, rule="sum"), tmp_path, data=Pairs(2))
+    trainer.gamma = 0
+    trainer.train()
+    expected = llama()
+    by_hand(expected, graddiff_losses, windows(trainer.data_collator.batches, 1), "sum", weights=(0, ALPHA))
+    assert_trained_alike(trainer.model, expected)
+
+
+def test_weights_that_a_trainer_changes_stay_changed(tmp_path):
+    """Between the windows; and the first one's is a class attribute again."""
+
+    class Scheduled(variant(FORMS["loss first"])):
+        alpha = 2.0
+
+        def compute_unlearn_loss(self, model, inputs, return_outputs=False):
+            loss = super().compute_unlearn_loss(model, inputs, return_outputs)
+            self.gamma = self.gamma * 0.5
+            return loss
+
+    trainer = make(with_mixin(Scheduled), tmp_path, data=Pairs(3))
+    del trainer.alpha
+    trainer.train()
+    assert trainer.gamma == GAMMA / 8
+    assert type(trainer.gamma) is float
+    assert "alpha" not in vars(trainer)
+    assert trainer.alpha == 2.0
+
+
+NOT_SEEN = {
+    "negated weight": (lambda self, f, r: -self.gamma * f + self.alpha * r, r"no product.*`self.gamma`"),
+    "forget alone": (lambda self, f, r: f + self.alpha * r, r"no product.*`self.gamma`.*leaves the forget"),
+    "shortcut": (
+        lambda self, f, r: self.gamma * f if self.state.global_step < 1 else self.gamma * f + self.alpha * r,
+        r"no product.*`self.alpha`.*leaves the retain loss out.*compute_losses",
+    ),
+    "in place": (lambda self, f, r: (f * 1).mul_(self.gamma) + self.alpha * r, r"no product.*`self.gamma`"),
+    "alpha of add": (lambda self, f, r: torch.add(self.gamma * f, r, alpha=self.alpha), r"`self.alpha`"),
+    "not used": (
+        lambda self, f, r: (self.gamma * f).detach() + self.alpha * r,
+        r"no part of the loss.*gamma",
+    ),
+    "regularised": (
+        lambda self, f, r: self.gamma * f + self.alpha * r + next(self.model.parameters()).square().sum(),
+        r"nothing else. Found another term.*embed_tokens",
+    ),
+    "third task": (lambda self, f, r: self.gamma * f + self.alpha * r + 0.5 * r, r"Found another term"),
+    "no parameter": (
+        lambda self, f, r: self.gamma * torch.ones((), requires_grad=True) + self.alpha * r,
+        r"A forget capture should have a backward in it that reaches a parameter",
+    ),
+}
+
+
+@pytest.mark.parametrize("form", NOT_SEEN)
+def test_says_which_loss_it_did_not_find(form, tmp_path):
+    compute, message = NOT_SEEN[form]
+    trainer = make(with_mixin(variant(compute)), tmp_path, data=Pairs(2))
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert (type(trainer.gamma), type(trainer.alpha)) == (float, float)
+    assert_unmoved(trainer)
+
+
+def test_refuses_weights_that_are_no_numbers(tmp_path):
+    trainer = make(with_mixin(GradDiff), tmp_path)
+    trainer.alpha = torch.tensor(1.0)
+    with pytest.raises(ValueError, match=r"`self.alpha` should be a number. Found Tensor"):
+        trainer.train()
+
+
+def test_refuses_weights_that_change_within_a_window(tmp_path):
+    """One update has one pair of weights."""
+
+    class Restless(GradDiff):
+        def compute_unlearn_loss(self, model, inputs, return_outputs=False):
+            self.gamma = self.gamma + 0.5
+            return super().compute_unlearn_loss(model, inputs, return_outputs)
+
+    kind = with_mixin(Restless)
+    with pytest.raises(ValueError, match=r"`self.gamma` should be multiplied|no product"):
+        make(kind, tmp_path, gradient_accumulation_steps=2).train()  # it is no longer the one that notes
+    after = variant(lambda self, f, r: (self.gamma * f + self.alpha * r, setattr(self, "gamma", 0.5))[0])
+    with pytest.raises(ValueError, match=r"stay the same over.*Found \(0.5, 1.3\) after \(0.7, 1.3\)"):
+        make(with_mixin(after), tmp_path, gradient_accumulation_steps=2).train()
+
+
+def test_refuses_a_step_without_synthesis(tmp_path):
+    """Where a training loop does not say that a window ends, the optimizer would step without gradients."""
+    trainer = make(with_mixin(GradDiff), tmp_path)
+
+    class Silent(type(trainer)):
+        def training_step(self, *args):
+            self.accelerator.gradient_state._set_sync_gradients(False)
+            return super().training_step(*args)
+
+    trainer.__class__ = Silent
+    with pytest.raises(ValueError, match=r"known by `accelerator.sync_gradients`. Found that step 0 went by"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("optim", ["galore_adamw_layerwise", "lomo"])
+def test_refuses_optimizers_that_step_in_the_backward(optim, tmp_path):
+    trainer = make(with_mixin(GradDiff), tmp_path)
+    trainer.args.optim = optim
+    trainer.create_optimizer = lambda *args: setattr(
+        trainer, "optimizer", torch.optim.SGD(trainer.model.parameters(), 0.1)
+    )
+    with pytest.raises(ValueError, match=rf"`optim` should step after the backward.*{optim}"):
+        trainer.train()
+
+
+def test_options_are_checked_when_they_are_written():
+    with pytest.raises(ValueError, match=r"`rule` should be"):
+        Synthesis(rule="sagoo")
+    with pytest.raises(TypeError, match=r"`groups` should be None or a function"):
+        Synthesis(groups=["a"])
+
+
+def test_groups_are_made_of_the_names_of_parameters(tmp_path):
+    def block(name):
+        return ".".join(name.split(".")[:3])
+
+    trainer = make(with_mixin(GradDiff, rule="pcgrad", groups=block), tmp_path, data=Pairs(3))
+    seen = set()
+    trainer.add_callback(Looking(lambda: seen.update(trainer._window._report.groups)))
+    trainer.train()
+    assert seen == {block(name) for name, _ in trainer.model.named_parameters()}
+    assert len(seen) == 5
+    expected = llama()
+    by_hand(expected, graddiff_losses, windows(trainer.data_collator.batches, 1), "pcgrad", groups=block)
+    assert_trained_alike(trainer.model, expected)
+
+
+@pytest.mark.parametrize("rule", ["pcgrad_global", "pcgrad", "sago"])
+def test_parameters_that_the_optimizer_has_not_do_not_count(rule, tmp_path):
+    """RMU gives three matrices to the optimizer and leaves requires_grad on for all."""
+
+    class Few(GradDiff):
+        def create_optimizer(self, *args):
+            chosen = [p for n, p in self.model.named_parameters() if "down_proj" in n]
+            self.optimizer = torch.optim.AdamW(chosen, lr=1e-2, eps=1e-3, weight_decay=0.0)
+            return self.optimizer
+
+    options = {"data": Pairs(4), "max_grad_norm": 1e9}  # the Trainer's norm is that of all gradients
+    trainer = make(with_mixin(Few, rule=rule), tmp_path, **options)
+    trainer.train()
+    expected = llama()
+    for name, p in expected.named_parameters():
+        p.requires_grad_("down_proj" in name)
+    by_hand(expected, graddiff_losses, windows(trainer.data_collator.batches, 1), rule, max_norm=1e9)
+    assert_trained_alike(trainer.model, expected)
+
+
+def test_bf16_gradients_accumulate_in_fp32(tmp_path):
+    kind = with_mixin(GradDiff, accumulate_dtype=FP32)
+    trainer = make(kind, tmp_path, llama(BF16), data=Pairs(4), gradient_accumulation_steps=4)
+    sizes = [sago.GradientBuckets(trainer.model, accumulate_dtype=FP32).nbytes]
+    trainer.add_callback(Looking(lambda: sizes.append(trainer._window._buckets.nbytes)))
+    trainer.train()
+    assert sizes[0] == sizes[1]
+    expected = llama(BF16)
+    by_hand(expected, graddiff_losses, windows(trainer.data_collator.batches, 4), wide=True)
+    assert_trained_alike(trainer.model, expected, llama(BF16), exact=False)
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "zero_update"])
+def test_a_gradient_that_is_not_finite(nonfinite, tmp_path):
+    """Of the forget loss in the first step."""
+
+    def compute(self, f, r):
+        return self.gamma * (f * float("inf") if self.state.global_step == 0 else f) + self.alpha * r
+
+    trainer = make(with_mixin(variant(compute), nonfinite=nonfinite), tmp_path, data=Pairs(2))
+    trainer.train()
+    assert steps_of(trainer)[0]["nonfinite_forget"] > 0
+    finite = all(p.isfinite().all() for p in trainer.model.parameters())
+    assert finite is (nonfinite == "zero_update")
+    if finite:
+        expected = llama()
+        optimizer = adamw(expected.parameters())
+        for p in expected.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        by_hand(expected, graddiff_losses, windows(trainer.data_collator.batches[1:], 1), optimizer=optimizer)
+        assert_trained_alike(trainer.model, expected)
+
+
+@pytest.mark.parametrize("rule", ["sago", "pcgrad"])
+def test_fp16_with_a_gradient_scaler(rule, tmp_path, monkeypatch):
+    """accelerate has no GradScaler on a CPU, but torch has. The first scale overflows: a step is skipped."""
+    monkeypatch.setattr(AcceleratorState, "mixed_precision", property(lambda self: "fp16"))
+    trainer = make(with_mixin(GradDiff, rule=rule), tmp_path, data=Pairs(16), gradient_accumulation_steps=2)
+    scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**17) for _ in range(2)]
+    trainer.accelerator.scaler, trainer.accelerator.native_amp = scalers[0], True
+    trainer.train()
+    expected = llama()
+    steps = windows(trainer.data_collator.batches, 2)
+    reports = by_hand(expected, graddiff_losses, steps, rule, autocast=FP16, scaler=scalers[1])
+    assert scalers[0].get_scale() == scalers[1].get_scale() < 2.0**17
+    assert_trained_alike(trainer.model, expected, exact=False)
+    for name in ("norm_forget", "norm_retain", "norm_update", "cos_forget_retain"):
+        torch.testing.assert_close(steps_of(trainer)[-1][name], reports[-1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_importing_it_imports_no_framework():
+    code = (
+        "import sys, sago.integrations.transformers\n"
+        "found = {'transformers', 'accelerate', 'deepspeed', 'triton'} & set(sys.modules)\n"
+        "assert not found, found"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
