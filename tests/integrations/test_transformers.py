@@ -72,6 +72,16 @@ def steps_of(trainer):
     return [log for log in trainer.state.log_history if "loss" in log]
 
 
+class Reporting(transformers.TrainerCallback):
+    """As those of `report_to`."""
+
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(logs)
+
+
 class Looking(transformers.TrainerCallback):
     """Looks at something after each step."""
 
@@ -219,10 +229,14 @@ def test_is_as_new_for_a_second_training(tmp_path):
 
 
 def test_logs_both_losses_and_the_last_report(tmp_path):
+    reporting = Reporting()
     options = {"gradient_accumulation_steps": 2, "logging_steps": 2, "max_grad_norm": 1e9}
+    options["callbacks"] = [reporting]
     trainer, reports = check_by_hand(GradDiff, tmp_path, **options)
     logs = steps_of(trainer)
     assert [log["step"] for log in logs] == [2, 4]
+    assert reporting.logs[0].items() <= logs[0].items()
+    assert "conflict_fraction" in reporting.logs[0]
     model, seen = llama(), []
     optimizer = adamw(model.parameters())
     for step in windows(trainer.data_collator.batches, 2):
@@ -509,6 +523,22 @@ def test_refuses_optimizers_that_step_in_the_backward(optim, tmp_path):
     )
     with pytest.raises(ValueError, match=rf"`optim` should step after the backward.*{optim}"):
         trainer.train()
+
+
+def test_refuses_to_be_the_last_of_the_bases():
+    """Its methods would never be called, and the training would be that without it."""
+    with pytest.raises(
+        TypeError, match=r"ahead of the trainer among the bases of Behind. Found Trainer ahead"
+    ):
+
+        class Behind(GradDiff, GradientSynthesisMixin):
+            pass
+
+    class Alone(GradientSynthesisMixin):
+        pass
+
+    class Ahead(Alone, GradDiff):
+        pass
 
 
 def test_options_are_checked_when_they_are_written():
