@@ -144,20 +144,20 @@ class GradientBuckets:
         narrow = [p.dtype for p in self._params]
         wide = [d if accumulate_dtype is None else torch.promote_types(d, accumulate_dtype) for d in narrow]
         capacity = bucket_cap_mb * 2**20
+        local = [shards.local(p.detach()) for p in self._params]
         self._extraction = Extraction(
             chosen,
             self._params,
             [(name, p) for name, p in zip(names, given, strict=True) if not p.requires_grad],
             params if isinstance(params, torch.nn.Module) else None,
             sharded,
-            wide,
-            capacity,
+            Side("forget", flatten(local, wide, capacity), self._params),
+            Side("retain", flatten(local, wide, capacity), self._params),
         )
         self._forget, self._retain = self._extraction.forget, self._extraction.retain
         self._updates, self._update_grads = list(self._retain.views), list(self._retain.grads)
         apart = [i for i, p in enumerate(self._params) if p.dtype != wide[i]]
-        like = [shards.local(self._params[i].detach()) for i in apart]
-        updates = flatten(like, [narrow[i] for i in apart], capacity)
+        updates = flatten([local[i] for i in apart], [narrow[i] for i in apart], capacity)
         for i, view in zip(apart, updates.views, strict=True):
             self._updates[i], self._update_grads[i] = view, shards.wrap(view, self._params[i])
         self._in_place = not apart
