@@ -136,7 +136,6 @@ class GradientSynthesisMixin(_Trainer):
         super().log(logs, *(() if start_time is None else (start_time,)))
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._window = None
         try:
             return super()._inner_training_loop(*args, **kwargs)
         finally:
