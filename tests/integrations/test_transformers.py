@@ -497,7 +497,10 @@ def test_says_which_loss_it_did_not_find(form, tmp_path):
 def test_refuses_weights_that_are_no_numbers(tmp_path):
     trainer = make(with_mixin(GradDiff), tmp_path)
     trainer.alpha = torch.tensor(1.0)
-    with pytest.raises(ValueError, match=r"`self.alpha` should be a number. Found Tensor"):
+    with pytest.raises(ValueError, match=r"`self.alpha` should be a number.*Found Tensor"):
+        trainer.train()
+    del trainer.gamma
+    with pytest.raises(ValueError, match=r"`self.gamma` should be a number.*Found none.*compute_losses"):
         trainer.train()
 
 
