@@ -136,7 +136,6 @@ class GradientSynthesisMixin(_Trainer):
         super().log(logs, *(() if start_time is None else (start_time,)))
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._window = None
         try:
             return super()._inner_training_loop(*args, **kwargs)
         finally:
@@ -314,10 +313,13 @@ class _Engineless:
 def _weights(trainer: Any) -> tuple[_Weight, _Weight]:
     found = []
     for name in ("gamma", "alpha"):
-        default = [1.0] if hasattr(trainer, "compute_losses") else []
-        value = getattr(trainer, name, *default)
+        value = getattr(trainer, name, 1.0 if hasattr(trainer, "compute_losses") else None)
         if not isinstance(value, Real):
-            raise ValueError(f"`self.{name}` should be a number. Found {type(value).__name__}.")
+            raise ValueError(
+                f"`self.{name}` should be a number, the weight of a loss. Found "
+                f"{'none' if value is None else type(value).__name__}. A trainer without weights needs "
+                "`compute_losses(model, inputs)`, which returns the forget and the retain loss."
+            )
         weight = _Weight(value)
         weight.products = []
         found.append(weight)

@@ -60,9 +60,9 @@ def train(folder, kind, engine, how, options):
         os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # looked at, but there is a group already
     bases = (
+        Watched,
         *([] if how is None else [GradientSynthesisMixin]),
         *([Fsdp2] if engine == "fsdp2" else []),
-        Watched,
         kind,
     )
     trainer = type("Trained", bases, {} if how is None else {"synthesis": Synthesis(**how)})
@@ -70,6 +70,7 @@ def train(folder, kind, engine, how, options):
     trainer.train()
     (wrapped,) = trainer.wrapped
     assert issubclass(wrapped, {None: nn.Module, "ddp": DistributedDataParallel, "fsdp2": FSDPModule}[engine])
+    assert how is None or trainer.syncing == {False}  # the buckets do, once a window
     params = dict(trainer.model.named_parameters())
     assert all(isinstance(p, DTensor) is (engine == "fsdp2") for p in params.values())
     found = {n: (p.full_tensor() if engine == "fsdp2" else p).detach().clone() for n, p in params.items()}
@@ -78,13 +79,15 @@ def train(folder, kind, engine, how, options):
 
 
 class Watched:
-    """Remembers what the model was wrapped in."""
+    """Remembers what the model was wrapped in, and whether DDP would have reduced."""
 
-    wrapped = frozenset()
+    wrapped = syncing = frozenset()
 
     def training_step(self, model, *args):
+        loss = super().training_step(model, *args)
         self.wrapped |= {type(model)}
-        return super().training_step(model, *args)
+        self.syncing |= {getattr(model, "require_backward_grad_sync", False)}
+        return loss
 
 
 def assert_alike(found, expected):
