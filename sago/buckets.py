@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from sago import data_parallel, engine, shards
 from sago.arguments import (
-    DTYPES,
     Call,
     Pairs,
     ReduceGram,
@@ -24,14 +22,14 @@ from sago.arguments import (
     non_negative,
 )
 from sago.cache import Cache
-from sago.engine import Zero0
-from sago.extraction import Extraction, Side, ranks
+from sago.extraction import Side
 from sago.flat import flatten
 from sago.in_backward import InBackward, check_exact
+from sago.opening import open_extraction
+from sago.parameters import choose
 from sago.pipeline import Pipeline, count_versions
 from sago.report import SynthesisReport
-from sago.rules import Rule, resolve
-from sago.zero3 import Zero3, partitioned
+from sago.rules import Rule
 
 _PATTERNS = 8  # of parameters without a gradient, whose pipelines are kept
 
@@ -121,78 +119,25 @@ class GradientBuckets:
         if not non_negative("bucket_cap_mb", bucket_cap_mb, finite=False) > 0.0:
             raise ValueError(f"Parameter `bucket_cap_mb` should be positive. Found {bucket_cap_mb}.")
         held = engine.find(params)
-        if held is not None:
-            params = held.core.module
-        keys, names, given = _listed(params)
-        if groups is not None:
-            check_groups(groups, len(given), resolve("sago"))
-            keys = list(groups)
-        first = {id(p): i for i, p in reversed(list(enumerate(given)))}
-        kept = [i for i, p in enumerate(given) if first[id(p)] == i and p.requires_grad]
-        if held is None:
-            engine.refuse(params, given)
-        elif held.stage == 3:
-            kept = [i for i in kept if partitioned(held, given[i])]
-        if not kept:
-            raise ValueError("Parameter `params` should hold a tensor that requires grad. Found none.")
-        for i in kept:
-            _check_parameter(names[i], given[i])
-        self._params = [given[i] for i in kept]
-        self._keys = [keys[i] for i in kept]
+        source = params if held is None else held.core.module
+        chosen = choose(source, groups, None if held is None else held.wanted)
+        capacity = bucket_cap_mb * 2**20
+        opened = open_extraction(held, source, chosen, accumulate_dtype, capacity)
+        self._params, self._keys = chosen.tensors, chosen.keys
         self._grouped = groups is not None
         self._mean = accumulation == "mean"
-        self._backends = {p.device: choose_backend(backend, p.device) for p in self._params}
-        chosen = [names[i] for i in kept]
-        if held is None:
-            sharded = data_parallel.sharded(params, self._params)
-            self._ranks = data_parallel.take_over(params, self._params, chosen)
-        else:
-            sharded, self._ranks = [], held.average()
+        self._extraction, self._ranks, self._shards = opened.extraction, opened.ranks, opened.shards
         self._looked = held is not None  # for DDP that came later
-        if accumulate_dtype is not None and held is not None and held.stage == 3:
-            raise ValueError(
-                "`accumulate_dtype` should be left out at ZeRO stage 3, where DeepSpeed accumulates: set "
-                f"`data_types.grad_accum_dtype` in its configuration. Found {accumulate_dtype}."
-            )
-        if accumulate_dtype is not None and ranks() > 1 and self._ranks is None and not sharded:
-            raise ValueError(
-                "`accumulate_dtype` should be used with DistributedDataParallel or FSDP2 where "
-                "torch.distributed has several ranks: another engine may reduce a gradient behind the hook "
-                f"that widens it. Found {ranks()} ranks."
-            )
-        rows, _ = check_groups(self._keys, len(kept), resolve("pcgrad"))  # which ranks should agree on, too
-        self._shards = shards.read(self._params, rows)
-
-        narrow = [p.dtype for p in self._params]
-        wide = [d if accumulate_dtype is None else torch.promote_types(d, accumulate_dtype) for d in narrow]
-        capacity = bucket_cap_mb * 2**20
-        local = [shards.local(p.detach()) for p in self._params]
-        self._extraction: Extraction
-        padded = False
-        if held is not None and held.stage == 3:
-            zero3 = Zero3(held, chosen, self._params, rows)
-            self._extraction, self._shards, padded = zero3, zero3.shards, zero3.padded
-            self._backends = {v.device: choose_backend(backend, v.device) for v in zero3.retain.views}
-            narrow = wide = [view.dtype for view in zero3.retain.views]
-        else:
-            parts = (
-                chosen,
-                self._params,
-                [(name, p) for name, p in zip(names, given, strict=True) if not p.requires_grad],
-                params if isinstance(params, torch.nn.Module) else None,
-                sharded,
-                Side("forget", flatten(local, wide, capacity), self._params),
-                Side("retain", flatten(local, wide, capacity), self._params),
-            )
-            self._extraction = Extraction(*parts) if held is None else Zero0(held, *parts)
         self._engine = held
         self._forget, self._retain = self._extraction.forget, self._extraction.retain
         self._updates, self._update_grads = list(self._retain.views), list(self._retain.grads)
-        apart = [i for i, dtype in enumerate(narrow) if dtype != wide[i]]
-        updates = flatten([local[i] for i in apart], [narrow[i] for i in apart], capacity)
+        self._backends = {v.device: choose_backend(backend, v.device) for v in self._retain.views}
+        apart = [i for i, v in enumerate(self._retain.views) if v.dtype != opened.dtypes[i]]
+        like = [self._retain.views[i] for i in apart]
+        updates = flatten(like, [opened.dtypes[i] for i in apart], capacity)
         for i, view in zip(apart, updates.views, strict=True):
             self._updates[i], self._update_grads[i] = view, shards.wrap(view, self._params[i])
-        self._in_place = not apart and not padded
+        self._in_place = not apart and not opened.padded
         buffers = [*self._forget.buffers, *self._retain.buffers, *updates.buffers]
         self.nbytes: int = sum(buffer.nbytes for buffer in buffers)
         everything: list[int | None] = [None, *range(len(self._retain.buffers))]
@@ -498,43 +443,3 @@ def _policy(nonfinite: Any) -> str:
 
 def _touched(side: Side, grads: Sequence[Tensor]) -> list[Tensor | None]:
     return [g if t else None for g, t in zip(grads, side.touched, strict=True)]
-
-
-def _listed(params: Any) -> tuple[list[Hashable], list[str], list[Any]]:
-    """Group keys, names for messages, and tensors."""
-    if isinstance(params, torch.nn.Module):
-        params = params.named_parameters()
-    if isinstance(params, Tensor) or not isinstance(params, Iterable):
-        raise TypeError(
-            "Parameter `params` should be a module or an iterable of parameters or of (name, parameter). "
-            f"Found {type(params).__name__}."
-        )
-    found = list(params)
-    if found and all(isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], str) for x in found):
-        names, tensors = [name for name, _ in found], [p for _, p in found]
-        # RMU's lists have a `down_proj.weight` of each layer: one name, several groups.
-        count = Counter(names)
-        keys: list[Hashable] = [f"{n} ({i})" if count[n] > 1 else n for i, n in enumerate(names)]
-    else:
-        names, tensors, keys = [f"params[{i}]" for i in range(len(found))], found, list(range(len(found)))
-    for name, p in zip(names, tensors, strict=True):
-        if not isinstance(p, Tensor):
-            raise TypeError(f"Parameter `{name}` should be a tensor. Found {type(p).__name__}.")
-    return keys, names, tensors
-
-
-def _check_parameter(name: str, p: Tensor) -> None:
-    if not p.is_leaf:
-        raise ValueError(
-            f"Parameter `{name}` should be a leaf of the graph. Found the result of {p.grad_fn}."
-        )
-    if p.layout != torch.strided:
-        raise TypeError(f"Parameter `{name}` should be dense. Found layout {p.layout}.")
-    if p.dtype not in DTYPES:
-        raise TypeError(
-            f"Parameter `{name}` should be bfloat16, float16, float32 or float64. Found {p.dtype}."
-        )
-    if p.is_meta:
-        raise ValueError(f"Parameter `{name}` should hold data. Found a meta tensor.")
-    if shards.is_dtensor(p):
-        shards.check_reduced(f"Parameter `{name}`", p)

@@ -11,6 +11,9 @@ from torch import Tensor
 from sago.data_parallel import DataParallel, owners
 from sago.extraction import Capture, Extraction
 
+# At stage 3, the optimizer's partitions of the gradients, by the `ds_id` of the parameter.
+PARTITIONS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
+
 
 class Engine:
     """Stands between a DeepSpeed engine and those who call its `step`.
@@ -43,6 +46,10 @@ class Engine:
             getattr(self.core, "torch_autocast_z0_gradscaler", None),
         )
         return any(s is not None for s in scalers) or getattr(optimizer, "loss_scale", 1.0) != 1.0
+
+    def wanted(self, p: Any) -> bool:
+        """Whether the optimizer has a gradient of the parameter."""
+        return self.stage != 3 or getattr(p, "ds_id", None) in getattr(self.core.optimizer, PARTITIONS)
 
     def average(self) -> DataParallel | None:
         """What reduces gradients in the engine's place; at stage 3 it does so itself, in every backward."""

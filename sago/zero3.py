@@ -11,13 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sago.distributed import SumOver
-from sago.engine import Engine, Zero0
+from sago.engine import PARTITIONS, Engine, Zero0
 from sago.extraction import Arrived, Capture, Side
 from sago.flat import Flat, clear
 from sago.shards import Shards
-
-# The optimizer's partitions of the gradients, by the `ds_id` of the parameter.
-_TABLE = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 
 
 class Partitions(Side):
@@ -89,7 +86,7 @@ class Zero3(Zero0):
 
     @property
     def _table(self) -> dict[int, Tensor]:
-        table: dict[int, Tensor] = getattr(self._optimizer, _TABLE)
+        table: dict[int, Tensor] = getattr(self._optimizer, PARTITIONS)
         return table
 
     def finish(self, updates: Sequence[Tensor | None]) -> None:
@@ -181,8 +178,3 @@ class Zero3(Zero0):
                 "The optimizer should have the buffers that it had when the buckets were made. Found others. "
                 "Make new GradientBuckets after states were offloaded or reloaded."
             )
-
-
-def partitioned(engine: Engine, p: Any) -> bool:
-    """Whether the optimizer has a partition of the parameter."""
-    return getattr(p, "ds_id", None) in getattr(engine.core.optimizer, _TABLE)
