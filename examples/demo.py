@@ -1,397 +1,142 @@
-"""From a trained model to a checked update: `python -m examples.demo`.
+"""The paper's experiment in small: `python -m examples.demo`.
 
-Trains a small Llama-architecture model on facts about invented people, takes its forget and its retain
-gradient with one backward pass each, synthesizes them with every rule on every backend the device has, checks
-each update against `sago.reference`, and prints one table. Exits with 1 if a check fails.
+Small Llamas learn facts about invented people by heart. Then a tenth of the people is to be forgotten, with
+the losses GradDiff, NPO and SimNPO, the rules sum, pcgrad, pcgrad_global and sago, several learning rates and
+several seeds. Prints what each rule leaves of the abilities that `sum` loses, draws fronts, losses and
+cosines, and writes the record that all of it comes from. Exits with 1 if an update is not that of the
+reference, or if a rule breaks its promise.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import math
-import platform
-import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
-from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import sago
-import sago.reference
-from benchmarks.released import released
-from examples.people import (
-    IGNORE_INDEX,
-    Collator,
-    FactDataset,
-    build_tokenizer,
-    facts_of,
-    make_people,
-    split_people,
-)
-from sago.arguments import triton_version
-
-Batch = dict[str, Tensor]
-Case = str | tuple[str, bool]
-
-ELEMENTWISE = ("sum", "sago", "sago_prefer_retain")
-REPORTED = ("cos_forget_retain", "cos_update_retain", "cos_update_forget", "conflict_fraction")
-WARMUP = 3
-# A rule is timed for LONGEST seconds at most, but with FEWEST calls of each kind at least.
-LONGEST, FEWEST = 8.0, 3
-# At this running loss nearly all answers are known by heart. At the minimum itself the NLL gradients of the
-# two splits would cancel, and a forget gradient that is a multiple of the retain gradient shows nothing.
-KNOWN = 0.03
-
-# Inner products are summed in another order than in the reference, so cosines, and the coefficients of the
-# rules that need inner products, differ in the last bits. REPORT_BOUND holds for |cosine - reference|,
-# GRAM_BOUNDS for max |update - reference| / max |reference|. A bf16 result may round the other way: one step,
-# 2^-7 of its value.
-REPORT_BOUND = 1e-5
-GRAM_BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+from benchmarks.measure import table
+from examples.check import against_reference, both_gradients
+from examples.draw import draw
+from examples.grid import QUICK, Setup
+from examples.objectives import RETAIN
+from examples.record import record_of, write
+from examples.sweep import bar, run, workers
+from examples.tell import broken, models_told, tell
+from examples.world import learn, learned
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__.split("\n")[0])
-    parser.add_argument("--seconds", type=float, default=90, help="stop training after this long")
-    parser.add_argument("--steps", type=int, default=500, help="stop training after this many steps")
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="of the gradients; default: bfloat16 on cuda, else float32"
+        "--quick", action="store_true", help="a tiny model and grid, for a look at the output"
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--people", type=int, default=100, help="a tenth of them is to be forgotten")
-    parser.add_argument("--vocab", type=int, default=1024)
-    parser.add_argument("--hidden", type=int, default=192, help="a multiple of 32")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=30, help="timed calls of each kind, at most")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything printed to FILE")
+    parser.add_argument("--seeds", type=int, metavar="N", help="as many worlds, each with its own model")
+    parser.add_argument("--rates", type=float, nargs="+", metavar="LR", help="learning rates of unlearning")
+    parser.add_argument("--gamma", type=float, help="weight of the forget gradient, 1 by default")
+    parser.add_argument("--retain", choices=RETAIN, help="the retain loss, NLL by default")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=min(8, torch.get_num_threads()),
+        help="processes of one thread each, by default one a core; 0 for none but this one",
+    )
+    parser.add_argument("--out", type=Path, default=Path("build/demo"), help="folder for record and plots")
+    parser.add_argument(
+        "--plot-only", type=Path, metavar="RECORD", help="of an earlier run, instead of a run"
+    )
     return parser.parse_args(argv)
 
 
-def make_model(vocab_size: int, hidden: int, layers: int) -> LlamaForCausalLM:
-    """A Llama with random weights; 2 M parameters at the default sizes."""
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden,
-        intermediate_size=8 * hidden // 3,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 32,
-        num_key_value_heads=hidden // 32,
-        max_position_embeddings=128,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config)
+def setup_of(args: argparse.Namespace) -> Setup:
+    setup = QUICK if args.quick else Setup()
+    if args.seeds is not None:
+        setup = replace(setup, seeds=tuple(range(args.seeds)))
+    if args.rates is not None:
+        setup = replace(setup, rates=tuple(sorted(args.rates)))
+    if args.gamma is not None:
+        setup = replace(setup, gamma=args.gamma)
+    if args.retain is not None:
+        setup = replace(setup, retain=args.retain)
+    return setup
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def train(
-    model: LlamaForCausalLM, loader: DataLoader[Batch], steps: int, seconds: float
-) -> tuple[int, float]:
-    """AdamW until the facts are known or `steps` or `seconds` used up. Returns the steps and seconds."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    model.train()
-    start = time.perf_counter()
-    step, running = 0, math.inf
-    with tqdm(total=steps, desc="training", unit="step", file=sys.stderr) as bar:
-        while step < steps:
-            for batch in loader:
-                used = max(step / steps, (time.perf_counter() - start) / seconds)
-                if used >= 1 or running < KNOWN:
-                    return step, time.perf_counter() - start
-                for group in optimizer.param_groups:
-                    group["lr"] = 3e-3 * min(1.0, (step + 1) / 20) * (0.02 + 0.98 * (1 - used))
-                loss = model(**to_device(batch, model.device)).loss
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-                step += 1
-                running = loss.item() if step == 1 else 0.9 * running + 0.1 * loss.item()
-                bar.update()
-                bar.set_postfix(loss=f"{running:.3f}")
-    return step, time.perf_counter() - start
-
-
-@torch.no_grad()
-def evaluate(model: LlamaForCausalLM, loader: DataLoader[Batch], name: str) -> dict[str, float]:
-    """NLL of an answer token, share of answer tokens ranked first, share of answers with every token right.
-
-    The last is the share of answers that greedy decoding gives back word for word.
-    """
-    model.eval()
-    nll = tokens = tokens_right = answers = answers_right = 0.0
-    for batch in tqdm(loader, desc=f"answers, {name}", unit="batch", file=sys.stderr):
-        batch = to_device(batch, model.device)
-        labels = batch["labels"][:, 1:]
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-        masked = labels == IGNORE_INDEX
-        right = logits.argmax(-1) == labels
-        nll += torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-        ).item()
-        tokens += (~masked).sum().item()
-        tokens_right += right.sum().item()
-        answers += len(labels)
-        answers_right += (right | masked).all(1).sum().item()
-    return {"loss": nll / tokens, "tokens": tokens_right / tokens, "answers": answers_right / answers}
-
-
-def gradients(model: LlamaForCausalLM, batch: Batch, weight: float) -> list[Tensor]:
-    """The gradients of `weight * NLL` on one batch, one tensor a parameter. Leaves no gradient behind."""
-    (weight * model(**to_device(batch, model.device)).loss).backward()
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    model.zero_grad(set_to_none=True)
-    return grads
-
-
-def backends_of(device: torch.device) -> list[str]:
-    if device.type == "cpu":
-        return ["compiled", "reference"]
-    return ["triton", "reference"] if triton_version() else ["reference"]
-
-
-def median_ms(
-    calls: Mapping[Case, Callable[[], Any]],
-    restore: Callable[[], Any],
-    device: torch.device,
-    repeats: int,
-) -> dict[Case, float]:
-    """Median time of each call in ms after a warm-up, the device's work included, `restore` excluded.
-
-    The calls take turns, so that a machine that is busy for a while slows all of them.
-    """
-    times: dict[Case, list[float]] = {case: [] for case in calls}
-    start = time.perf_counter()
-    for i in range(WARMUP + repeats):
-        if i >= WARMUP + FEWEST and time.perf_counter() - start > LONGEST:
-            break
-        for case, call in calls.items():
-            restore()
-            synchronize(device)
-            before = time.perf_counter()
-            call()
-            synchronize(device)
-            if i >= WARMUP:
-                times[case].append(1e3 * (time.perf_counter() - before))
-    return {case: statistics.median(values) for case, values in times.items()}
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def relative_error(updates: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """max |update - expected| / max |expected| over all tensors; inf where an update is not finite."""
-    error = max((u.double() - e.double()).abs().max().item() for u, e in zip(updates, expected, strict=True))
-    scale = max(e.double().abs().max().item() for e in expected)
-    finite = all(u.isfinite().all().item() for u in updates)
-    return error / scale if finite and scale > 0 else math.inf
-
-
-def check(
-    rule: str, updates: Sequence[Tensor], report: Any, expected: Sequence[Tensor], expected_report: Any
-) -> tuple[bool, str]:
-    """Whether the updates and the report are what the reference gives, and a word about it."""
-    seen, right = report.summary(), expected_report.summary()
-    if not all(abs(seen[name] - right[name]) <= REPORT_BOUND for name in REPORTED):
-        return False, "FAIL report"
-    if all(torch.equal(u, e) for u, e in zip(updates, expected, strict=True)):
-        return True, "bitwise"
-    error = relative_error(updates, expected)
-    if rule in ELEMENTWISE or error > GRAM_BOUNDS[updates[0].dtype]:
-        return False, f"FAIL {error:.1e}"
-    return True, f"{error:.1e}"
-
-
-def measure(forget: list[Tensor], retain: list[Tensor], repeats: int) -> list[dict[str, Any]]:
-    """One row for each rule and backend."""
-    device = retain[0].device
-    work = [torch.empty_like(r) for r in retain]
-
-    def restore() -> None:
-        for target, source in zip(work, retain, strict=True):
-            target.copy_(source)
-
-    backends = backends_of(device)
-    rows = []
-    for rule in tqdm(sago.list_rules(), desc="synthesis", unit="rule", file=sys.stderr):
-        expected, expected_report = sago.reference.synthesize(forget, retain, rule=rule)
-        outcomes = {}
-        for backend in backends:
-            restore()
-            report = sago.synthesize_(forget, work, rule=rule, backend=backend)
-            outcomes[backend] = check(rule, work, report, expected, expected_report), report.summary()
-
-        calls: dict[Case, Callable[[], Any]] = {"released": partial(released, forget, retain, rule)}
-        for case in itertools.product(backends, (False, True)):
-            backend, stats = case
-            calls[case] = partial(sago.synthesize_, forget, work, rule=rule, stats=stats, backend=backend)
-        ms = median_ms(calls, restore, device, repeats)
-
-        for backend, ((passed, verdict), seen) in outcomes.items():
-            rows.append(
-                {
-                    "rule": rule,
-                    "backend": backend,
-                    "passed": passed,
-                    "against_reference": verdict,
-                    "ms": ms[backend, False],
-                    "released_ms": ms["released"],
-                    "ratio": ms["released"] / ms[backend, False],
-                    "stats_ms": ms[backend, True],
-                    **{name: seen[name] for name in REPORTED},
-                }
-            )
-    return rows
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    header = (
-        "rule", "backend", "reference", "ms", "released ms", "ratio", "with stats ms",
-        "cos(f,r)", "cos(u,r)", "cos(u,f)", "conflict",
-    )  # fmt: skip
-    lines = [header]
-    for row in rows:
-        lines.append(
-            (
-                row["rule"],
-                row["backend"],
-                row["against_reference"],
-                f"{row['ms']:.3f}",
-                f"{row['released_ms']:.3f}",
-                f"{row['ratio']:.2f}x",
-                f"{row['stats_ms']:.3f}",
-                f"{row['cos_forget_retain']:+.4f}",
-                f"{row['cos_update_retain']:+.4f}",
-                f"{row['cos_update_forget']:+.4f}",
-                f"{row['conflict_fraction']:.1%}",
-            )
+def checked(setup: Setup, path: Path) -> tuple[str, list[str]]:
+    """Every rule on the two gradients of the first model, against the reference: a text, and what failed."""
+    seed = setup.seeds[0]
+    forget, retain = both_gradients(setup, learned(setup, seed, path)[0], seed)
+    rows, failed = [], []
+    for rule in sago.list_rules():
+        (passed, verdict), seen = against_reference(forget, retain, rule, ["compiled"])["compiled"]
+        rows.append(
+            {
+                "rule": rule,
+                "update": verdict,
+                "cos(u,r)": seen["cos_update_retain"],
+                "cos(u,f)": seen["cos_update_forget"],
+            }
         )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
+        failed += [] if passed else [rule]
+    text = (
+        f"cos(f,r) = {seen['cos_forget_retain']:.2f}, and signs are opposite in "
+        f"{seen['conflict_fraction']:.1%} of {sum(r.numel() for r in retain):,} elements.\n"
+        "update: sago.synthesize_ against sago.reference, bitwise or max |error| / max |update|\n\n"
+        + table(rows, list(rows[0]))
     )
+    return text, failed
 
 
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    name = models[0] if models else platform.processor() or platform.machine()
-    return f"{name} (CPU, {torch.get_num_threads()} threads)"
+def experiment(setup: Setup, count: int) -> dict[str, Any] | None:
+    """Learns, checks and unlearns, and says how it goes. Returns the record, or None where a check failed."""
+    with tempfile.TemporaryDirectory() as folder, workers(count) as apply:
+        paths = {seed: Path(folder, f"{seed}.pt") for seed in setup.seeds}
+        start = time.perf_counter()
+        learning = apply(learn, [setup] * len(paths), paths, paths.values())
+        models = list(bar(learning, len(paths), "learning", "model"))
+        seconds = {"learning": time.perf_counter() - start}
+        print(f"1. Learning\n\n{models_told(models)}\n", flush=True)
 
+        text, failed = checked(setup, paths[setup.seeds[0]])
+        print(f"2. The two gradients of the first model, and every rule on them\n\n{text}\n", flush=True)
+        if failed:
+            print(f"Different from the reference: {', '.join(failed)}", file=sys.stderr)
+            return None
 
-def loader_of(
-    data: Dataset[dict[str, list[int]]], collator: Collator, batch_size: int, seed: int | None = None
-) -> DataLoader[Batch]:
-    """Shuffled with `seed`, in order without one."""
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    shuffle = seed is not None
-    return DataLoader(data, batch_size=batch_size, shuffle=shuffle, generator=generator, collate_fn=collator)
-
-
-def learn(
-    args: argparse.Namespace, device: torch.device, dtype: torch.dtype
-) -> tuple[LlamaForCausalLM, list[FactDataset], Collator, dict[str, Any]]:
-    """A model that knows all people, the [forget, retain] data, and what training came to."""
-    splits = [facts_of(people) for people in split_people(make_people(args.people, args.seed))]
-    tokenizer = build_tokenizer(splits[0] + splits[1], args.vocab)
-    data = [FactDataset(facts, tokenizer) for facts in splits]
-    collator = Collator(tokenizer.pad_token_id)
-
-    torch.manual_seed(args.seed)
-    model = make_model(len(tokenizer), args.hidden, args.layers).to(device)
-    print(
-        f"Llama with {sum(p.numel() for p in model.parameters()):,} parameters, {args.people} people: "
-        f"{len(data[0])} facts to forget, {len(data[1])} to retain",
-        flush=True,
-    )
-    loader = loader_of(ConcatDataset(data), collator, args.batch_size, args.seed)
-    steps, seconds = train(model, loader, args.steps, args.seconds)
-    # Trained in float32, then used as a checkpoint in `dtype` would be.
-    model.to(dtype)
-    training: dict[str, Any] = {"steps": steps, "seconds": seconds}
-    for name, facts in zip(("forget", "retain"), data, strict=True):
-        training[name] = evaluate(model, loader_of(facts, collator, 128), name)
-    return model, data, collator, training
-
-
-def describe(training: dict[str, Any]) -> str:
-    lines = [f"trained {training['steps']} steps in {training['seconds']:.0f} s"]
-    for name in ("forget", "retain"):
-        seen = training[name]
-        lines.append(
-            f"  {name}: loss {seen['loss']:.3f}, answer tokens right {seen['tokens']:.1%}, "
-            f"whole answers right {seen['answers']:.1%}"
-        )
-    return "\n".join(lines)
-
-
-def caption(measured: dict[str, Any]) -> str:
-    return (
-        f"{measured['device']}, {measured['dtype']}, {measured['tensors']} tensors, "
-        f"{measured['elements']:,} elements, torch {measured['torch']}\n"
-        "f, r, u: forget gradient, retain gradient, update; gamma = alpha = 1\n"
-        "reference: the update against sago.reference, bitwise or max |error| / max |update| "
-        f"(at most {measured['gram_bound']:.1e})\n"
-        f"ms: median of up to {measured['repeats']} warm calls, in place, stats=False; "
-        "released: the released code's operations, without statistics too\n"
-        "with stats: the same calls with the statistics that fill the columns to the right"
-    )
+        print(f"3. Unlearning: {setup}\n", flush=True)
+        cells = setup.cells()
+        start = time.perf_counter()
+        unlearning = apply(run, [setup] * len(cells), cells, [paths[cell.seed] for cell in cells])
+        runs = list(bar(unlearning, len(cells), "unlearning", "run"))
+        seconds["unlearning"] = time.perf_counter() - start
+    return record_of(setup, models, runs, seconds, count)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
-    model, data, collator, training = learn(args, device, dtype)
-    print(describe(training), flush=True)
-
-    # The forget loss is -NLL, minimised: gradient ascent on what is to be forgotten.
-    forget, retain = (
-        gradients(model, next(iter(loader_of(facts, collator, args.batch_size, args.seed))), weight)
-        for facts, weight in zip(data, (-1.0, 1.0), strict=True)
-    )
-    rows = measure(forget, retain, args.repeats)
-    measured = {
-        "device": device_name(device),
-        "dtype": str(dtype).removeprefix("torch."),
-        "tensors": len(retain),
-        "elements": sum(r.numel() for r in retain),
-        "torch": torch.__version__,
-        "repeats": args.repeats,
-        "gram_bound": GRAM_BOUNDS[dtype],
-    }
-    print(f"\n{caption(measured)}\n\n{table(rows)}")
-
-    failed = [f"{row['rule']} ({row['backend']})" for row in rows if not row["passed"]]
-    if args.json:
-        result = {"measured": measured, "training": training, "passed": not failed, "rows": rows}
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
-    if failed:
-        print(f"\nDifferent from the reference: {', '.join(failed)}", file=sys.stderr)
-    return 1 if failed else 0
+    if args.plot_only is not None:
+        record = json.loads(args.plot_only.read_text())
+    else:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            record = experiment(setup_of(args), args.workers)
+        finally:
+            torch.set_num_threads(threads)
+        if record is None:
+            return 1
+        args.out.mkdir(parents=True, exist_ok=True)
+        write(record, args.out / "demo.json")
+    print(tell(record))
+    paths = draw(record, args.out)
+    print("\nWritten: " + ", ".join(map(str, paths)))
+    return 1 if broken(record) else 0
 
 
 if __name__ == "__main__":

@@ -68,7 +68,8 @@ class Fact:
     answer: str
 
 
-def _word(rng: random.Random, endings: Sequence[str]) -> str:
+def word(rng: random.Random, endings: Sequence[str]) -> str:
+    """Three syllables, the last of `endings`, with a capital."""
     return (rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS) + rng.choice(endings)).capitalize()
 
 
@@ -85,22 +86,22 @@ def make_people(count: int, seed: int = 0) -> list[Person]:
     rng = random.Random(seed)
     people: dict[str, Person] = {}
     while len(people) < count:
-        name = f"{_word(rng, NAME_ENDINGS)} {_word(rng, NAME_ENDINGS)}"
+        name = f"{word(rng, NAME_ENDINGS)} {word(rng, NAME_ENDINGS)}"
         mother, father = rng.sample(PROFESSIONS, 2)
         first_book = _title(rng)
         while (second_book := _title(rng)) == first_book:
             pass
         person = Person(
             name=name,
-            city=_word(rng, PLACE_ENDINGS),
-            country=_word(rng, COUNTRY_ENDINGS),
+            city=word(rng, PLACE_ENDINGS),
+            country=word(rng, COUNTRY_ENDINGS),
             year=rng.randrange(1920, 2000),
             mother=mother,
             father=father,
             genre=rng.choice(GENRES),
             first_book=first_book,
             second_book=second_book,
-            award=f"{_word(rng, PLACE_ENDINGS)} {rng.choice(('Prize', 'Medal', 'Laurel', 'Ribbon'))}",
+            award=f"{word(rng, PLACE_ENDINGS)} {rng.choice(('Prize', 'Medal', 'Laurel', 'Ribbon'))}",
         )
         people.setdefault(name, person)
     return list(people.values())

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sago import data_parallel, shards
+from sago import data_parallel, engine, shards
 from sago.arguments import (
     DTYPES,
     Call,
@@ -24,12 +24,14 @@ from sago.arguments import (
     non_negative,
 )
 from sago.cache import Cache
+from sago.engine import Zero0
 from sago.extraction import Extraction, Side, ranks
 from sago.flat import flatten
 from sago.in_backward import InBackward, check_exact
 from sago.pipeline import Pipeline, count_versions
 from sago.report import SynthesisReport
 from sago.rules import Rule, resolve
+from sago.zero3 import Zero3, partitioned
 
 _PATTERNS = 8  # of parameters without a gradient, whose pipelines are kept
 
@@ -62,9 +64,10 @@ class GradientBuckets:
     `accumulate_dtype`, where `p.grad` is never the accumulator).
 
     Args:
-        params: A module, `model.parameters()` or `model.named_parameters()`. Frozen parameters among them
-            are left alone, one that is given twice counts once. The others are dense leaves in bf16, fp16,
-            fp32 or fp64, with dense gradients: the first capture of a side refuses sparse ones.
+        params: A module, `model.parameters()` or `model.named_parameters()`, or a DeepSpeed engine. Frozen
+            parameters among them are left alone, one that is given twice counts once. The others are dense
+            leaves in bf16, fp16, fp32 or fp64, with dense gradients: the first capture of a side refuses
+            sparse ones.
         groups: One hashable for each of `params`, as in `sago.synthesize_`. By default every parameter is a
             group, called by its name, or by its position in `params` where there are no names.
         accumulate_dtype: `torch.float32` or `torch.float64`: narrower gradients are accumulated in it, by a
@@ -80,6 +83,10 @@ class GradientBuckets:
     flat accumulators, at the start of `synthesize_` or `unscale_`; its own reduction, which would miss the
     second of two backwards, is switched off here for good. Make the buckets after the model was wrapped and
     before the first forward.
+
+    Of a DeepSpeed engine at ZeRO stage 3 the partitions are captured and synthesized; one at stage 0 is as
+    DDP. `engine.backward(loss)` belongs in the captures, `engine.step()` behind `synthesize_`; within
+    captures it does nothing, because the backward of accelerate calls it.
 
     A parameter that is frozen later has no gradient from then on. One that is unfrozen, moved, cast or
     resized, and, if a module is given, one that is added to it, is an error in the next window: make new
@@ -113,12 +120,19 @@ class GradientBuckets:
             )
         if not non_negative("bucket_cap_mb", bucket_cap_mb, finite=False) > 0.0:
             raise ValueError(f"Parameter `bucket_cap_mb` should be positive. Found {bucket_cap_mb}.")
+        held = engine.find(params)
+        if held is not None:
+            params = held.core.module
         keys, names, given = _listed(params)
         if groups is not None:
             check_groups(groups, len(given), resolve("sago"))
             keys = list(groups)
         first = {id(p): i for i, p in reversed(list(enumerate(given)))}
         kept = [i for i, p in enumerate(given) if first[id(p)] == i and p.requires_grad]
+        if held is None:
+            engine.refuse(params, given)
+        elif held.stage == 3:
+            kept = [i for i in kept if partitioned(held, given[i])]
         if not kept:
             raise ValueError("Parameter `params` should hold a tensor that requires grad. Found none.")
         for i in kept:
@@ -129,9 +143,17 @@ class GradientBuckets:
         self._mean = accumulation == "mean"
         self._backends = {p.device: choose_backend(backend, p.device) for p in self._params}
         chosen = [names[i] for i in kept]
-        sharded = data_parallel.sharded(params, self._params)
-        self._ranks = data_parallel.take_over(params, self._params, chosen)
-        self._looked = False  # for DDP that came later
+        if held is None:
+            sharded = data_parallel.sharded(params, self._params)
+            self._ranks = data_parallel.take_over(params, self._params, chosen)
+        else:
+            sharded, self._ranks = [], held.average()
+        self._looked = held is not None  # for DDP that came later
+        if accumulate_dtype is not None and held is not None and held.stage == 3:
+            raise ValueError(
+                "`accumulate_dtype` should be left out at ZeRO stage 3, where DeepSpeed accumulates: set "
+                f"`data_types.grad_accum_dtype` in its configuration. Found {accumulate_dtype}."
+            )
         if accumulate_dtype is not None and ranks() > 1 and self._ranks is None and not sharded:
             raise ValueError(
                 "`accumulate_dtype` should be used with DistributedDataParallel or FSDP2 where "
@@ -144,23 +166,33 @@ class GradientBuckets:
         narrow = [p.dtype for p in self._params]
         wide = [d if accumulate_dtype is None else torch.promote_types(d, accumulate_dtype) for d in narrow]
         capacity = bucket_cap_mb * 2**20
-        self._extraction = Extraction(
-            chosen,
-            self._params,
-            [(name, p) for name, p in zip(names, given, strict=True) if not p.requires_grad],
-            params if isinstance(params, torch.nn.Module) else None,
-            sharded,
-            wide,
-            capacity,
-        )
+        local = [shards.local(p.detach()) for p in self._params]
+        self._extraction: Extraction
+        padded = False
+        if held is not None and held.stage == 3:
+            zero3 = Zero3(held, chosen, self._params, rows)
+            self._extraction, self._shards, padded = zero3, zero3.shards, zero3.padded
+            self._backends = {v.device: choose_backend(backend, v.device) for v in zero3.retain.views}
+            narrow = wide = [view.dtype for view in zero3.retain.views]
+        else:
+            parts = (
+                chosen,
+                self._params,
+                [(name, p) for name, p in zip(names, given, strict=True) if not p.requires_grad],
+                params if isinstance(params, torch.nn.Module) else None,
+                sharded,
+                Side("forget", flatten(local, wide, capacity), self._params),
+                Side("retain", flatten(local, wide, capacity), self._params),
+            )
+            self._extraction = Extraction(*parts) if held is None else Zero0(held, *parts)
+        self._engine = held
         self._forget, self._retain = self._extraction.forget, self._extraction.retain
         self._updates, self._update_grads = list(self._retain.views), list(self._retain.grads)
-        apart = [i for i, p in enumerate(self._params) if p.dtype != wide[i]]
-        like = [shards.local(self._params[i].detach()) for i in apart]
-        updates = flatten(like, [narrow[i] for i in apart], capacity)
+        apart = [i for i, dtype in enumerate(narrow) if dtype != wide[i]]
+        updates = flatten([local[i] for i in apart], [narrow[i] for i in apart], capacity)
         for i, view in zip(apart, updates.views, strict=True):
             self._updates[i], self._update_grads[i] = view, shards.wrap(view, self._params[i])
-        self._in_place = not apart
+        self._in_place = not apart and not padded
         buffers = [*self._forget.buffers, *self._retain.buffers, *updates.buffers]
         self.nbytes: int = sum(buffer.nbytes for buffer in buffers)
         everything: list[int | None] = [None, *range(len(self._retain.buffers))]
@@ -314,6 +346,8 @@ class GradientBuckets:
         beyond 65504 after unscaling) is not noticed.
         """
         self._extraction.check_ready(self._forget, self._retain)
+        if self._engine is not None:
+            raise ValueError("unscale_ should not be called with DeepSpeed, which unscales in engine.step().")
         while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
             optimizer = inner  # that accelerate wraps, and that scaler.step gets
         index = {id(p): i for i, p in enumerate(self._params)}
@@ -410,7 +444,7 @@ class GradientBuckets:
         )
         neither = [f is None and r is None for f, r in zip(forget, retain, strict=True)]
         updates = [None if n else self._updates[i] for i, n in zip(members, neither, strict=True)]
-        devices = {self._params[i].device for i in members}
+        devices = {self._retain.views[i].device for i in members}
         pairs = Pairs(
             forget,
             retain,
@@ -433,6 +467,12 @@ class GradientBuckets:
 
     def _check_unscaled(self, call: Call) -> None:
         """Raises where scaled and unscaled gradients would meet in one sum, or eps in one of them."""
+        if self._engine is not None and self._engine.scaled and (call.max_norm is not None or call.eps):
+            raise ValueError(
+                "`max_norm` and `eps` should be left out where DeepSpeed scales losses, because they mean "
+                "unscaled gradients: `gradient_clipping` in its configuration clips the update. Found "
+                f"max_norm={call.max_norm}, eps={call.eps}."
+            )
         unscaled = self._extraction.unscaled
         if not unscaled or not (call.limited or call.eps or self._grouped or call.rule.scope == "global"):
             return

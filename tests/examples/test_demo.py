@@ -1,153 +1,166 @@
-"""The demonstration at a size that takes seconds."""
+"""The experiment at a size that takes seconds, and the record that README and docs show."""
 
+import io
+import itertools
 import json
+import re
+from contextlib import redirect_stdout
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import sago
-import sago.reference
-from examples import demo
+from benchmarks.measure import ROOT
+from examples import demo, tell
+from examples.draw import STYLES
+from examples.grid import QUICK, Setup
+from examples.recovery import LEVELS
+from examples.sweep import COSINES
+from examples.world import SETS
 
-TINY = ["--device=cpu", "--people=10", "--vocab=300", "--hidden=32", "--layers=1", "--steps=4", "--repeats=2"]
-RULES = ["sum", "sago", "sago_prefer_retain", "pcgrad", "pcgrad_global", "blur"]
-COSINES = ["cos_forget_retain", "cos_update_retain", "cos_update_forget"]
+# Raised inside of torch when torch.compile is first used.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+
+RECORD = ROOT / "examples" / "results" / "demo.json"
 
 
-def lines_of_table(printed):
-    """The table's lines below its header, split into words."""
-    lines = printed.splitlines()
-    header = next(i for i, line in enumerate(lines) if line.startswith("rule "))
-    return [line.split() for line in lines[header + 1 :] if line]
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """What a quick run prints, where it writes, and its record."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    with redirect_stdout(io.StringIO()) as printed:
+        assert demo.main(["--quick", "--workers=0", f"--out={out}"]) == 0
+    return printed.getvalue(), out, json.loads((out / "demo.json").read_text())
 
 
-@pytest.fixture
-def wrong_sago(monkeypatch):
-    """One tensor of `sago` has the wrong sign, on one backend; the report is right."""
+def check_record(record, setup):
+    """Every model and every cell is there, whole and within bounds."""
+    assert record["setup"] == json.loads(json.dumps(vars(setup)))
+    assert all(record[name] for name in ("cpu", "torch", "transformers", "sago", "seconds"))
+    assert record["threads"] == 1
+    assert [model["seed"] for model in record["models"]] == list(setup.seeds)
+    for model in record["models"]:
+        assert model["steps"] < setup.train_steps  # it stopped because it knew
+        assert all(model["known"][name]["answers"] >= 0.75 for name in SETS)
+    grid = list(itertools.product(setup.objectives, setup.rules, setup.rates, setup.seeds))
+    cells = [(run["objective"], run["rule"], run["rate"], run["seed"]) for run in record["runs"]]
+    assert sorted(cells) == sorted(grid)
+    measurements = setup.steps // setup.every + 1
+    for run in record["runs"]:
+        for name in SETS:
+            known = run["known"][name]
+            assert {len(series) for series in known.values()} == {measurements}
+            assert all(value >= 0 for value in known["loss"])
+            assert all(
+                0 <= value <= 1 for key in ("probability", "tokens", "answers") for value in known[key]
+            )
+        for name in COSINES:
+            assert len(run["cosines"][name]) == setup.steps
+            assert all(-1.001 <= value <= 1.001 for value in run["cosines"][name])
+
+
+def check_results(record):
+    """What should hold at any scale: forgetting, and the promise at every step."""
+    for run in record["runs"]:
+        forget = run["known"]["forget"]
+        assert forget["probability"][-1] < forget["probability"][0] - 0.1
+        assert forget["answers"][-1] < forget["answers"][0]
+        if run["rule"] != "sum":
+            assert min(run["cosines"]["cos_update_retain"]) >= 0
+    # The first gradients are taken at the same model: what differs is the update.
+    starts = {}
+    for run in record["runs"]:
+        starts.setdefault((run["objective"], run["seed"]), set()).add(run["cosines"]["cos_forget_retain"][0])
+    assert all(len(values) == 1 for values in starts.values())
+
+
+def test_the_record_of_a_quick_run_has_every_cell(quick):
+    _, _, record = quick
+    check_record(record, QUICK)
+    assert record["workers"] == 0
+    assert record["torch"] == torch.__version__
+
+
+def test_a_quick_run_forgets_and_keeps_its_promises(quick):
+    check_results(quick[2])
+
+
+def test_the_output_tells_the_story(quick):
+    printed, out, record = quick
+    headings = re.findall(r"^(\d)\. ", printed, re.MULTILINE)
+    assert headings == ["1", "2", "3", "4", "5"]
+    for rule in sago.list_rules():
+        assert re.search(rf"^{rule} +(bitwise|[0-9.]+e-\d+) ", printed, re.MULTILINE)
+    assert "BROKEN" not in printed
+    assert tell.tell(record) in printed
+    assert str(out / "pareto.png") in printed
+
+
+def test_plots_only_from_a_record(quick, tmp_path, capsys):
+    _, out, record = quick
+    assert demo.main([f"--plot-only={out / 'demo.json'}", f"--out={tmp_path}"]) == 0
+    assert tell.tell(record) in capsys.readouterr().out
+    for name in ("pareto.png", "losses.png", "cosines.png"):
+        assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
+    assert not (tmp_path / "demo.json").exists()
+
+
+def test_a_wrong_update_ends_the_run(monkeypatch, tmp_path, capsys):
     right = sago.synthesize_
 
-    def synthesize_(forget, retain, rule="sago", backend=None, **options):
-        report = right(forget, retain, rule=rule, backend=backend, **options)
-        if rule == "sago" and backend == "compiled":
+    def synthesize_(forget, retain, rule="sago", **options):
+        report = right(forget, retain, rule=rule, **options)
+        if rule == "blur":
             retain[-1].neg_()
         return report
 
     monkeypatch.setattr(sago, "synthesize_", synthesize_)
-
-
-def test_every_rule_on_every_backend(tmp_path, capsys):
-    path = tmp_path / "demo.json"
-    assert demo.main([*TINY, f"--json={path}"]) == 0
-
-    printed = capsys.readouterr().out
-    table = lines_of_table(printed)
-    cases = [(rule, backend) for rule in RULES for backend in ("compiled", "reference")]
-    assert [(line[0], line[1]) for line in table] == cases
-    assert len({len(line) for line in table}) == 1
-
-    result = json.loads(path.read_text())
-    assert result["passed"] is True
-    assert [(row["rule"], row["backend"]) for row in result["rows"]] == cases
-    for row in result["rows"]:
-        assert row["passed"] is True
-        assert min(row["ms"], row["stats_ms"]) > 0
-        assert row["ratio"] == pytest.approx(row["released_ms"] / row["ms"])
-        assert all(-1 <= row[name] <= 1 for name in COSINES)
-        assert 0 < row["conflict_fraction"] < 1
-    elementwise = [row for row in result["rows"] if row["rule"] in RULES[:3]]
-    assert {row["against_reference"] for row in elementwise} == {"bitwise"}
-
-    measured, training = result["measured"], result["training"]
-    assert measured["dtype"] == "float32"
-    assert measured["torch"] == torch.__version__
-    assert measured["tensors"] == 12  # embedding, 9 in the layer, norm, head
-    for value in (measured["device"], f"{measured['elements']:,}"):
-        assert value in printed
-    assert training["steps"] == 4
-    assert {"loss", "tokens", "answers"} == training["forget"].keys() == training["retain"].keys()
-
-
-@pytest.mark.usefixtures("wrong_sago")
-def test_a_wrong_update_is_told_and_exits_non_zero(tmp_path, capsys):
-    path = tmp_path / "demo.json"
-    assert demo.main([*TINY, f"--json={path}"]) == 1
-
+    monkeypatch.setattr(demo, "QUICK", replace(QUICK, train_steps=2))
+    assert demo.main(["--quick", "--seeds=1", "--workers=0", f"--out={tmp_path / 'out'}"]) == 1
     printed = capsys.readouterr()
-    assert "sago (compiled)" in printed.err.splitlines()[-1]
-    failed = [line[:2] for line in lines_of_table(printed.out) if "FAIL" in line]
-    assert failed == [["sago", "compiled"]]
-    assert json.loads(path.read_text())["passed"] is False
+    assert printed.err.splitlines()[-1] == "Different from the reference: blur"
+    assert "3. " not in printed.out
+    assert not (tmp_path / "out").exists()
 
 
-def pairs():
-    forget = [torch.tensor([1.0, -2.0, 3.0]), torch.tensor([[0.5], [-4.0]])]
-    retain = [torch.tensor([2.0, 1.0, -1.0]), torch.tensor([[0.25], [-1.0]])]
-    return forget, retain
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_the_check_passes_what_the_reference_gives(rule):
-    updates, report = sago.reference.synthesize(*pairs(), rule=rule)
-    assert demo.check(rule, updates, report, updates, report) == (True, "bitwise")
-
-
-@pytest.mark.parametrize("rule", RULES[:3])
-def test_the_check_of_an_elementwise_rule_sees_the_last_bit(rule):
-    updates, report = sago.reference.synthesize(*pairs(), rule=rule)
-    moved = [u.clone() for u in updates]
-    moved[1][0] = torch.nextafter(moved[1][0], torch.tensor(torch.inf))
-    passed, verdict = demo.check(rule, moved, report, updates, report)
-    assert not passed
-    assert verdict.startswith("FAIL")
-
-
-@pytest.mark.parametrize("rule", RULES[3:])
-@pytest.mark.parametrize(("move", "passes"), [(1e-6, True), (1e-4, False), (torch.nan, False)])
-def test_the_check_of_a_gram_rule_has_a_bound(rule, move, passes):
-    updates, report = sago.reference.synthesize(*pairs(), rule=rule)
-    largest = max(u.abs().max() for u in updates)
-    moved = [u + move * largest for u in updates]
-    passed, _ = demo.check(rule, moved, report, updates, report)
-    assert passed is passes
-
-
-def test_the_check_covers_the_report():
-    updates, report = sago.reference.synthesize(*pairs(), rule="sago")
-    _, other = sago.reference.synthesize(*pairs(), rule="sum")
-    assert demo.check("sago", updates, other, updates, report) == (False, "FAIL report")
-
-
-def test_gradients_are_those_of_the_weighted_loss():
-    torch.manual_seed(0)
-    model = demo.make_model(vocab_size=40, hidden=32, layers=1)
-    ids = torch.randint(40, (2, 6))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    plain, negated = demo.gradients(model, batch, 1.0), demo.gradients(model, batch, -1.0)
-    assert len(plain) == len(list(model.parameters()))
-    assert all(p.grad is None for p in model.parameters())
-    assert any(g.abs().max() > 0 for g in plain)
-    assert all(torch.equal(g, -n) for g, n in zip(plain, negated, strict=True))
-
-
-def test_timed_calls_take_turns_on_restored_inputs():
-    log = []
-    calls = {"a": lambda: log.append("a"), "b": lambda: log.append("b")}
-    ms = demo.median_ms(calls, lambda: log.append("restore"), torch.device("cpu"), repeats=4)
-    assert log == ["restore", "a", "restore", "b"] * (demo.WARMUP + 4)
-    assert all(ms[case] >= 0 for case in ("a", "b"))
-
-
-def test_slow_calls_are_made_less_often(monkeypatch):
-    monkeypatch.setattr(demo, "LONGEST", 0.0)
-    log = []
-    demo.median_ms({"a": lambda: log.append("a")}, lambda: None, torch.device("cpu"), repeats=100)
-    assert len(log) == demo.WARMUP + demo.FEWEST
-
-
-@pytest.mark.gpu
-def test_on_the_gpu(tmp_path):
+def test_a_broken_promise_is_told_and_exits_non_zero(quick, tmp_path, capsys):
+    record = json.loads(json.dumps(quick[2]))
+    run = next(run for run in record["runs"] if run["rule"] == "pcgrad")
+    run["cosines"]["cos_update_retain"][3] = -1e-6
     path = tmp_path / "demo.json"
-    assert demo.main(["--device=cuda", *TINY[1:], f"--json={path}"]) == 0
-    result = json.loads(path.read_text())
-    assert result["measured"]["dtype"] == "bfloat16"
-    assert {row["backend"] for row in result["rows"]} == {"triton", "reference"}
+    path.write_text(json.dumps(record))
+    assert demo.main([f"--plot-only={path}", f"--out={tmp_path}"]) == 1
+    lines = {line.split()[0]: line.split()[-1] for line in capsys.readouterr().out.splitlines()[3:7]}
+    assert lines == {"sum": "none", "pcgrad": "BROKEN", "pcgrad_global": "kept", "sago": "kept"}
+
+
+def test_options_reach_the_setup():
+    args = demo.parse(["--seeds=5", "--rates", "2e-3", "1e-3", "--gamma=2", "--retain=KL"])
+    setup = demo.setup_of(args)
+    assert (setup.seeds, setup.rates, setup.gamma, setup.retain) == ((0, 1, 2, 3, 4), (1e-3, 2e-3), 2.0, "KL")
+    assert demo.setup_of(demo.parse([])) == Setup()
+
+
+def test_the_committed_record_is_that_of_make_demo():
+    record = json.loads(RECORD.read_text())
+    check_record(record, Setup())
+    check_results(record)
+    assert set(STYLES) == set(Setup().rules)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_docs_show_the_committed_record(level):
+    record = json.loads(RECORD.read_text())
+    docs = (ROOT / "docs" / "experiment.md").read_text()
+    for text in (
+        tell.models_told(record["models"]),
+        tell.cosines_told(record),
+        tell.recovery_told(record, level),
+        tell.rates_told(record, LEVELS[0]),
+        tell.last_told(record),
+    ):
+        assert f"```\n{text}\n```" in docs, f"docs/experiment.md should hold\n{text}"
+    for name in re.findall(r"\]\((images/[^)]*)\)", docs):
+        assert (Path(ROOT, "docs", name)).stat().st_size > 10_000
