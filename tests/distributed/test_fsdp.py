@@ -100,7 +100,8 @@ def ranks_of(request):
     ],
 )
 def test_as_on_one_process(ranks_of, layout, world, replicas, order):
-    assert_as_single(ranks_of(world)(trained, layout, runs(order)), replicas)
+    chosen = runs(order) if world == 2 else runs(order)[1:2] + runs(order)[3:7]  # every rule but blur
+    assert_as_single(ranks_of(world)(trained, layout, chosen), replicas)
 
 
 def trained_in_other_ways():
@@ -204,9 +205,9 @@ def test_reports_that_are_read_late_and_on_one_rank_only(ranks2):
 PLAIN = [Run(rule) for rule in ("sago", "pcgrad", "pcgrad_global")]
 
 
-def by_hand(layout, over):
+def by_hand(layout, over, chosen=PLAIN):
     found = {}
-    for run in PLAIN:
+    for run in chosen:
         model, mesh, part = laid_out(layout)
         found[run] = train(model, run, part, ByHand(model, mesh, over))
     return found
@@ -233,7 +234,7 @@ def test_sums_over_all_ranks_by_hand_are_as_on_one_process(ranks_of, layout, wor
 )
 def test_wrong_sums_are_noticed(ranks_of, layout, over, spoilt):
     name, world, _ = layout
-    for rank in ranks_of(world)(by_hand, name, over):
+    for rank in ranks_of(world)(by_hand, name, over, PLAIN[1:]):
         for run, result in rank.items():
             right = single(run)
             with pytest.raises(AssertionError, match="not close"):
