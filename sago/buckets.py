@@ -249,8 +249,8 @@ class GradientBuckets:
         Raises:
             ValueError: Where it would not be exact: for rules of global scope and groups that lie in several
                 buffers; with parameters on several devices; where torch.distributed has several ranks,
-                because gradients are reduced over them after the hook; if a gradient arrives a second time, because of
-                a second backward or of reentrant checkpointing: the window is lost then.
+                because gradients are reduced over them after the hook; if a gradient arrives a second time,
+                because of a second backward or of reentrant checkpointing: the window is lost then.
         """
         extraction, retain = self._extraction, self._retain
         extraction.check_ready(self._forget)
