@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
@@ -10,9 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sago import data_parallel, shards
+from sago import data_parallel, engine, shards
 from sago.arguments import (
-    DTYPES,
     Call,
     Pairs,
     ReduceGram,
@@ -24,12 +22,14 @@ from sago.arguments import (
     non_negative,
 )
 from sago.cache import Cache
-from sago.extraction import Extraction, Side, ranks
+from sago.extraction import Side
 from sago.flat import flatten
 from sago.in_backward import InBackward, check_exact
+from sago.opening import open_extraction
+from sago.parameters import choose
 from sago.pipeline import Pipeline, count_versions
 from sago.report import SynthesisReport
-from sago.rules import Rule, resolve
+from sago.rules import Rule
 
 _PATTERNS = 8  # of parameters without a gradient, whose pipelines are kept
 
@@ -62,9 +62,10 @@ class GradientBuckets:
     `accumulate_dtype`, where `p.grad` is never the accumulator).
 
     Args:
-        params: A module, `model.parameters()` or `model.named_parameters()`. Frozen parameters among them
-            are left alone, one that is given twice counts once. The others are dense leaves in bf16, fp16,
-            fp32 or fp64, with dense gradients: the first capture of a side refuses sparse ones.
+        params: A module, `model.parameters()` or `model.named_parameters()`, or a DeepSpeed engine. Frozen
+            parameters among them are left alone, one that is given twice counts once. The others are dense
+            leaves in bf16, fp16, fp32 or fp64, with dense gradients: the first capture of a side refuses
+            sparse ones.
         groups: One hashable for each of `params`, as in `sago.synthesize_`. By default every parameter is a
             group, called by its name, or by its position in `params` where there are no names.
         accumulate_dtype: `torch.float32` or `torch.float64`: narrower gradients are accumulated in it, by a
@@ -80,6 +81,10 @@ class GradientBuckets:
     flat accumulators, at the start of `synthesize_` or `unscale_`; its own reduction, which would miss the
     second of two backwards, is switched off here for good. Make the buckets after the model was wrapped and
     before the first forward.
+
+    Of a DeepSpeed engine at ZeRO stage 3 the partitions are captured and synthesized; one at stage 0 is as
+    DDP. `engine.backward(loss)` belongs in the captures, `engine.step()` behind `synthesize_`; within
+    captures it does nothing, because the backward of accelerate calls it.
 
     A parameter that is frozen later has no gradient from then on. One that is unfrozen, moved, cast or
     resized, and, if a module is given, one that is added to it, is an error in the next window: make new
@@ -113,54 +118,26 @@ class GradientBuckets:
             )
         if not non_negative("bucket_cap_mb", bucket_cap_mb, finite=False) > 0.0:
             raise ValueError(f"Parameter `bucket_cap_mb` should be positive. Found {bucket_cap_mb}.")
-        keys, names, given = _listed(params)
-        if groups is not None:
-            check_groups(groups, len(given), resolve("sago"))
-            keys = list(groups)
-        first = {id(p): i for i, p in reversed(list(enumerate(given)))}
-        kept = [i for i, p in enumerate(given) if first[id(p)] == i and p.requires_grad]
-        if not kept:
-            raise ValueError("Parameter `params` should hold a tensor that requires grad. Found none.")
-        for i in kept:
-            _check_parameter(names[i], given[i])
-        self._params = [given[i] for i in kept]
-        self._keys = [keys[i] for i in kept]
+        held = engine.find(params)
+        source = params if held is None else held.core.module
+        chosen = choose(source, groups, None if held is None else held.wanted)
+        capacity = bucket_cap_mb * 2**20
+        opened = open_extraction(held, source, chosen, accumulate_dtype, capacity)
+        self._params, self._keys = chosen.tensors, chosen.keys
         self._grouped = groups is not None
         self._mean = accumulation == "mean"
-        self._backends = {p.device: choose_backend(backend, p.device) for p in self._params}
-        chosen = [names[i] for i in kept]
-        sharded = data_parallel.sharded(params, self._params)
-        self._ranks = data_parallel.take_over(params, self._params, chosen)
-        self._looked = False  # for DDP that came later
-        if accumulate_dtype is not None and ranks() > 1 and self._ranks is None and not sharded:
-            raise ValueError(
-                "`accumulate_dtype` should be used with DistributedDataParallel or FSDP2 where "
-                "torch.distributed has several ranks: another engine may reduce a gradient behind the hook "
-                f"that widens it. Found {ranks()} ranks."
-            )
-        rows, _ = check_groups(self._keys, len(kept), resolve("pcgrad"))  # which ranks should agree on, too
-        self._shards = shards.read(self._params, rows)
-
-        narrow = [p.dtype for p in self._params]
-        wide = [d if accumulate_dtype is None else torch.promote_types(d, accumulate_dtype) for d in narrow]
-        capacity = bucket_cap_mb * 2**20
-        self._extraction = Extraction(
-            chosen,
-            self._params,
-            [(name, p) for name, p in zip(names, given, strict=True) if not p.requires_grad],
-            params if isinstance(params, torch.nn.Module) else None,
-            sharded,
-            wide,
-            capacity,
-        )
+        self._extraction, self._ranks, self._shards = opened.extraction, opened.ranks, opened.shards
+        self._looked = held is not None  # for DDP that came later
+        self._engine = held
         self._forget, self._retain = self._extraction.forget, self._extraction.retain
         self._updates, self._update_grads = list(self._retain.views), list(self._retain.grads)
-        apart = [i for i, p in enumerate(self._params) if p.dtype != wide[i]]
-        like = [shards.local(self._params[i].detach()) for i in apart]
-        updates = flatten(like, [narrow[i] for i in apart], capacity)
+        self._backends = {v.device: choose_backend(backend, v.device) for v in self._retain.views}
+        apart = [i for i, v in enumerate(self._retain.views) if v.dtype != opened.dtypes[i]]
+        like = [self._retain.views[i] for i in apart]
+        updates = flatten(like, [opened.dtypes[i] for i in apart], capacity)
         for i, view in zip(apart, updates.views, strict=True):
             self._updates[i], self._update_grads[i] = view, shards.wrap(view, self._params[i])
-        self._in_place = not apart
+        self._in_place = not apart and not opened.padded
         buffers = [*self._forget.buffers, *self._retain.buffers, *updates.buffers]
         self.nbytes: int = sum(buffer.nbytes for buffer in buffers)
         everything: list[int | None] = [None, *range(len(self._retain.buffers))]
@@ -272,8 +249,8 @@ class GradientBuckets:
         Raises:
             ValueError: Where it would not be exact: for rules of global scope and groups that lie in several
                 buffers; with parameters on several devices; where torch.distributed has several ranks,
-                because DDP reduces gradients after the hook; if a gradient arrives a second time, because of
-                a second backward or of reentrant checkpointing: the window is lost then.
+                because gradients are reduced over them after the hook; if a gradient arrives a second time,
+                because of a second backward or of reentrant checkpointing: the window is lost then.
         """
         extraction, retain = self._extraction, self._retain
         extraction.check_ready(self._forget)
@@ -314,6 +291,8 @@ class GradientBuckets:
         beyond 65504 after unscaling) is not noticed.
         """
         self._extraction.check_ready(self._forget, self._retain)
+        if self._engine is not None:
+            raise ValueError("unscale_ should not be called with DeepSpeed, which unscales in engine.step().")
         while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
             optimizer = inner  # that accelerate wraps, and that scaler.step gets
         index = {id(p): i for i, p in enumerate(self._params)}
@@ -410,7 +389,7 @@ class GradientBuckets:
         )
         neither = [f is None and r is None for f, r in zip(forget, retain, strict=True)]
         updates = [None if n else self._updates[i] for i, n in zip(members, neither, strict=True)]
-        devices = {self._params[i].device for i in members}
+        devices = {self._retain.views[i].device for i in members}
         pairs = Pairs(
             forget,
             retain,
@@ -433,6 +412,12 @@ class GradientBuckets:
 
     def _check_unscaled(self, call: Call) -> None:
         """Raises where scaled and unscaled gradients would meet in one sum, or eps in one of them."""
+        if self._engine is not None and self._engine.scaled and (call.max_norm is not None or call.eps):
+            raise ValueError(
+                "`max_norm` and `eps` should be left out where DeepSpeed scales losses, because they mean "
+                "unscaled gradients: `gradient_clipping` in its configuration clips the update. Found "
+                f"max_norm={call.max_norm}, eps={call.eps}."
+            )
         unscaled = self._extraction.unscaled
         if not unscaled or not (call.limited or call.eps or self._grouped or call.rule.scope == "global"):
             return
@@ -458,43 +443,3 @@ def _policy(nonfinite: Any) -> str:
 
 def _touched(side: Side, grads: Sequence[Tensor]) -> list[Tensor | None]:
     return [g if t else None for g, t in zip(grads, side.touched, strict=True)]
-
-
-def _listed(params: Any) -> tuple[list[Hashable], list[str], list[Any]]:
-    """Group keys, names for messages, and tensors."""
-    if isinstance(params, torch.nn.Module):
-        params = params.named_parameters()
-    if isinstance(params, Tensor) or not isinstance(params, Iterable):
-        raise TypeError(
-            "Parameter `params` should be a module or an iterable of parameters or of (name, parameter). "
-            f"Found {type(params).__name__}."
-        )
-    found = list(params)
-    if found and all(isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], str) for x in found):
-        names, tensors = [name for name, _ in found], [p for _, p in found]
-        # RMU's lists have a `down_proj.weight` of each layer: one name, several groups.
-        count = Counter(names)
-        keys: list[Hashable] = [f"{n} ({i})" if count[n] > 1 else n for i, n in enumerate(names)]
-    else:
-        names, tensors, keys = [f"params[{i}]" for i in range(len(found))], found, list(range(len(found)))
-    for name, p in zip(names, tensors, strict=True):
-        if not isinstance(p, Tensor):
-            raise TypeError(f"Parameter `{name}` should be a tensor. Found {type(p).__name__}.")
-    return keys, names, tensors
-
-
-def _check_parameter(name: str, p: Tensor) -> None:
-    if not p.is_leaf:
-        raise ValueError(
-            f"Parameter `{name}` should be a leaf of the graph. Found the result of {p.grad_fn}."
-        )
-    if p.layout != torch.strided:
-        raise TypeError(f"Parameter `{name}` should be dense. Found layout {p.layout}.")
-    if p.dtype not in DTYPES:
-        raise TypeError(
-            f"Parameter `{name}` should be bfloat16, float16, float32 or float64. Found {p.dtype}."
-        )
-    if p.is_meta:
-        raise ValueError(f"Parameter `{name}` should hold data. Found a meta tensor.")
-    if shards.is_dtensor(p):
-        shards.check_reduced(f"Parameter `{name}`", p)

@@ -73,7 +73,7 @@ def take_over(source: Any, params: Sequence[Tensor], names: Sequence[str]) -> Da
     """
     if not (dist.is_available() and dist.is_initialized()):
         return None
-    for ddp in _owners(source, params, torch.nn.parallel.DistributedDataParallel):
+    for ddp in owners(source, params, torch.nn.parallel.DistributedDataParallel):
         reduced = {id(p) for n, p in ddp.module.named_parameters() if n not in ddp.parameters_to_ignore}
         left = {id(p): n for n, p in ddp.module.named_parameters() if p.requires_grad}
         for name, p in zip(names, params, strict=True):
@@ -107,7 +107,7 @@ def take_over(source: Any, params: Sequence[Tensor], names: Sequence[str]) -> Da
 def check_not_wrapped(params: Sequence[Tensor]) -> None:
     """Raises for a DistributedDataParallel module that came later than the buckets."""
     there = dist.is_available() and dist.is_initialized()
-    if there and _owners(None, params, torch.nn.parallel.DistributedDataParallel):
+    if there and owners(None, params, torch.nn.parallel.DistributedDataParallel):
         raise ValueError(
             "A module should be in DistributedDataParallel when its buckets are made, because they take over "
             "the reduction. Found one that came later. Make new GradientBuckets."
@@ -120,15 +120,15 @@ def sharded(source: Any, params: Sequence[Tensor]) -> Sequence[torch.nn.Module]:
         return []
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
-    if _owners(source, params, FullyShardedDataParallel):
+    if owners(source, params, FullyShardedDataParallel):
         raise ValueError(
             "Parameters should be sharded by fully_shard (FSDP2; fsdp_version: 2 in accelerate). Found "
             "FullyShardedDataParallel, in whose flat parameters tensors have no gradients of their own."
         )
-    return _owners(source, params, FSDPModule) if any(map(is_dtensor, params)) else []
+    return owners(source, params, FSDPModule) if any(map(is_dtensor, params)) else []
 
 
-def _owners(source: Any, params: Sequence[Tensor], kind: Any) -> list[Any]:
+def owners(source: Any, params: Sequence[Tensor], kind: Any) -> list[Any]:
     """The modules of this kind in the source of the parameters, or around any of them."""
     if isinstance(source, torch.nn.Module):
         found = [m for m in source.modules() if isinstance(m, kind)]

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from sago import fsdp
-from sago.flat import clear, flatten
+from sago.flat import Flat, clear
 from sago.guards import Guards
-from sago.shards import is_dtensor, local, local_as, wrap
+from sago.shards import is_dtensor, local_as, wrap
 
 Arrived = Callable[[int, torch.device], None]
 
@@ -28,11 +28,9 @@ class Side:
         captures: Captures of the window that had a backward.
     """
 
-    def __init__(
-        self, name: str, params: Sequence[Tensor], dtypes: Sequence[torch.dtype], capacity: float
-    ) -> None:
+    def __init__(self, name: str, flat: Flat, params: Sequence[Tensor]) -> None:
         self.name = name
-        self.views, self.owner, self.buffers = flatten([local(p.detach()) for p in params], dtypes, capacity)
+        self.views, self.owner, self.buffers = flat
         self.grads = [wrap(view, p) for view, p in zip(self.views, params, strict=True)]
         self.touched = [False] * len(params)
         self.captures = 0
@@ -58,7 +56,7 @@ class Side:
         self.written = False
 
 
-class _Capture:
+class Capture:
     """An open capture.
 
     Attributes:
@@ -87,8 +85,7 @@ class Extraction:
         frozen: Names and parameters that do not, and should not begin to.
         module: Where the parameters come from, if that is known.
         sharded: The modules of FSDP2 that the parameters are in.
-        dtypes: Of the accumulators.
-        capacity: Bytes of a buffer.
+        forget, retain: The accumulators.
     """
 
     def __init__(
@@ -98,14 +95,13 @@ class Extraction:
         frozen: Sequence[tuple[str, Tensor]],
         module: torch.nn.Module | None,
         sharded: Sequence[torch.nn.Module],
-        dtypes: Sequence[torch.dtype],
-        capacity: float,
+        forget: Side,
+        retain: Side,
     ) -> None:
         self.names, self.params = names, params
-        self.forget = Side("forget", params, dtypes, capacity)
-        self.retain = Side("retain", params, dtypes, capacity)
+        self.forget, self.retain = forget, retain
         self.unscaled: set[int] = set()  # positions of parameters
-        self._open: list[_Capture] = []
+        self._open: list[Capture] = []
         self.reduced = False  # over the ranks, which ends the captures of a window
         self._failure: str | None = None  # why the gradients of the window are not whole
         self._updates: Sequence[Tensor | None] | None = None  # that `finish` has put under `p.grad`
@@ -115,7 +111,7 @@ class Extraction:
         self._described = [_describe(p) for p in params]
         self._guards = Guards(params)
         self._members = None if module is None else [id(p) for p in module.parameters()]
-        self._wider = [p.dtype != dtype for p, dtype in zip(params, dtypes, strict=True)]
+        self._wider = [p.dtype != view.dtype for p, view in zip(params, retain.views, strict=True)]
 
     @contextmanager
     def capture(self, side: Side, arrived: Arrived | None = None) -> Iterator[None]:
@@ -170,8 +166,7 @@ class Extraction:
             raise ValueError(
                 f"Captures should be closed before zero_. Found an open {self._open[-1].side.name}()."
             )
-        for p in self.params:
-            p.grad = None
+        self._uninstall()
         fsdp.discard(self._sharded)
         self._updates = None
         self._discard()
@@ -185,7 +180,7 @@ class Extraction:
         self.reduced = False
         self.unscaled = set()
 
-    def _enter(self, side: Side, arrived: Arrived | None) -> _Capture:
+    def _enter(self, side: Side, arrived: Arrived | None) -> Capture:
         if not self._open:
             self._check_start()
         elif self._open[-1].alone:
@@ -194,27 +189,17 @@ class Extraction:
             self._collect(self._open[-1])
         if side.captures == 0 and not any(side.touched):
             side.clear()
-        capture = _Capture(side, alone=arrived is not None)
+        capture = Capture(side, alone=arrived is not None)
         self._open.append(capture)
         try:
             self._install(capture)
-            for i, p in enumerate(self.params):
-                if not p.requires_grad:
-                    continue
-                if not side.probed[i]:
-                    capture.handles.append(p.register_hook(partial(_refuse_sparse, self.names[i])))
-                if self._wider[i]:
-                    hook = partial(self._widen, capture, i)
-                    capture.handles.append(p.register_post_accumulate_grad_hook(hook))
-                if arrived is not None:
-                    hook = partial(self._arrive, capture, arrived, i)
-                    capture.handles.append(p.register_post_accumulate_grad_hook(hook))
+            self._watch(capture, arrived)
         except BaseException as error:
             self._leave(capture, error)
             raise
         return capture
 
-    def _leave(self, capture: _Capture, error: BaseException | None) -> None:
+    def _leave(self, capture: Capture, error: BaseException | None) -> None:
         if capture not in self._open:
             if error is None:
                 raise ValueError(
@@ -235,8 +220,7 @@ class Extraction:
             if self._open:
                 self._install(self._open[-1])
             else:
-                for p in self.params:
-                    p.grad = None
+                self._uninstall()
             if error is not None and capture.reached:
                 self.spoil(f"a {capture.side.name} capture ended in {error!r}")
         if len(closed) > 1:
@@ -245,7 +229,7 @@ class Extraction:
             raise ValueError(f"Captures should be closed in reverse order. Found that {found}.")
         if error is None:
             try:
-                fsdp.check_synced(self._sharded)
+                self._check_reduced()
             except ValueError as held_back:
                 self.spoil(str(held_back))
                 raise
@@ -261,13 +245,30 @@ class Extraction:
             if self._open:
                 self._open[-1].nested = True
 
-    def _install(self, capture: _Capture) -> None:
+    def _install(self, capture: Capture) -> None:
         side = capture.side
         for p, grad, wider in zip(self.params, side.grads, self._wider, strict=True):
             p.grad = None if wider else grad
         capture.versions = side.versions()
 
-    def _collect(self, capture: _Capture) -> None:
+    def _uninstall(self) -> None:
+        for p in self.params:
+            p.grad = None
+
+    def _watch(self, capture: Capture, arrived: Arrived | None) -> None:
+        for i, p in enumerate(self.params):
+            if not p.requires_grad:
+                continue
+            if not capture.side.probed[i]:
+                capture.handles.append(p.register_hook(partial(_refuse_sparse, self.names[i])))
+            if self._wider[i]:
+                hook = partial(self._widen, capture, i)
+                capture.handles.append(p.register_post_accumulate_grad_hook(hook))
+            if arrived is not None:
+                hook = partial(self._arrive, capture, arrived, i)
+                capture.handles.append(p.register_post_accumulate_grad_hook(hook))
+
+    def _collect(self, capture: Capture) -> None:
         """Notes what backwards did since the accumulators were put under `p.grad`."""
         side = capture.side
         if capture.alone:  # `_arrive` has noted it, and accumulators may hold updates by now
@@ -303,13 +304,13 @@ class Extraction:
         view.add_(g) if self._wider[i] else view.copy_(g)
 
     @torch.no_grad()
-    def _widen(self, capture: _Capture, i: int, p: Tensor) -> None:
+    def _widen(self, capture: Capture, i: int, p: Tensor) -> None:
         """Adds to the wider accumulator what autograd has put into `p.grad`."""
         if self._open[-1] is capture and p.grad is not None:
             capture.side.views[i].add_(local_as(p.grad, p))
             p.grad = None
 
-    def _arrive(self, capture: _Capture, arrived: Arrived, i: int, p: Tensor) -> None:
+    def _arrive(self, capture: Capture, arrived: Arrived, i: int, p: Tensor) -> None:
         self._settle(capture.side, i)
         p.grad = None if self._wider[i] else capture.side.grads[i]
         capture.side.touched[i] = capture.reached = capture.side.written = True
@@ -317,7 +318,7 @@ class Extraction:
 
     def _check_start(self) -> None:
         self._check_whole()
-        fsdp.check_synced(self._sharded)
+        self._check_reduced()
         if self.reduced:
             raise ValueError(
                 "Gradients should be captured before they are averaged over the ranks. Found a capture after "
@@ -349,6 +350,9 @@ class Extraction:
                 "The module should have the parameters that it had when the buckets were made. Found others. "
                 "Make new GradientBuckets when parameters are added, removed or replaced."
             )
+
+    def _check_reduced(self) -> None:
+        fsdp.check_synced(self._sharded)
 
     def _check_parameters(self) -> None:
         if self._guards.hold(self.params):

@@ -96,8 +96,8 @@ def check_exact(
         )
     if ranks() > 1:
         raise ValueError(
-            "synthesize_in_backward should be used on one rank, because DDP reduces gradients after the "
-            f"hook. Found {ranks()} ranks. {instead}"
+            "synthesize_in_backward should be used on one rank, because gradients are reduced over ranks "
+            f"after the hook. Found {ranks()} ranks. {instead}"
         )
     if len(devices) > 1:
         raise ValueError(

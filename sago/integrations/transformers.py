@@ -100,6 +100,18 @@ class GradientSynthesisMixin(_Trainer):
     synthesis: Synthesis = Synthesis()
     _window: _Window | None = None
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        ahead = cls.__mro__[: cls.__mro__.index(GradientSynthesisMixin)]
+        trainers = [
+            c for c in ahead if "training_step" in vars(c) and GradientSynthesisMixin not in c.__mro__
+        ]
+        if trainers and not hasattr(super(), "training_step"):
+            raise TypeError(
+                f"GradientSynthesisMixin should come ahead of the trainer among the bases of {cls.__name__}. "
+                f"Found {trainers[0].__name__} ahead of it."
+            )
+
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         if self._window is None or self._window.model is not model:
             self._window = _Window(self, model)
@@ -124,7 +136,6 @@ class GradientSynthesisMixin(_Trainer):
         super().log(logs, *(() if start_time is None else (start_time,)))
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._window = None
         try:
             return super()._inner_training_loop(*args, **kwargs)
         finally:
@@ -181,7 +192,7 @@ class _Window:
         self._engine: Any = getattr(trainer.accelerator, "deepspeed_engine_wrapped", None)
         self._backward_options: dict[str, Any] = {}  # that the trainer gives to DeepSpeed
         self._named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        self._rule, groups = _rule_and_groups(trainer, model)
+        self._rule, groups = _rule_and_groups(trainer, model, self._engine)
         self._how = trainer.synthesis
         self._buckets = GradientBuckets(model, groups, self._how.accumulate_dtype)
         self._reducing = list(_reducing(model))
@@ -302,10 +313,13 @@ class _Engineless:
 def _weights(trainer: Any) -> tuple[_Weight, _Weight]:
     found = []
     for name in ("gamma", "alpha"):
-        default = [1.0] if hasattr(trainer, "compute_losses") else []
-        value = getattr(trainer, name, *default)
+        value = getattr(trainer, name, 1.0 if hasattr(trainer, "compute_losses") else None)
         if not isinstance(value, Real):
-            raise ValueError(f"`self.{name}` should be a number. Found {type(value).__name__}.")
+            raise ValueError(
+                f"`self.{name}` should be a number, the weight of a loss. Found "
+                f"{'none' if value is None else type(value).__name__}. A trainer without weights needs "
+                "`compute_losses(model, inputs)`, which returns the forget and the retain loss."
+            )
         weight = _Weight(value)
         weight.products = []
         found.append(weight)
@@ -385,12 +399,14 @@ def _reducing(model: torch.nn.Module) -> Iterator[Any]:
     return (m for m in model.modules() if isinstance(m, (DistributedDataParallel, *sharded)))
 
 
-def _rule_and_groups(trainer: Any, model: torch.nn.Module) -> tuple[Rule, list[Hashable] | None]:
+def _rule_and_groups(trainer: Any, model: torch.nn.Module, engine: Any) -> tuple[Rule, list[Hashable] | None]:
     """The rule, and one key a parameter, such that what the optimizer has not is in no sum of what it has."""
     rule, groups = resolve(trainer.synthesis.rule), trainer.synthesis.groups
     named = [(_clean(n), p) for n, p in model.named_parameters()]
     if rule.scope != "global":
         return rule, None if groups is None else [groups(n) for n, _ in named]
+    if engine is not None:  # whose optimizer has flat parts of the parameters
+        return rule, None
     trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     keys: list[Hashable] = [id(p) in trained for _, p in named]
     if all(key or not p.requires_grad for key, (_, p) in zip(keys, named, strict=True)):

@@ -83,17 +83,6 @@ def test_where_parameters_come_from_and_no_sync_make_no_difference(ranks2):
             assert_equal_results(result, single(Run("pcgrad", accumulation=3)))
 
 
-def on_half_of_the_ranks():
-    """Two replicas of two data-parallel ranks each."""
-    mesh = mesh_of(replicate=2, shard=2)
-    ddp = replicated(process_group=mesh["shard"].get_group())
-    return {run: train(ddp, run, (mesh.get_local_rank("shard"), 2)) for run in runs(FORWARDS_FIRST)[3:4]}
-
-
-def test_ranks_of_the_group_of_ddp_alone_are_averaged(ranks4):
-    assert_as_single(ranks4(on_half_of_the_ranks), replicas=True)
-
-
 def one_forward_on_ranks():
     return one_forward(replicated(), Run("pcgrad"), share())
 
@@ -200,31 +189,43 @@ def of_rank(rank, dtype):
     return [[(8 * t).round().div(8).to(dtype) for t in side.split(GIVEN)] for side in sides]
 
 
-def given(dtype, rule, **options):
-    """Gradients that are known, by a module whose forward is of no concern."""
+def given(dtype, pairs=False, **options):
+    """Gradients that are known, by a module whose forward is of no concern. `pairs`: DDP in two groups."""
     module = nn.Module()
     module.params = nn.ParameterList(torch.zeros(n, dtype=dtype) for n in GIVEN)
-    ddp = DistributedDataParallel(module)
+    group = mesh_of(replicate=2, shard=2)["shard"].get_group() if pairs else None
+    ddp = DistributedDataParallel(module, process_group=group)
     buckets = sago.GradientBuckets(ddp, **options)
     forget, retain = of_rank(dist.get_rank(), dtype)
     for capture, side in ((buckets.forget, forget), (buckets.retain, retain)):
         with capture():
             backward(list(ddp.parameters()), side)
-    buckets.synthesize_(rule, **WEIGHTS)
+    buckets.synthesize_("sago", **WEIGHTS)
     return [p.grad.clone() for p in ddp.parameters()]
+
+
+def updates_of(ranks, dtype, wide):
+    """What it should be for two ranks."""
+    forget, retain = (
+        [(a.to(wide) + b.to(wide)) / 2 for a, b in zip(*sides, strict=True)]
+        for sides in zip(*(of_rank(rank, dtype) for rank in ranks), strict=True)
+    )
+    like = [torch.zeros(n, dtype=dtype) for n in GIVEN]
+    sago.reference.synthesize_(forget, retain, "sago", out=like, **WEIGHTS)
+    return like
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 @pytest.mark.parametrize("wide", [None, FP32])
 def test_a_given_pair_is_averaged_and_synthesized_bit_for_bit(ranks2, dtype, wide):
-    forget, retain = (
-        [((a.to(wide or dtype) + b.to(wide or dtype)) / 2) for a, b in zip(*sides, strict=True)]
-        for sides in zip(of_rank(0, dtype), of_rank(1, dtype), strict=True)
-    )
-    like = [torch.zeros(n, dtype=dtype) for n in GIVEN]
-    sago.reference.synthesize_(forget, retain, "sago", out=like, **WEIGHTS)
-    for found in ranks2(given, dtype, "sago", accumulate_dtype=wide):
-        assert_equal_bits(found, like)
+    for found in ranks2(given, dtype, accumulate_dtype=wide):
+        assert_equal_bits(found, updates_of((0, 1), dtype, wide or dtype))
+
+
+def test_ranks_of_the_group_of_ddp_alone_are_averaged(ranks4):
+    first, second, third, fourth = ranks4(given, FP32, pairs=True)
+    for found, ranks in ((first, (0, 1)), (second, (0, 1)), (third, (2, 3)), (fourth, (2, 3))):
+        assert_equal_bits(found, updates_of(ranks, FP32, FP32))
 
 
 class Branches(nn.Module):

@@ -150,7 +150,10 @@ def misplaced():
     f, r = (t.clone() for t in inputs.pair(9))
     partial = [DTensor.from_local(t, mesh, [Shard(0), Partial()], run_check=False) for t in (f, r)]
     placed = [distribute_tensor(t, mesh, [Shard(0), Replicate()]) for t in (f, r)]
-    elsewhere = [distribute_tensor(t, mesh_of(shard=4), [Shard(0)]) for t in (f, r)]
+    in_order, in_reverse = (
+        distribute_tensor(t, DeviceMesh("cpu", ranks), [Shard(0)])
+        for t, ranks in ((f, [0, 1, 2, 3]), (r, [3, 2, 1, 0]))
+    )
     apart = [distribute_tensor(t, mesh["shard"], [Shard(0)]) for t in (f, r)]
     across = [distribute_tensor(t, mesh["replicate"], [Shard(0)]) for t in (f, r)]
     otherwise = distribute_tensor(r, mesh, [Replicate(), Shard(0)])
@@ -159,7 +162,7 @@ def misplaced():
         "partial": error_of(sago.synthesize_, *partial, "sago"),
         "partial, summed": error_of(sago.synthesize_, *partial, "pcgrad", reduce_gram=SumOver()),
         "partial parameter": error_of(sago.GradientBuckets, [parameter]),
-        "mesh": error_of(sago.synthesize_, placed[0], elsewhere[1], "sago"),
+        "mesh": error_of(sago.synthesize_, in_order, in_reverse, "sago"),
         "placements": error_of(sago.synthesize_, placed[0], otherwise, "sago"),
         "plain": error_of(sago.synthesize_, placed[0], r, "sago"),
         "out": error_of(sago.synthesize_, *placed, "sago", out=[r.clone()]),

@@ -72,6 +72,16 @@ def steps_of(trainer):
     return [log for log in trainer.state.log_history if "loss" in log]
 
 
+class Reporting(transformers.TrainerCallback):
+    """As those of `report_to`."""
+
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(logs)
+
+
 class Looking(transformers.TrainerCallback):
     """Looks at something after each step."""
 
@@ -219,10 +229,14 @@ def test_is_as_new_for_a_second_training(tmp_path):
 
 
 def test_logs_both_losses_and_the_last_report(tmp_path):
+    reporting = Reporting()
     options = {"gradient_accumulation_steps": 2, "logging_steps": 2, "max_grad_norm": 1e9}
+    options["callbacks"] = [reporting]
     trainer, reports = check_by_hand(GradDiff, tmp_path, **options)
     logs = steps_of(trainer)
     assert [log["step"] for log in logs] == [2, 4]
+    assert reporting.logs[0].items() <= logs[0].items()
+    assert "conflict_fraction" in reporting.logs[0]
     model, seen = llama(), []
     optimizer = adamw(model.parameters())
     for step in windows(trainer.data_collator.batches, 2):
@@ -293,6 +307,21 @@ def test_logs_what_the_rule_needs_without_statistics(tmp_path):
     assert "conflict_fraction" not in logged
 
 
+def test_leaves_the_logs_of_others_alone(tmp_path):
+    """A trainer may log on one rank alone, where an average over ranks would wait for the others."""
+
+    class Talking(GradDiff):
+        def compute_unlearn_loss(self, model, inputs, return_outputs=False):
+            self.log({"loss": 1.0, "mine": 2.0})
+            return super().compute_unlearn_loss(model, inputs, return_outputs)
+
+    trainer = make(with_mixin(Talking), tmp_path, data=Pairs(4), logging_steps=2)
+    trainer.train()
+    logs = steps_of(trainer)
+    assert ["forget_loss" in log for log in logs] == [False, False, True] * 2
+    assert ["mine" in log for log in logs] == [True, True, False] * 2
+
+
 def test_evaluation_is_the_trainers(tmp_path):
     """Before, between and after steps, with plain numbers as weights and no gradient captured."""
     found = []
@@ -335,6 +364,7 @@ FORMS = {
     "texts": lambda self, f, r: (self.gamma * torch.stack([f, f]) + self.alpha * torch.stack([r, r])).mean(),
     "in parts": lambda self, f, r: self.gamma * (0.25 * f) + self.gamma * (0.75 * f) + self.alpha * r,
     "looked at": lambda self, f, r: (self.gamma * f).detach() * 0 + self.gamma * f + self.alpha * r,
+    "counted": lambda self, f, r: self.gamma * torch.arange(2)[0] + self.gamma * f + self.alpha * r,
     "integers": lambda self, f, r: self.gamma * (GAMMA * f) + self.alpha * (ALPHA * r),
 }
 
@@ -437,6 +467,7 @@ NOT_SEEN = {
     ),
     "in place": (lambda self, f, r: (f * 1).mul_(self.gamma) + self.alpha * r, r"no product.*`self.gamma`"),
     "alpha of add": (lambda self, f, r: torch.add(self.gamma * f, r, alpha=self.alpha), r"`self.alpha`"),
+    "constant": (lambda self, f, r: self.gamma * f + self.alpha * r.detach(), r"no product.*`self.alpha`"),
     "not used": (
         lambda self, f, r: (self.gamma * f).detach() + self.alpha * r,
         r"no part of the loss.*gamma",
@@ -466,7 +497,10 @@ def test_says_which_loss_it_did_not_find(form, tmp_path):
 def test_refuses_weights_that_are_no_numbers(tmp_path):
     trainer = make(with_mixin(GradDiff), tmp_path)
     trainer.alpha = torch.tensor(1.0)
-    with pytest.raises(ValueError, match=r"`self.alpha` should be a number. Found Tensor"):
+    with pytest.raises(ValueError, match=r"`self.alpha` should be a number.*Found Tensor"):
+        trainer.train()
+    del trainer.gamma
+    with pytest.raises(ValueError, match=r"`self.gamma` should be a number.*Found none.*compute_losses"):
         trainer.train()
 
 
@@ -509,6 +543,22 @@ def test_refuses_optimizers_that_step_in_the_backward(optim, tmp_path):
     )
     with pytest.raises(ValueError, match=rf"`optim` should step after the backward.*{optim}"):
         trainer.train()
+
+
+def test_refuses_to_be_the_last_of_the_bases():
+    """Its methods would never be called, and the training would be that without it."""
+    with pytest.raises(
+        TypeError, match=r"ahead of the trainer among the bases of Behind. Found Trainer ahead"
+    ):
+
+        class Behind(GradDiff, GradientSynthesisMixin):
+            pass
+
+    class Alone(GradientSynthesisMixin):
+        pass
+
+    class Ahead(Alone, GradDiff):
+        pass
 
 
 def test_options_are_checked_when_they_are_written():

@@ -237,7 +237,7 @@ def arguments(folder, **options):
     return TrainingArguments(**given)
 
 
-def make(kind, folder, model=None, data=None, eval_dataset=None, **options):
+def make(kind, folder, model=None, data=None, eval_dataset=None, callbacks=None, **options):
     """A trainer of this kind, its batches in `data_collator.batches`."""
     return kind(
         gamma=GAMMA,
@@ -246,6 +246,7 @@ def make(kind, folder, model=None, data=None, eval_dataset=None, **options):
         args=arguments(folder, **options),
         train_dataset=Pairs(8) if data is None else data,
         eval_dataset=eval_dataset,
+        callbacks=callbacks,
         data_collator=Collator(),
     )
 

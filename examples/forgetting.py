@@ -1,0 +1,122 @@
+"""Unlearning with a pair of losses and any rule.
+
+A pair of losses is a function of the model, the model before unlearning, a forget and a retain batch. It
+returns `(forget_loss, retain_loss)`, both as minimised and unweighted.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, logsigmoid, mse_loss
+from tqdm import tqdm
+
+import sago
+from examples.corpus import Batch
+
+Losses = Callable[[Any, Any, Batch, Batch], tuple[Tensor, Tensor]]
+
+
+def nll(model: Any, batch: Batch) -> Tensor:
+    """Of each text, `[batch]`."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    labels = batch["labels"][:, 1:]
+    return cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none").sum(1)
+
+
+def token_nll(model: Any, batch: Batch) -> Tensor:
+    return nll(model, batch).sum() / (batch["labels"][:, 1:] != -100).sum()
+
+
+def grad_diff(model: Any, frozen: Any, forget: Batch, retain: Batch) -> tuple[Tensor, Tensor]:
+    """Gradient ascent on a forget token's NLL, and the NLL of a retain token: arXiv 2401.06121."""
+    return -token_nll(model, forget), token_nll(model, retain)
+
+
+def npo(model: Any, frozen: Any, forget: Batch, retain: Batch, beta: float = 0.1) -> tuple[Tensor, Tensor]:
+    """`-2/beta * mean(log sigmoid(-beta * log(pi/pi_before)))`, arXiv 2404.05868, and NLL."""
+    with torch.no_grad():
+        before = nll(frozen, forget)
+    ratio = before - nll(model, forget)
+    return -2 / beta * logsigmoid(-beta * ratio).mean(), token_nll(model, retain)
+
+
+class RMU:
+    """Activations behind a layer: of forget texts to a random vector, of retain texts to what they were.
+
+    arXiv 2403.03218 (WMDP), section 4, where only `down_proj` of this layer and the two below are trained.
+
+    Args:
+        layer: The layer, from 0.
+        steering: Norm of the vector.
+    """
+
+    def __init__(self, layer: int = 7, steering: float = 6.5, seed: int = 0) -> None:
+        self.layer, self.steering, self.seed = layer, steering, seed
+
+    def params(self, model: Any) -> list[Tensor]:
+        layers = model.model.layers
+        if not 0 <= self.layer < len(layers):
+            raise ValueError(f"Parameter `layer` should lie below {len(layers)}. Found {self.layer}.")
+        return [layer.mlp.down_proj.weight for layer in layers[max(self.layer - 2, 0) : self.layer + 1]]
+
+    def __call__(self, model: Any, frozen: Any, forget: Batch, retain: Batch) -> tuple[Tensor, Tensor]:
+        found = self._activations(model, forget)
+        generator = torch.Generator().manual_seed(self.seed)
+        control = torch.rand(found.shape[-1], generator=generator)
+        control = (self.steering / control.norm() * control).to(found)
+        with torch.no_grad():
+            kept = self._activations(frozen, retain)
+        return mse_loss(found, control.expand_as(found)), mse_loss(self._activations(model, retain), kept)
+
+    def _activations(self, model: Any, batch: Batch) -> Tensor:
+        """Behind the layer, `[tokens, hidden]`, without the padding."""
+        seen: list[Tensor] = []
+        hook = model.model.layers[self.layer].register_forward_hook(
+            lambda module, given, made: seen.append(made[0] if isinstance(made, tuple) else made)
+        )
+        try:
+            model.model(batch["input_ids"], attention_mask=batch["attention_mask"])
+        finally:
+            hook.remove()
+        return seen[0][batch["attention_mask"].bool()]
+
+
+def unlearn(
+    model: Any,
+    losses: Losses,
+    batches: Sequence[tuple[Batch, Batch]],
+    rule: str | sago.Rule = "sago",
+    gamma: float = 1.0,
+    alpha: float = 1.0,
+    lr: float = 5e-5,
+    max_norm: float | None = None,
+) -> dict[str, float]:
+    """Trains `model` in place, a step for each pair of batches. Returns the summary of the last report.
+
+    Only `losses.params(model)` are trained, if `losses` has that.
+    """
+    frozen = None if losses is grad_diff else copy.deepcopy(model).requires_grad_(False).eval()
+    params = list(losses.params(model) if hasattr(losses, "params") else model.parameters())
+    model.requires_grad_(False)
+    for p in params:
+        p.requires_grad_()
+    buckets = sago.GradientBuckets(params)
+    optimizer = torch.optim.AdamW(params, lr=lr)
+    report = None
+    for forget_batch, retain_batch in tqdm(batches, desc=str(rule), unit="step", file=sys.stderr):
+        forget_loss, retain_loss = losses(model, frozen, forget_batch, retain_batch)
+        with buckets.forget():
+            forget_loss.backward()
+        with buckets.retain():
+            retain_loss.backward()
+        report = buckets.synthesize_(rule, gamma, alpha, max_norm=max_norm)
+        optimizer.step()
+        buckets.zero_()
+    model.requires_grad_()
+    return {} if report is None else report.summary()

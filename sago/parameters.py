@@ -1,0 +1,95 @@
+"""The parameters that are captured, by name and group."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sago import shards
+from sago.arguments import DTYPES, check_groups
+from sago.rules import resolve
+
+
+class Parameters(NamedTuple):
+    """What is trained, in the order given, each once.
+
+    Attributes:
+        tensors, names, keys: Of those that require grad; a key is the group of one.
+        frozen: Names and tensors of the others.
+        module: Where they come from, if that is known.
+    """
+
+    tensors: list[Any]
+    names: list[str]
+    keys: list[Hashable]
+    frozen: list[tuple[str, Any]]
+    module: torch.nn.Module | None
+
+
+def choose(
+    source: Any, groups: Sequence[Hashable] | None, wanted: Callable[[Tensor], bool] | None = None
+) -> Parameters:
+    """The parameters of a module or an iterable, with the keys in `groups` or else their names."""
+    keys, names, given = _listed(source)
+    if groups is not None:
+        check_groups(groups, len(given), resolve("sago"))
+        keys = list(groups)
+    first = {id(p): i for i, p in reversed(list(enumerate(given)))}
+    kept = [i for i, p in enumerate(given) if first[id(p)] == i and p.requires_grad]
+    if wanted is not None:
+        kept = [i for i in kept if wanted(given[i])]
+    if not kept:
+        raise ValueError("Parameter `params` should hold a tensor that requires grad. Found none.")
+    for i in kept:
+        _check(names[i], given[i])
+    return Parameters(
+        [given[i] for i in kept],
+        [names[i] for i in kept],
+        [keys[i] for i in kept],
+        [(name, p) for name, p in zip(names, given, strict=True) if not p.requires_grad],
+        source if isinstance(source, torch.nn.Module) else None,
+    )
+
+
+def _listed(params: Any) -> tuple[list[Hashable], list[str], list[Any]]:
+    """Group keys, names for messages, and tensors."""
+    if isinstance(params, torch.nn.Module):
+        params = params.named_parameters()
+    if isinstance(params, Tensor) or not isinstance(params, Iterable):
+        raise TypeError(
+            "Parameter `params` should be a module or an iterable of parameters or of (name, parameter). "
+            f"Found {type(params).__name__}."
+        )
+    found = list(params)
+    if found and all(isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], str) for x in found):
+        names, tensors = [name for name, _ in found], [p for _, p in found]
+        # RMU's lists have a `down_proj.weight` of each layer: one name, several groups.
+        count = Counter(names)
+        keys: list[Hashable] = [f"{n} ({i})" if count[n] > 1 else n for i, n in enumerate(names)]
+    else:
+        names, tensors, keys = [f"params[{i}]" for i in range(len(found))], found, list(range(len(found)))
+    for name, p in zip(names, tensors, strict=True):
+        if not isinstance(p, Tensor):
+            raise TypeError(f"Parameter `{name}` should be a tensor. Found {type(p).__name__}.")
+    return keys, names, tensors
+
+
+def _check(name: str, p: Tensor) -> None:
+    if not p.is_leaf:
+        raise ValueError(
+            f"Parameter `{name}` should be a leaf of the graph. Found the result of {p.grad_fn}."
+        )
+    if p.layout != torch.strided:
+        raise TypeError(f"Parameter `{name}` should be dense. Found layout {p.layout}.")
+    if p.dtype not in DTYPES:
+        raise TypeError(
+            f"Parameter `{name}` should be bfloat16, float16, float32 or float64. Found {p.dtype}."
+        )
+    if p.is_meta:
+        raise ValueError(f"Parameter `{name}` should hold data. Found a meta tensor.")
+    if shards.is_dtensor(p):
+        shards.check_reduced(f"Parameter `{name}`", p)

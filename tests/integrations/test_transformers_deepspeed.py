@@ -1,0 +1,116 @@
+"""Two ranks of DeepSpeed through the Trainer, against one process that has the batches of both."""
+
+import os
+import warnings
+from importlib.util import find_spec
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, PartialState
+
+from sago.integrations.transformers import GradientSynthesisMixin, Synthesis
+from tests.integrations.trainers import (
+    ALPHA,
+    GAMMA,
+    Collator,
+    GradDiff,
+    Pairs,
+    arguments,
+    llama,
+    make,
+    weights,
+)
+from tests.ranks import Ranks
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed"),
+]
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    pool = Ranks(2)
+    yield pool
+    pool.stop()
+
+
+def trainer_of(how):
+    return type("Trained", (GradientSynthesisMixin, GradDiff), {"synthesis": Synthesis(**how)})
+
+
+def train(folder, how, stage, accumulation):
+    """Weights and logs of a training on this rank."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    warnings.simplefilter("ignore")  # of which DeepSpeed gives many
+    rank, world = dist.get_rank(), dist.get_world_size()
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world)
+    )
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # looked at, but there is a group already
+    AcceleratorState._reset_state(reset_partial_state=True)
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    config = {
+        "zero_optimization": zero,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 0.5,
+        "zero_allow_untested_optimizer": True,
+    }
+    options = {"use_cpu": False, "deepspeed": config, "gradient_accumulation_steps": accumulation}
+    args = arguments(folder, ddp_backend="gloo", **options)
+    assert args.device.type == "cpu"
+    # Without an accelerator, accelerate gives DeepSpeed one process. Told of both, it does all the rest.
+    PartialState._shared_state.update(num_processes=world, process_index=rank, local_process_index=rank)
+    trainer = trainer_of(how)(
+        gamma=GAMMA,
+        alpha=ALPHA,
+        model=llama(),
+        args=args,
+        train_dataset=Pairs(8),
+        data_collator=Collator(),
+    )
+    trainer.train()
+    engine = trainer.model_wrapped
+    assert engine.zero_optimization_stage() == stage
+    if stage == 3:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        found = {n: safe_get_full_fp32_param(p).clone() for n, p in engine.module.named_parameters()}
+    else:
+        found = weights(engine.module)
+    return found, [log for log in trainer.state.log_history if "loss" in log]
+
+
+@pytest.mark.parametrize(
+    ("stage", "rule", "accumulation"),
+    [(3, "pcgrad", 1), (3, "sago", 4), (0, "pcgrad", 2)],
+)
+def test_ranks_of_deepspeed_are_one_process(ranks, stage, rule, accumulation, tmp_path):
+    """The engine clips, and steps in accelerate's backward if it is let."""
+    how = {"rule": rule}
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": accumulation}
+    alone = make(trainer_of(how), tmp_path, **options)
+    alone.train()
+    expected = [log for log in alone.state.log_history if "loss" in log]
+    fields = ["forget_loss", "retain_loss", "norm_update", "cos_forget_retain", "conflict_fraction"]
+    for found, logs in ranks(train, str(tmp_path), how, stage, accumulation):
+        torch.testing.assert_close(found, weights(alone.model), rtol=1e-4, atol=2e-5)
+        assert len(logs) == 4 // accumulation
+        for log, other in zip(logs, expected, strict=True):
+            wanted = fields if stage == 0 else [*fields, "grad_norm"]
+            torch.testing.assert_close(
+                [log[k] for k in wanted], [other[k] for k in wanted], rtol=2e-3, atol=2e-4
+            )
+
+
+def test_stages_that_mix_the_gradients_are_refused(ranks, tmp_path):
+    for text in ranks(refused, str(tmp_path)):
+        assert "ZeRO stage 3 or 0. Found stage 2" in text
+
+
+def refused(folder):
+    with pytest.raises(ValueError, match="stage") as raised:
+        train(folder, {}, 2, 1)
+    return str(raised.value)

@@ -1,0 +1,141 @@
+"""Two ranks under DDP and FSDP2, against one process that has the batches of both."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from sago.integrations.transformers import GradientSynthesisMixin, Synthesis
+from tests.integrations.trainers import NEWER, NPO, GradDiff, Pairs, llama, make
+from tests.ranks import Ranks
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+needs_fsdp2 = pytest.mark.skipif(not NEWER, reason="transformers 4.45 has no FSDP2")
+fsdp2 = pytest.param("fsdp2", marks=needs_fsdp2)
+FIELDS = ("loss", "grad_norm", "forget_loss", "retain_loss", "cos_forget_retain", "conflict_fraction")
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    pool = Ranks(2)
+    yield pool
+    pool.stop()
+
+
+class Fsdp2:
+    """accelerate takes FSDP for accelerators only. Told that it has one, it does all the rest on a CPU."""
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+            cpu_ram_efficient_loading=False,
+        )
+        self.accelerator.state.fsdp_plugin = plugin
+        for state in (self.accelerator.state, PartialState()):
+            state.distributed_type = DistributedType.FSDP
+        assert self.accelerator.is_fsdp2
+        self.is_fsdp_enabled = True
+
+
+def train(folder, kind, engine, how, options):
+    """Weights and logs of a training; without an engine in one process, without `how` without the mixin."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+    if engine is None:
+        own = {"per_device_train_batch_size": 2}
+    else:
+        own = {"ddp_backend": "gloo"}
+        rank, world = str(dist.get_rank()), str(dist.get_world_size())
+        os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # looked at, but there is a group already
+    bases = (
+        Watched,
+        *([] if how is None else [GradientSynthesisMixin]),
+        *([Fsdp2] if engine == "fsdp2" else []),
+        kind,
+    )
+    trainer = type("Trained", bases, {} if how is None else {"synthesis": Synthesis(**how)})
+    trainer = make(trainer, folder, llama(), Pairs(16), **own, **options)
+    trainer.train()
+    (wrapped,) = trainer.wrapped
+    assert issubclass(wrapped, {None: nn.Module, "ddp": DistributedDataParallel, "fsdp2": FSDPModule}[engine])
+    assert how is None or trainer.syncing == {False}  # the buckets do, once a window
+    params = dict(trainer.model.named_parameters())
+    assert all(isinstance(p, DTensor) is (engine == "fsdp2") for p in params.values())
+    found = {n: (p.full_tensor() if engine == "fsdp2" else p).detach().clone() for n, p in params.items()}
+    logs = [{k: log[k] for k in FIELDS if k in log} for log in trainer.state.log_history if "loss" in log]
+    return found, logs
+
+
+class Watched:
+    """Remembers what the model was wrapped in, and whether DDP would have reduced."""
+
+    wrapped = syncing = frozenset()
+
+    def training_step(self, model, *args):
+        loss = super().training_step(model, *args)
+        self.wrapped |= {type(model)}
+        self.syncing |= {getattr(model, "require_backward_grad_sync", False)}
+        return loss
+
+
+def assert_alike(found, expected):
+    assert len(expected[1]) > 0
+    for weights, logs in found:
+        torch.testing.assert_close(weights, expected[0], rtol=1e-4, atol=2e-5)
+        for log, other in zip(logs, expected[1], strict=True):
+            torch.testing.assert_close({k: log[k] for k in other}, other, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("engine", "rule", "accumulation"),
+    [("ddp", "sago", 1), ("ddp", "pcgrad", 4), ("fsdp2", "pcgrad_global", 4)],
+)
+def test_ranks_are_one_process(ranks, engine, rule, accumulation, tmp_path):
+    """Without reduction in all but the last micro-batch of a window, if accelerate had its way."""
+    rest = {"rule": rule}, {"gradient_accumulation_steps": accumulation}
+    found = ranks(train, str(tmp_path), NPO, engine, *rest)
+    expected = train(str(tmp_path), NPO, None, *rest)
+    assert set(expected[1][0]) == set(FIELDS)
+    assert_alike(found, expected)
+
+
+@pytest.mark.parametrize("engine", ["ddp", fsdp2])
+def test_the_sum_is_the_training_of_the_ranks_without_the_mixin(ranks, engine, tmp_path):
+    rest = str(tmp_path), GradDiff, engine
+    options = {"gradient_accumulation_steps": 4}
+    found = ranks(train, *rest, {"rule": "sum"}, options)
+    assert_alike(found, ranks(train, *rest, None, options)[0])
+
+
+def test_ddp_where_every_parameter_has_to_be_reached(ranks, tmp_path):
+    """So the Trainer makes it if activations are checkpointed, or if it is asked to."""
+    options = {"ddp_find_unused_parameters": False, "gradient_accumulation_steps": 2}
+    found = ranks(train, str(tmp_path), GradDiff, "ddp", {}, options)
+    assert_alike(found, train(str(tmp_path), GradDiff, None, {}, options))
+
+
+class Unweighted(GradDiff):
+    def compute_unlearn_loss(self, model, inputs, return_outputs=False):
+        return model(**inputs["forget"]).loss + self.alpha * model(**inputs["retain"]).loss
+
+
+def error_of(folder, engine):
+    with pytest.raises(ValueError, match=r"no product of it and a loss for `self.gamma`"):
+        train(folder, Unweighted, engine, {}, {})
+
+
+@pytest.mark.parametrize("engine", ["ddp", fsdp2])
+def test_every_rank_says_which_loss_it_did_not_find(ranks, engine, tmp_path):
+    ranks(error_of, str(tmp_path), engine)
