@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sago
 from examples.corpus import batches_of, byte_tokenizer, random_model
-from examples.forgetting import RMU, Losses, grad_diff, npo, unlearn
+from examples.forgetting import OF_TEXTS, RMU, Losses, unlearn
 
-OBJECTIVES = ("grad_diff", "npo", "rmu")
+OBJECTIVES = (*OF_TEXTS, "rmu")
 
 
 def parser(prog: str, description: str) -> argparse.ArgumentParser:
@@ -73,7 +73,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
 def losses_of(args: argparse.Namespace) -> Losses:
     if args.objective == "rmu":
         return RMU(min(args.layer, 2) if args.random else args.layer, args.steering, args.seed)
-    return {"grad_diff": grad_diff, "npo": npo}[args.objective]
+    return OF_TEXTS[args.objective]
 
 
 def run(

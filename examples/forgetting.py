@@ -9,41 +9,50 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, logsigmoid, mse_loss
+from torch.nn.functional import mse_loss
 from tqdm import tqdm
 
 import sago
 from examples.corpus import Batch
+from examples.objectives import Answers, Objective, answers_of, grad_diff, nll, npo, simnpo
+from examples.people import IGNORE_INDEX
 
 Losses = Callable[[Any, Any, Batch, Batch], tuple[Tensor, Tensor]]
 
 
-def nll(model: Any, batch: Batch) -> Tensor:
-    """Of each text, `[batch]`."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-    labels = batch["labels"][:, 1:]
-    return cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none").sum(1)
+def answers(model: Any, batch: Batch) -> Answers:
+    """Every text of the batch, as an answer to nothing."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return answers_of(logits, batch["labels"])
 
 
 def token_nll(model: Any, batch: Batch) -> Tensor:
-    return nll(model, batch).sum() / (batch["labels"][:, 1:] != -100).sum()
+    return -answers(model, batch).log_likelihood.sum() / (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
 
 
-def grad_diff(model: Any, frozen: Any, forget: Batch, retain: Batch) -> tuple[Tensor, Tensor]:
-    """Gradient ascent on a forget token's NLL, and the NLL of a retain token: arXiv 2401.06121."""
-    return -token_nll(model, forget), token_nll(model, retain)
+class OfTexts(NamedTuple):
+    """Two objectives of `examples.objectives` on whole texts.
 
+    `compares`: whether they ask what the model gave before unlearning, so that it has to be kept.
+    """
 
-def npo(model: Any, frozen: Any, forget: Batch, retain: Batch, beta: float = 0.1) -> tuple[Tensor, Tensor]:
-    """`-2/beta * mean(log sigmoid(-beta * log(pi/pi_before)))`, arXiv 2404.05868, and NLL."""
-    with torch.no_grad():
-        before = nll(frozen, forget)
-    ratio = before - nll(model, forget)
-    return -2 / beta * logsigmoid(-beta * ratio).mean(), token_nll(model, retain)
+    forget: Objective
+    retain: Objective = nll
+    compares: bool = True
+
+    def __call__(self, model: Any, frozen: Any, forget: Batch, retain: Batch) -> tuple[Tensor, Tensor]:
+        def before(batch: Batch) -> Answers:
+            with torch.no_grad():
+                return answers(frozen, batch)
+
+        return (
+            self.forget(answers(model, forget), lambda: before(forget)),
+            self.retain(answers(model, retain), lambda: before(retain)),
+        )
 
 
 class RMU:
@@ -87,6 +96,13 @@ class RMU:
         return seen[0][batch["attention_mask"].bool()]
 
 
+OF_TEXTS = {
+    "grad_diff": OfTexts(grad_diff, compares=False),
+    "npo": OfTexts(npo),
+    "simnpo": OfTexts(simnpo, compares=False),
+}
+
+
 def unlearn(
     model: Any,
     losses: Losses,
@@ -101,7 +117,7 @@ def unlearn(
 
     Only `losses.params(model)` are trained, if `losses` has that.
     """
-    frozen = None if losses is grad_diff else copy.deepcopy(model).requires_grad_(False).eval()
+    frozen = copy.deepcopy(model).requires_grad_(False).eval() if getattr(losses, "compares", True) else None
     params = list(losses.params(model) if hasattr(losses, "params") else model.parameters())
     model.requires_grad_(False)
     for p in params:

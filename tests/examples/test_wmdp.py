@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from examples import wmdp
 from examples.choices import LETTERS, Question, accuracy, log_likelihoods, prompt, questions
 from examples.corpus import batch_of, batches_of, byte_tokenizer, random_model
 from examples.files import records, texts
-from examples.forgetting import RMU, grad_diff, npo, token_nll, unlearn
+from examples.forgetting import OF_TEXTS, RMU, token_nll, unlearn
+from examples.objectives import simnpo
 from tests.by_hand import likelihood_by_hand
 
 # Raised inside of torch when torch.compile is first used.
@@ -224,13 +226,13 @@ def sides(tokenizer):
 
 
 def test_grad_diff_is_the_loss_of_transformers(model, sides):
-    forget, retain = grad_diff(model, None, *sides)
+    forget, retain = OF_TEXTS["grad_diff"](model, None, *sides)
     assert forget.item() == pytest.approx(-model(**sides[0]).loss.item(), rel=1e-5)
     assert retain.item() == pytest.approx(model(**sides[1]).loss.item(), rel=1e-5)
 
 
 def test_npo_starts_at_its_constant_and_as_gradient_ascent(model, sides):
-    forget, _ = npo(model, model, *sides)
+    forget, _ = OF_TEXTS["npo"](model, model, *sides)
     assert forget.item() == pytest.approx(2 / 0.1 * math.log(2), rel=1e-5)
     (gradient,) = torch.autograd.grad(forget, [model.lm_head.weight])
     ascent = -token_nll(model, sides[0]) * (sides[0]["labels"][:, 1:] != -100).sum() / 2
@@ -253,7 +255,15 @@ def test_rmu(model, sides):
         RMU(layer=9).params(model)
 
 
-@pytest.mark.parametrize("losses", [grad_diff, npo, RMU(layer=2)], ids=["grad_diff", "npo", "rmu"])
+# A random model has forgotten everything by the measure of SimNPO's usual beta.
+SIMNPO = OF_TEXTS["simnpo"]._replace(forget=partial(simnpo, beta=0.1))
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [OF_TEXTS["grad_diff"], OF_TEXTS["npo"], SIMNPO, RMU(layer=2)],
+    ids=["grad_diff", "npo", "simnpo", "rmu"],
+)
 def test_the_loop_forgets(model, sides, losses):
     before = token_nll(model, sides[0]).item()
     start = {name: p.clone() for name, p in model.named_parameters()}
@@ -273,10 +283,10 @@ def test_the_loop_forgets(model, sides, losses):
 def test_the_loop_is_a_step_of_the_reference(model, sides):
     """AdamW's first step is a step of lr in the direction of the sign, where weight decay is small."""
     params = list(model.parameters())
-    both = [torch.autograd.grad(loss, params) for loss in grad_diff(model, None, *sides)]
+    both = [torch.autograd.grad(loss, params) for loss in OF_TEXTS["grad_diff"](model, None, *sides)]
     for rule in ("sago", "pcgrad"):
         copy = random_model()
-        report = unlearn(copy, grad_diff, [sides], rule, gamma=0.5, alpha=2.0, lr=1e-3)
+        report = unlearn(copy, OF_TEXTS["grad_diff"], [sides], rule, gamma=0.5, alpha=2.0, lr=1e-3)
         updates, expected = sago.reference.synthesize(*both, rule, 0.5, 2.0)
         for p, q, u in zip(copy.parameters(), params, updates, strict=True):
             large = u.abs() > 1e-4
@@ -288,7 +298,7 @@ def test_the_loop_is_a_step_of_the_reference(model, sides):
 # The command.
 
 
-@pytest.mark.parametrize("objective", ["grad_diff", "npo", "rmu"])
+@pytest.mark.parametrize("objective", [*OF_TEXTS, "rmu"])
 def test_the_command_runs_offline(capsys, objective):
     arguments = ["--random", "--steps=2", "--batch-size=2", "--longest=48", "--questions=2", "--rule", "sago"]
     arguments.append("--lr=0.01")
