@@ -430,7 +430,7 @@ class GradientBuckets:
 
     def _finish(self) -> None:
         written = [f or r for f, r in zip(self._forget.touched, self._retain.touched, strict=True)]
-        count_versions(u for u, w in zip(self._updates, written, strict=True) if w)
+        count_versions([u for u, w in zip(self._updates, written, strict=True) if w])
         grads = zip(self._update_grads, written, strict=True)
         self._extraction.finish([u if w else None for u, w in grads])
 
