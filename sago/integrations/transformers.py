@@ -122,11 +122,14 @@ class GradientSynthesisMixin(_Trainer):
         if hasattr(self, "compute_losses"):
             instead = {"compute_loss": partial(_weighed, self.compute_losses, forget, retain)}
         extra = () if num_items_in_batch is None else (num_items_in_batch,)
-        with _replaced(self, instead), window.not_stepping(self.accelerator):
-            loss = super().training_step(model, inputs, *extra)
-        window.capture(forget, retain)
+        try:
+            with _replaced(self, instead), window.not_stepping(self.accelerator):
+                loss = super().training_step(model, inputs, *extra)
+            window.capture(forget, retain)
+        finally:
+            forget.products = retain.products = None
         if _steps_next(self):
-            window.synthesize(self.accelerator)
+            window.synthesize(float(forget), float(retain), self.accelerator)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -148,10 +151,15 @@ class _Weight(float):
     The product that it gives is a leaf, so that the backward of the trainer ends there.
 
     Attributes:
-        products: The factors, and the leaves.
+        products: The factors, and the leaves. None after the step: a weight that was kept is a float.
     """
 
-    products: list[tuple[Tensor, Tensor]]
+    products: list[tuple[Tensor, Tensor]] | None
+
+    def __new__(cls, value: Any) -> _Weight:
+        weight = super().__new__(cls, value)
+        weight.products = []
+        return weight
 
     def __mul__(self, other: Any) -> Any:
         product = float(self) * other
@@ -172,7 +180,7 @@ class _Weight(float):
         return result
 
     def _cut(self, factor: Tensor, product: Tensor) -> Tensor:
-        if not product.requires_grad:
+        if self.products is None or not product.requires_grad:
             return product
         cut = product.detach().requires_grad_()
         self.products.append((factor, cut))
@@ -225,7 +233,7 @@ class _Window:
         if self._engine is None:
             yield
             return
-        accelerator.deepspeed_engine_wrapped = _Engineless(self._backward_options)
+        accelerator.deepspeed_engine_wrapped = _Engineless(self._named, self._backward_options)
         try:
             yield
         finally:
@@ -253,9 +261,7 @@ class _Window:
         self._losses = seen if self._losses is None else self._losses + seen
         self._count += 1
 
-    def synthesize(self, accelerator: Any) -> None:
-        assert self._weights is not None
-        gamma, alpha = self._weights
+    def synthesize(self, gamma: float, alpha: float, accelerator: Any) -> None:
         self._report = self._buckets.synthesize_(
             self._rule, gamma, alpha, nonfinite=self._how.nonfinite, stats=self._how.stats
         )
@@ -288,26 +294,36 @@ class _Window:
     def _check_nothing_else(self) -> None:
         for name, p in self._named:
             if p.grad is not None:
-                raise ValueError(
-                    "The loss should be `self.gamma * forget_loss + self.alpha * retain_loss` and nothing "
-                    f"else. Found another term, which reaches parameter `{name}`."
-                )
+                raise _another_term(name)
 
 
 class _Engineless:
     """In the place of accelerate's wrapper of a DeepSpeed engine: its backward, without the engine.
 
     Args:
+        named: The parameters, which it should not reach: the engine's hooks would take the gradients.
         options: Where to put what the engine's backward was to get.
     """
 
-    def __init__(self, options: dict[str, Any]) -> None:
-        self._options = options
+    def __init__(self, named: Sequence[tuple[str, Tensor]], options: dict[str, Any]) -> None:
+        self._named, self._options = named, options
 
     def backward(self, loss: Tensor, **options: Any) -> None:
+        names = {id(p): name for name, p in self._named}
+        for node in _nodes([loss]):
+            reached = names.get(id(getattr(node, "variable", None)))
+            if reached is not None:
+                raise _another_term(reached)
         self._options.clear()
         self._options.update(options)
         loss.backward()
+
+
+def _another_term(name: str) -> ValueError:
+    return ValueError(
+        "The loss should be `self.gamma * forget_loss + self.alpha * retain_loss` and nothing else. Found "
+        f"another term, which reaches parameter `{name}`."
+    )
 
 
 def _weights(trainer: Any) -> tuple[_Weight, _Weight]:
@@ -320,9 +336,7 @@ def _weights(trainer: Any) -> tuple[_Weight, _Weight]:
                 f"{'none' if value is None else type(value).__name__}. A trainer without weights needs "
                 "`compute_losses(model, inputs)`, which returns the forget and the retain loss."
             )
-        weight = _Weight(value)
-        weight.products = []
-        found.append(weight)
+        found.append(_Weight(value))
     return found[0], found[1]
 
 
@@ -359,7 +373,7 @@ def _replaced(trainer: Any, instead: dict[str, Any]) -> Iterator[None]:
 
 def _scaled(weight: str, name: str, found: _Weight) -> list[tuple[Tensor, Tensor]]:
     """The losses that the weight was multiplied with, and the derivatives of the total by the products."""
-    reached = [(loss, cut.grad) for loss, cut in found.products if cut.grad is not None]
+    reached = [(loss, cut.grad) for loss, cut in found.products or () if cut.grad is not None]
     if not reached:
         seen = "a product that is no part of the loss" if found.products else "no product of it and a loss"
         raise ValueError(
@@ -373,20 +387,19 @@ def _scaled(weight: str, name: str, found: _Weight) -> list[tuple[Tensor, Tensor
 
 def _share_graph(forget: Sequence[Tensor], retain: Sequence[Tensor]) -> bool:
     """Whether the second backward needs what the first would free."""
-    nodes = set(_inner_nodes(forget))  # kept, because a node that is let go comes back as another object
-    return any(node in nodes for node in _inner_nodes(retain))
+    nodes = set(_nodes(forget))  # kept, because a node that is let go comes back as another object
+    return any(node in nodes and node.next_functions for node in _nodes(retain))  # a leaf frees nothing
 
 
-def _inner_nodes(losses: Sequence[Tensor]) -> Iterator[Any]:
+def _nodes(losses: Sequence[Tensor]) -> Iterator[Any]:
     ahead = [loss.grad_fn for loss in losses]
     seen = set()
     while ahead:
         node = ahead.pop()
-        if node is None or node in seen or not node.next_functions:  # a leaf frees nothing
-            continue
-        seen.add(node)
-        yield node
-        ahead += [following for following, _ in node.next_functions]
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            ahead += [following for following, _ in node.next_functions]
 
 
 def _reducing(model: torch.nn.Module) -> Iterator[Any]:

@@ -458,6 +458,21 @@ def test_weights_that_a_trainer_changes_stay_changed(tmp_path):
     assert trainer.alpha == 2.0
 
 
+def test_a_weight_that_was_kept_is_a_number(tmp_path):
+    """It holds on to no graph, and cuts none in the next step."""
+    kept = []
+
+    def compute(self, f, r):
+        kept.append(self.gamma)
+        return kept[0] * f + self.alpha * r if len(kept) == 2 else self.gamma * f + self.alpha * r
+
+    trainer = make(with_mixin(variant(compute)), tmp_path, data=Pairs(2))
+    with pytest.raises(ValueError, match=r"no product.*`self.gamma`"):
+        trainer.train()
+    assert kept[0] == GAMMA
+    assert kept[0].products is None
+
+
 NOT_SEEN = {
     "negated weight": (lambda self, f, r: -self.gamma * f + self.alpha * r, r"no product.*`self.gamma`"),
     "forget alone": (lambda self, f, r: f + self.alpha * r, r"no product.*`self.gamma`.*leaves the forget"),

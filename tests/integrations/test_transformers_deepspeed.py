@@ -36,11 +36,17 @@ def ranks():
     pool.stop()
 
 
-def trainer_of(how):
-    return type("Trained", (GradientSynthesisMixin, GradDiff), {"synthesis": Synthesis(**how)})
+class Regularised(GradDiff):
+    def compute_unlearn_loss(self, model, inputs, return_outputs=False):
+        loss = super().compute_unlearn_loss(model, inputs)
+        return loss + 0.1 * model(**inputs["retain"]).loss
 
 
-def train(folder, how, stage, accumulation):
+def trainer_of(how, kind=GradDiff):
+    return type("Trained", (GradientSynthesisMixin, kind), {"synthesis": Synthesis(**how)})
+
+
+def train(folder, how, stage, accumulation, kind=GradDiff):
     """Weights and logs of a training on this rank."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     warnings.simplefilter("ignore")  # of which DeepSpeed gives many
@@ -63,7 +69,7 @@ def train(folder, how, stage, accumulation):
     assert args.device.type == "cpu"
     # Without an accelerator, accelerate gives DeepSpeed one process. Told of both, it does all the rest.
     PartialState._shared_state.update(num_processes=world, process_index=rank, local_process_index=rank)
-    trainer = trainer_of(how)(
+    trainer = trainer_of(how, kind)(
         gamma=GAMMA,
         alpha=ALPHA,
         model=llama(),
@@ -106,11 +112,16 @@ def test_ranks_of_deepspeed_are_one_process(ranks, stage, rule, accumulation, tm
 
 
 def test_stages_that_mix_the_gradients_are_refused(ranks, tmp_path):
-    for text in ranks(refused, str(tmp_path)):
+    for text in ranks(refused, str(tmp_path), 2, GradDiff):
         assert "ZeRO stage 3 or 0. Found stage 2" in text
 
 
-def refused(folder):
-    with pytest.raises(ValueError, match="stage") as raised:
-        train(folder, {}, 2, 1)
+def test_a_third_term_is_found_before_the_engine_takes_its_gradients(ranks, tmp_path):
+    for text in ranks(refused, str(tmp_path), 3, Regularised):
+        assert "and nothing else. Found another term, which reaches parameter" in text
+
+
+def refused(folder, stage, kind):
+    with pytest.raises(ValueError, match="Found") as raised:
+        train(folder, {}, stage, 1, kind)
     return str(raised.value)
