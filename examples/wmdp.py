@@ -125,7 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_sample(Path(folder), args.seed)
         data = read(args.data or Path(folder), args.domain, args.retain)
     model, tokenizer = load(args)
-    held = batches_of(data.retain, tokenizer, 4, args.batch_size, args.longest, args.device, args.seed + 1)
+    held, kept = data.retain[::10], [text for i, text in enumerate(data.retain) if i % 10]
+    asked_of = batches_of(held, tokenizer, 4, args.batch_size, args.longest, args.device, args.seed + 1)
 
     @torch.no_grad()
     def evaluate(model: Any) -> dict[str, float]:
@@ -136,16 +137,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for name, (some, subject) in asked.items()
                 if some
             },
-            "retain_nll": torch.stack([token_nll(model, batch) for batch in held]).mean().item(),
+            "retain_nll": torch.stack([token_nll(model, batch) for batch in asked_of]).mean().item(),
         }
 
     print(
-        f"WMDP-{args.domain}: {len(data.forget)} forget texts, {len(data.retain)} retain texts, "
-        f"{len(data.questions)} questions; {args.objective}, {args.steps} steps\n"
+        f"WMDP-{args.domain}: {len(data.forget)} forget texts, {len(kept)} retain texts, "
+        f"{len(held)} held out, {len(data.questions)} questions; {args.objective}, {args.steps} steps\n"
         "wmdp, mmlu: share of questions answered right, 0.25 by chance\n",
         flush=True,
     )
-    print(table(run(args, model, tokenizer, data.forget, data.retain, evaluate)))
+    print(table(run(args, model, tokenizer, data.forget, kept, evaluate)))
     return 0
 
 

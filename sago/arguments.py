@@ -54,12 +54,14 @@ class Pairs:
     backends: dict[torch.device, str]
     shards: Shards | None = None
 
-    def numel(self) -> list[int]:
-        """Elements of each row, on all ranks."""
+    def numel(self, everywhere: bool = True) -> list[int]:
+        """Elements of each row, on all ranks or as this one counts them."""
         found = [0] * len(self.keys)
         for i, (row, o) in enumerate(zip(self.rows, self.out, strict=True)):
             if o is not None:
-                found[row] += o.numel() if self.shards is None else self.shards.numel[i]
+                s = self.shards
+                here = o.numel() if s is None or s.counted[i] else 0
+                found[row] += s.numel[i] if everywhere and s is not None else here
         return found
 
 

@@ -144,6 +144,8 @@ class GradientBuckets:
         owner = self._retain.owner
         self._members = {b: [i for i, o in enumerate(owner) if b is None or o == b] for b in everything}
         self._pipelines = {b: Cache(_PATTERNS) for b in everything}
+        if self._ranks is not None:
+            self._ranks.start()
 
     def forget(self) -> AbstractContextManager[None]:
         """Backwards within `with buckets.forget():` accumulate the forget gradient, as minimised."""
@@ -400,7 +402,7 @@ class GradientBuckets:
             backends={d: b for d, b in self._backends.items() if d in devices},
             shards=self._shards,
         )
-        numel = pairs.numel()
+        numel, own = pairs.numel(), pairs.numel(everywhere=False)
         if whole:
             owners = list(dict.fromkeys(self._retain.owner[i] for i in members))
             pairs.forget = [self._forget.buffers[b] for b in owners]
@@ -408,7 +410,7 @@ class GradientBuckets:
             pairs.out, pairs.rows = pairs.retain, [0] * len(owners)
             if pairs.shards is not None:
                 pairs.shards = pairs.shards._replace(counted=[True] * len(owners))
-        return Pipeline(pairs, numel)
+        return Pipeline(pairs, numel, own)
 
     def _check_unscaled(self, call: Call) -> None:
         """Raises where scaled and unscaled gradients would meet in one sum, or eps in one of them."""

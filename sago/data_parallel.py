@@ -25,10 +25,16 @@ class DataParallel:
     Args:
         group: Of the ranks.
         partial: Whether a backward may leave out parameters, on some ranks or on all.
+        modules: Those of DistributedDataParallel, which would reduce by themselves.
     """
 
-    def __init__(self, group: ProcessGroup, partial: bool) -> None:
-        self._group, self._partial = group, partial
+    def __init__(self, group: ProcessGroup, partial: bool, modules: Sequence[Any] = ()) -> None:
+        self._group, self._partial, self._modules = group, partial, modules
+
+    def start(self) -> None:
+        """From here on the modules do not reduce."""
+        for ddp in self._modules:
+            ddp.require_backward_grad_sync = False
 
     def check_reached(self, sides: Sequence[Side], names: Sequence[str], trained: Sequence[bool]) -> None:
         """Raises where a parameter has no gradient, if no backward may leave one out."""
@@ -66,14 +72,15 @@ class DataParallel:
 
 
 def take_over(source: Any, params: Sequence[Tensor], names: Sequence[str]) -> DataParallel | None:
-    """Switches off the reduction of the DistributedDataParallel module that has these parameters.
+    """What averages in the place of the DistributedDataParallel module that has these parameters.
 
     DDP reduces in the first backward after a forward, and not in a second one: of two forwards followed by
     two backwards, the second gradient stays that of the rank. None where there is no such module.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return None
-    for ddp in owners(source, params, torch.nn.parallel.DistributedDataParallel):
+    found = owners(source, params, torch.nn.parallel.DistributedDataParallel)
+    for ddp in found:
         reduced = {id(p) for n, p in ddp.module.named_parameters() if n not in ddp.parameters_to_ignore}
         left = {id(p): n for n, p in ddp.module.named_parameters() if p.requires_grad}
         for name, p in zip(names, params, strict=True):
@@ -99,9 +106,10 @@ def take_over(source: Any, params: Sequence[Tensor], names: Sequence[str]) -> Da
                 "DistributedDataParallel should be without a communication hook, because gradients are "
                 "reduced in flat buffers in its place. Found one."
             )
-        ddp.require_backward_grad_sync = False
-        return DataParallel(ddp.process_group, ddp.find_unused_parameters)
-    return None
+    if not found:
+        return None
+    partial = any(ddp.find_unused_parameters for ddp in found)
+    return DataParallel(found[0].process_group, partial, found)
 
 
 def check_not_wrapped(params: Sequence[Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -43,9 +44,20 @@ class SumOver:
     def __init__(self, *over: ProcessGroup | DeviceMesh | None) -> None:
         if not (dist.is_available() and dist.is_initialized()):
             raise ValueError("torch.distributed should be initialised for SumOver. Found that it is not.")
-        self._groups = [_group(x) for x in over or (None,)]
+        for x in over:
+            _check_over(x)
+        self._over = over or (None,)
+        self._checked: Sequence[object] | None = None
+
+    @cached_property
+    def _groups(self) -> list[ProcessGroup]:
+        # When they are needed: a group of its own for a mesh is made by all of its ranks together.
+        return [_group(x) for x in self._over]
 
     def __call__(self, table: Tensor) -> Tensor:
+        if not is_capturing([table.device]):
+            for group in self._groups:
+                _check_same(group, [tuple(table.shape)] * len(table), table.device)
         self.start(table)()
         return table
 
@@ -62,9 +74,11 @@ class SumOver:
 
     def check_same(self, layout: Sequence[object], device: torch.device) -> None:
         """Raises ValueError on every rank where the layouts of the ranks differ. Waits, the first time."""
-        if not is_capturing([device]):
-            for group in self._groups:
-                _check_same(group, layout, device)
+        if layout is self._checked or is_capturing([device]):
+            return
+        for group in self._groups:
+            _check_same(group, layout, device)
+        self._checked = layout
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{dist.get_world_size(group)} ranks" for group in self._groups)
@@ -99,16 +113,17 @@ def _reachable(device: torch.device, group: ProcessGroup) -> torch.device:
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 
-def _group(over: Any) -> ProcessGroup:
-    if over is None:
-        return _world()
-    if isinstance(over, dist.ProcessGroup):
-        return over
-    if not isinstance(over, dist.DeviceMesh):
+def _check_over(over: Any) -> None:
+    if over is not None and not isinstance(over, (dist.ProcessGroup, dist.DeviceMesh)):
         raise TypeError(
             f"Parameter `over` should be process groups, meshes or None. Found {type(over).__name__}."
         )
-    return group_of(over)
+
+
+def _group(over: Any) -> ProcessGroup:
+    if over is None:
+        return _world()
+    return over if isinstance(over, dist.ProcessGroup) else group_of(over)
 
 
 def group_of(mesh: DeviceMesh) -> ProcessGroup:

@@ -307,7 +307,10 @@ class Extraction:
     def _widen(self, capture: Capture, i: int, p: Tensor) -> None:
         """Adds to the wider accumulator what autograd has put into `p.grad`."""
         if self._open[-1] is capture and p.grad is not None:
-            capture.side.views[i].add_(local_as(p.grad, p))
+            part = local_as(p.grad, p)
+            if part.device.type == "cpu" and torch.cuda.is_initialized() and part.is_pinned():
+                torch.cuda.current_stream().synchronize()  # FSDP2, before torch 2.13, may still be copying
+            capture.side.views[i].add_(part)
             p.grad = None
 
     def _arrive(self, capture: Capture, arrived: Arrived, i: int, p: Tensor) -> None:

@@ -43,7 +43,7 @@ def open_extraction(
     accumulate_dtype: torch.dtype | None,
     capacity: float,
 ) -> Opened:
-    """Allocates the accumulators. From here on DDP does not reduce by itself.
+    """Allocates the accumulators.
 
     Args:
         held: The engine that the parameters belong to, if there is one.
@@ -66,6 +66,12 @@ def open_extraction(
     if held is None:
         engine.refuse(source, params)
         sharded = data_parallel.sharded(source, params)
+        plain = [n for n, p in zip(chosen.names, params, strict=True) if not shards.is_dtensor(p)]
+        if sharded and plain:
+            raise ValueError(
+                f"Parameter `{plain[0]}` should be sharded by fully_shard as others are, or frozen. Found "
+                "that it is not, so that nothing reduces its gradient over the ranks."
+            )
         averaged = data_parallel.take_over(source, params, chosen.names)
     else:
         sharded, averaged = [], held.average()

@@ -60,9 +60,9 @@ class Pipeline:
         writing: Whether an update has begun and not ended.
     """
 
-    def __init__(self, pairs: Pairs, numel: list[int]) -> None:
+    def __init__(self, pairs: Pairs, numel: list[int], own: list[int] | None = None) -> None:
         self.keys: list[Hashable] = pairs.keys
-        self.numel = numel
+        self.numel, self._own = numel, own or numel
         self.writing = False
         self._elements: Tensor | None = None
         self._shards = pairs.shards
@@ -130,9 +130,9 @@ class Pipeline:
             )
             if part.after:
                 _copy(part.after)
-        self.writing = False
         if columns and not ahead:
-            sums = self._reduced(taken, call)
+            sums = self._reduced(taken, call)  # may fail, too, and the update is written
+        self.writing = False
         return sums
 
     def _reduced(self, tables: Sequence[Tensor], call: Call) -> Sums:
@@ -149,7 +149,7 @@ class Pipeline:
         if call.reduce_gram is not None:
             counts = self._elements
             if counts is None:
-                counts = upload(self.numel, table.dtype, table.device)
+                counts = upload(self._own, table.dtype, table.device)
                 if not is_capturing([table.device]):  # what a graph copies is not there before its replay
                     self._elements = counts
             table = call.reduce_gram(torch.cat([table, counts[:, None]], dim=1))

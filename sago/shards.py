@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import get_rank
 
 from sago.distributed import SumOver
 
@@ -112,7 +112,7 @@ def read(gradients: Sequence[Any], rows: Sequence[int]) -> Shards | None:
         if is_dtensor(t):
             counted.append(there[t.device_mesh] and _is_first(t))
         else:
-            counted.append(origin == get_rank())
+            counted.append(origin == dist.get_rank())
         numel.append(0 if t is None else t.numel())
         layout.append((row, None if t is None else (tuple(t.shape), str(t.dtype), placements)))
     return Shards(counted, numel, SumOver(largest), layout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-TIMEOUT = 60.0  # seconds, of a collective
+TIMEOUT = 120.0  # seconds, of a collective
 PATIENCE = 180.0  # seconds, until all ranks have started, and until all have answered
 
 
@@ -123,6 +124,7 @@ def error_of(function: Callable[..., Any], *args: Any, **options: Any) -> tuple[
 
 
 def _serve(pipe: Any, rank: int, world: int, store: str, timeout: float) -> None:
+    faulthandler.enable()
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     # As launchers set them, for those who look there.

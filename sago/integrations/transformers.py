@@ -120,7 +120,12 @@ class GradientSynthesisMixin(_Trainer):
         forget, retain = _weights(self)
         instead: dict[str, Any] = {"gamma": forget, "alpha": retain}
         if hasattr(self, "compute_losses"):
-            instead = {"compute_loss": partial(_weighed, self.compute_losses, forget, retain)}
+            # Its losses are means over a micro-batch: the trainer has to divide by the window's length.
+            instead = {
+                "compute_loss": partial(_weighed, self.compute_losses, forget, retain),
+                "model_accepts_loss_kwargs": False,
+                "compute_loss_func": None,
+            }
         extra = () if num_items_in_batch is None else (num_items_in_batch,)
         try:
             with _replaced(self, instead), window.not_stepping(self.accelerator):
@@ -142,6 +147,8 @@ class GradientSynthesisMixin(_Trainer):
         try:
             return super()._inner_training_loop(*args, **kwargs)
         finally:
+            if self._window is not None:
+                self._window.close()
             self._window = None  # with its two copies of the gradients
 
 
@@ -227,6 +234,12 @@ class _Window:
             else:
                 module.set_requires_gradient_sync(True, recurse=False)
 
+    def close(self) -> None:
+        """Gives their reduction back to the modules."""
+        for module in self._reducing:
+            if isinstance(module, DistributedDataParallel):
+                module.require_backward_grad_sync = True
+
     @contextmanager
     def not_stepping(self, accelerator: Any) -> Iterator[None]:
         """Within, a backward of accelerate with DeepSpeed is one of torch: the engine's would step, too."""
@@ -257,6 +270,11 @@ class _Window:
             self._backward(sides[0], retain_graph=self._shared)
         with self._buckets.retain():
             self._backward(sides[1], retain_graph=False)
+        if any(cut.grad is not None for weight in (forget, retain) for _, cut in weight.products or ()):
+            raise ValueError(
+                "The losses should not contain `self.gamma` or `self.alpha` themselves. Found a product with "
+                "one of them inside a loss, which cuts its gradient off; use `compute_losses(model, inputs)`."
+            )
         self._weights = weights
         self._losses = seen if self._losses is None else self._losses + seen
         self._count += 1
@@ -382,6 +400,8 @@ def _scaled(weight: str, name: str, found: _Weight) -> list[tuple[Tensor, Tensor
             "loss out of some batches, give it `compute_losses(model, inputs)`, which returns the forget and "
             "the retain loss."
         )
+    for _, cut in found.products or ():
+        cut.grad = None  # the backwards that follow should not come here again
     return reached
 
 
@@ -436,6 +456,11 @@ def _check_optimizer(trainer: Any) -> None:
     name = str(getattr(trainer.args.optim, "value", trainer.args.optim))
     if "layerwise" in name or "lomo" in name:
         raise ValueError(f"Parameter `optim` should step after the backward, not in it. Found {name!r}.")
+    if getattr(getattr(trainer.accelerator, "parallelism_config", None), "cp_enabled", False):
+        raise ValueError(
+            "Parameter `parallelism_config` should be without context parallelism, whose backward belongs in "
+            "its context. Found cp_size > 1."
+        )
     if getattr(trainer, "use_apex", False):
         raise ValueError("Parameter `half_precision_backend` should be 'auto'. Found apex.")
 

@@ -1,5 +1,7 @@
 """`GradientBuckets` of a DistributedDataParallel module: as on one process with the batches of all ranks."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -316,6 +318,8 @@ def refused():
     yield error_of(sago.GradientBuckets, [p for p in ddp.parameters() if p.ndim > 1])
     ddp = replicated()
     yield error_of(sago.GradientBuckets, [*ddp.parameters(), nn.Parameter(torch.ones(3))])
+    with mock.patch("sago.opening.flatten", side_effect=MemoryError):
+        error_of(sago.GradientBuckets, ddp)
     yield ddp.require_backward_grad_sync  # as it was
 
 

@@ -224,3 +224,16 @@ def test_zero_is_the_way_out_of_a_capture_that_failed(ranks2):
         assert error is ValueError
         assert "ended in ZeroDivisionError" in text
         assert_equal_results(result, single(Run("pcgrad")))
+
+
+def other_rows():
+    """Plain shards of which one rank has more than the other."""
+    rows = 2 + dist.get_rank()
+    f, r = ([inputs.pair(9, seed)[side] for seed in range(rows)] for side in (0, 1))
+    return error_of(sago.synthesize_, f, r, "pcgrad", reduce_gram=SumOver())
+
+
+def test_sum_over_tables_of_other_sizes_is_an_error_on_every_rank(ranks2):
+    for error, text in ranks2(other_rows):
+        assert error is ValueError
+        assert "one list, the same on every rank" in text

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import (
 from torch.utils.checkpoint import checkpoint
 
 import sago
+from sago.distributed import SumOver
 from sago.flat import ALIGNMENT
 from tests import inputs
 from tests.distributed.by_hand import ByHand
@@ -520,3 +521,33 @@ def test_fsdp1_is_refused_by_name(ranks2):
             assert error is ValueError
             assert "fully_shard" in text
             assert "fsdp_version" in text
+
+
+def beside_sharded():
+    """A trained parameter that FSDP2 was told to leave alone, and that nothing reduces."""
+    model = transformer()
+    mesh = mesh_of(shard=2)
+    fully_shard(model, mesh=mesh, ignored_params={model.temperature})
+    error = error_of(sago.GradientBuckets, model)
+    model.temperature.requires_grad_(False)
+    return error, error_of(sago.GradientBuckets, model)
+
+
+def test_a_trained_parameter_that_is_not_sharded_is_refused(ranks2):
+    for (error, text), frozen in ranks2(beside_sharded):
+        assert error is ValueError
+        assert "`temperature` should be sharded" in text
+        assert frozen is None
+
+
+def summed_by_hand():
+    """Buckets of shards whose sums are added up by a `reduce_gram`: the elements that it counts."""
+    model = sharded(transformer(), mesh_of(shard=2))
+    buckets = sago.GradientBuckets(model)
+    window(model, buckets, Run("pcgrad"), batches(0, 0, *share()))
+    return buckets.synthesize_("pcgrad", reduce_gram=SumOver()).numel.sum().item()
+
+
+def test_elements_are_counted_once_with_reduce_gram(ranks2):
+    whole = sum(p.numel() for p in transformer().parameters())
+    assert ranks2(summed_by_hand) == [whole, whole]

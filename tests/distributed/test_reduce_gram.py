@@ -262,14 +262,16 @@ def flat_shards(over):
     if over == "shards and replicas":
         rank, world = mesh.get_local_rank("shard"), 2
     found = []
-    for rule in RULES:
+    again = [*RULES, *RULES]  # the first time the shapes of the tables are compared, too
+    for i, rule in enumerate(again):
         forget, retain = (
             [torch.tensor_split(t, world)[rank].clone() for t in side]
             for side in inputs.FAMILIES["tails"](FP64, FP64)
         )
         with Collectives() as calls:
             report = sago.synthesize_(forget, retain, rule, reduce_gram=SHARDS[over](), **WEIGHTS)
-        found.append((rule, retain, fields(report), len(all_reduces(calls.found))))
+        if i >= len(RULES):
+            found.append((rule, retain, fields(report), len(all_reduces(calls.found))))
     return found
 
 

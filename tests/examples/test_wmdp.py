@@ -304,7 +304,7 @@ def test_the_command_runs_offline(capsys, objective):
     arguments.append("--lr=0.01")
     assert wmdp.main([*arguments, f"--objective={objective}"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].startswith("WMDP-bio: 8 forget texts, 8 retain texts, 8 questions")
+    assert printed[0].startswith("WMDP-bio: 8 forget texts, 7 retain texts, 1 held out, 8 questions")
     header, before, sago = (line.split() for line in printed[-3:])
     assert header == ["rule", "wmdp", "mmlu", "retain_nll", "cos_forget_retain", "cos_update_retain"]
     assert (before[0], sago[0]) == ("before", "sago")

@@ -491,6 +491,10 @@ NOT_SEEN = {
         lambda self, f, r: self.gamma * f + self.alpha * r + next(self.model.parameters()).square().sum(),
         r"nothing else. Found another term.*embed_tokens",
     ),
+    "weight inside": (
+        lambda self, f, r: self.gamma * (f + self.gamma * f * f) + self.alpha * r,
+        r"inside a loss, which cuts its gradient off",
+    ),
     "third task": (lambda self, f, r: self.gamma * f + self.alpha * r + 0.5 * r, r"Found another term"),
     "no parameter": (
         lambda self, f, r: self.gamma * torch.ones((), requires_grad=True) + self.alpha * r,

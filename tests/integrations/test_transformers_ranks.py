@@ -71,6 +71,9 @@ def train(folder, kind, engine, how, options):
     (wrapped,) = trainer.wrapped
     assert issubclass(wrapped, {None: nn.Module, "ddp": DistributedDataParallel, "fsdp2": FSDPModule}[engine])
     assert how is None or trainer.syncing == {False}  # the buckets do, once a window
+    assert how is None or getattr(
+        trainer.model_wrapped, "require_backward_grad_sync", True
+    )  # but not for good
     params = dict(trainer.model.named_parameters())
     assert all(isinstance(p, DTensor) is (engine == "fsdp2") for p in params.values())
     found = {n: (p.full_tensor() if engine == "fsdp2" else p).detach().clone() for n, p in params.items()}
