@@ -103,7 +103,7 @@ def assert_alike(found, expected):
 
 @pytest.mark.parametrize(
     ("engine", "rule", "accumulation"),
-    [("ddp", "sago", 1), ("ddp", "pcgrad", 4), ("fsdp2", "pcgrad_global", 4)],
+    [("ddp", "sago", 1), ("ddp", "pcgrad", 4), pytest.param("fsdp2", "pcgrad_global", 4, marks=needs_fsdp2)],
 )
 def test_ranks_are_one_process(ranks, engine, rule, accumulation, tmp_path):
     """Without reduction in all but the last micro-batch of a window, if accelerate had its way."""
