@@ -74,7 +74,7 @@ def test_a_record_has_a_line_a_run(tmp_path):
     assert json.loads(path.read_text()) == record
     lines = path.read_text().splitlines()
     assert lines.count('  {"a":[1,2]},') == 1
-    assert len(lines) == 9
+    assert len(lines) == 11
 
 
 def threads(_):
