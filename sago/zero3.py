@@ -13,7 +13,7 @@ from torch import Tensor
 from sago.distributed import SumOver
 from sago.engine import PARTITIONS, Engine, Zero0
 from sago.extraction import Arrived, Capture, Side
-from sago.flat import Flat, clear
+from sago.flat import Flat
 from sago.shards import Shards
 
 
@@ -90,11 +90,8 @@ class Zero3(Zero0):
         return table
 
     def finish(self, updates: Sequence[Tensor | None]) -> None:
-        """Leaves the updates where the step finds them: 0 for a parameter without one."""
+        """Leaves the updates where the step finds them; it is 0 for a parameter without one."""
         optimizer, table = self._optimizer, self._table
-        for partition, update in zip(self.retain.partitions, updates, strict=True):
-            if update is None:
-                clear([partition])
         if optimizer.offload_optimizer:
             for p, partition in zip(self.params, self.retain.partitions, strict=True):
                 optimizer.set_local_grad_for_param(partition, p)
