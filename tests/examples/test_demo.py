@@ -161,6 +161,14 @@ def test_the_readme_shows_the_committed_record():
         assert f"| {objective} | {' | '.join(cells)} |\n" in readme
 
 
+def test_the_docs_show_the_committed_record_of_a_smaller_weight():
+    record = json.loads(RECORD.with_name("demo_gamma_0.3.json").read_text())
+    assert record["setup"] == {**json.loads(RECORD.read_text())["setup"], "gamma": 0.3}
+    docs = (ROOT / "docs" / "experiment.md").read_text()
+    for text in (tell.recovery_told(record, LEVELS[0]), tell.rates_told(record, LEVELS[0])):
+        assert f"```\n{text}\n```" in docs, f"docs/experiment.md should hold\n{text}"
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_docs_show_the_committed_record(level):
     record = json.loads(RECORD.read_text())
