@@ -161,7 +161,7 @@ def ranks(count):
             {"groups": ["x", "x"], **ALONE},
             "Group 'x' should lie in one buffer.*bucket_cap_mb",
         ),
-        ({}, {}, "one rank, because DDP reduces.*Found 2 ranks"),
+        ({}, {}, "one rank, because gradients are reduced.*Found 2 ranks"),
         ({"rule": "nothing"}, {}, "`rule`"),
         ({"gamma": torch.ones(2)}, {}, "`gamma`"),
         ({"eps": -1.0}, {}, "`eps`"),
