@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import triton.backends.nvidia.driver as nvidia
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -58,7 +59,7 @@ class StubDriver:
     def __init__(self, folder: Path) -> None:
         self._library = _build(folder)
         self._kernels: dict[int, tuple[str, str, _Kernel]] = {}
-        nvidia.library_dirs = lambda: [nvidia.libdevice_dir, str(folder)]
+        knobs.nvidia.libcuda_path = str(folder)
         active = nvidia.CudaDriver()
         active.get_current_target = lambda: GPUTarget("cuda", 90, 32)
         active.get_current_device = lambda: 0

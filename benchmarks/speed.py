@@ -142,7 +142,8 @@ def measure(case: Case, shapes: Shapes, device: str, repeats: int, seconds: floa
         try:
             with _fresh_cache() if contender.compiles else nullcontext():
                 prepared, row["first_s"] = first(contender, gradients)
-        except Exception as error:  # of a compiler, say: the other rows are worth having
+        except Exception as error:
+            # Compilers and peers raise what they like. The row says so, and the others are worth having.
             row["note"] = _note(error)
         else:
             ready.append((contender, row, prepared))

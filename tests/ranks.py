@@ -118,7 +118,7 @@ def error_of(function: Callable[..., Any], *args: Any, **options: Any) -> tuple[
     """What it raises, in a form that can be sent; None for nothing."""
     try:
         function(*args, **options)
-    except Exception as error:
+    except Exception as error:  # whichever: the process that asked looks at its type
         return type(error), str(error)
     return None
 
