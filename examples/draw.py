@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from examples.recovery import ABILITIES, LEVELS
+from examples.recovery import ABILITIES, LEVELS, runs_of
 
 # Colour (the palette of Okabe and Ito, from dark to light), marker, line.
 STYLES = {
@@ -67,7 +67,7 @@ def pareto(record: Record) -> Figure:
             color, marker, line = STYLES[rule]
             points: list[Point] = []
             for rate in setup["rates"]:
-                runs = _runs(record, objective, rule, rate)
+                runs = runs_of(record, objective, rule, rate)
                 forget = _mean([run["known"]["forget"]["probability"] for run in runs])
                 right = _mean([run["known"][ability]["answers"] for run in runs])
                 points += [(max(x, FLOOR), 100 * y) for x, y in zip(forget, right, strict=True)]
@@ -100,7 +100,7 @@ def losses(record: Record) -> Figure:
     steps = range(0, setup["steps"] + 1, setup["every"])
     for (name, objective), axes in panels.items():
         for rule in setup["rules"]:
-            series = [run["known"][name]["loss"] for run in _runs(record, objective, rule, rate)]
+            series = [run["known"][name]["loss"] for run in runs_of(record, objective, rule, rate)]
             _lines(axes, steps, series, rule, markevery=1)
         axes.set(yscale="log", ylim=(5e-3, 40))
         axes.set_yticks(LOSSES, [f"{value:g}" for value in LOSSES])
@@ -119,7 +119,7 @@ def cosines(record: Record) -> Figure:
     figure, panels = _panels(tuple(COSINES), setup["objectives"])
     for (name, objective), axes in panels.items():
         for i, rule in enumerate(setup["rules"]):
-            series = [run["cosines"][name] for run in _runs(record, objective, rule, rate)]
+            series = [run["cosines"][name] for run in runs_of(record, objective, rule, rate)]
             steps = range(1, setup["steps"] + 1)
             _lines(axes, steps, series, rule, markevery=(i, len(setup["rules"])))
         axes.axhline(0, color="0.6", linewidth=0.8, zorder=0)
@@ -135,11 +135,6 @@ def cosines(record: Record) -> Figure:
         f"learning rate {rate:g}\n{_seeds(setup)}",
     )
     return figure
-
-
-def _runs(record: Record, objective: str, rule: str, rate: float) -> list[Run]:
-    wanted = objective, rule, rate
-    return [run for run in record["runs"] if (run["objective"], run["rule"], run["rate"]) == wanted]
 
 
 def _mean(series: Sequence[Sequence[float]]) -> list[float]:

@@ -19,7 +19,6 @@ from tqdm import tqdm
 import sago
 from examples.corpus import Batch
 from examples.objectives import Answers, Objective, answers_of, grad_diff, nll, npo, simnpo
-from examples.people import IGNORE_INDEX
 
 Losses = Callable[[Any, Any, Batch, Batch], tuple[Tensor, Tensor]]
 
@@ -31,7 +30,8 @@ def answers(model: Any, batch: Batch) -> Answers:
 
 
 def token_nll(model: Any, batch: Batch) -> Tensor:
-    return -answers(model, batch).log_likelihood.sum() / (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+    told = answers(model, batch)
+    return nll(told, lambda: told)
 
 
 class OfTexts(NamedTuple):

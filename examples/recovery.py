@@ -69,6 +69,12 @@ def entries(record: Mapping[str, Any], level: float) -> list[Entry]:
     return found
 
 
+def runs_of(record: Mapping[str, Any], objective: str, rule: str, rate: float) -> list[Mapping[str, Any]]:
+    """One run a seed."""
+    wanted = objective, rule, rate
+    return [run for run in record["runs"] if (run["objective"], run["rule"], run["rate"]) == wanted]
+
+
 def _entry(record: Mapping[str, Any], objective: str, rule: str, level: float) -> Entry:
     """Without what is regained. Where no seed reaches the level there is no recovery either."""
     every = record["setup"]["every"]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.measure import table
-from examples.recovery import ABILITIES, LEAST, LEVELS, at_level, entries
+from examples.recovery import ABILITIES, LEAST, LEVELS, at_level, entries, runs_of
 from examples.world import SETS
 
 SAFE = ("pcgrad", "pcgrad_global", "sago")  # the rules that promise <u, r> >= 0
@@ -105,7 +105,7 @@ def rates_told(record: Mapping[str, Any], level: float) -> str:
     for objective, rule in itertools.product(setup["objectives"], setup["rules"]):
         row = {"loss": objective, "rule": rule}
         for rate in setup["rates"]:
-            seen = [at_level(run, level, setup["every"]) for run in _runs(record, objective, rule, rate)]
+            seen = [at_level(run, level, setup["every"]) for run in runs_of(record, objective, rule, rate)]
             there = [kept for kept in seen if kept is not None]
             shares = " / ".join(
                 f"{100 * statistics.fmean(kept[name] for kept in there):4.1f}" for name in ABILITIES if there
@@ -120,7 +120,7 @@ def last_told(record: Mapping[str, Any]) -> str:
     setup = record["setup"]
     rows = []
     for objective, rule in itertools.product(setup["objectives"], setup["rules"]):
-        runs = _runs(record, objective, rule, setup["rates"][0])
+        runs = runs_of(record, objective, rule, setup["rates"][0])
         row = {"loss": objective, "rule": rule}
         for name in SETS:
             known = [run["known"][name] for run in runs]
@@ -128,11 +128,6 @@ def last_told(record: Mapping[str, Any]) -> str:
             row[f"{name} right"] = f"{statistics.fmean(k['answers'][-1] for k in known):6.1%}"
         rows.append(row)
     return table(rows, list(rows[0]))
-
-
-def _runs(record: Mapping[str, Any], objective: str, rule: str, rate: float) -> list[Mapping[str, Any]]:
-    wanted = objective, rule, rate
-    return [run for run in record["runs"] if (run["objective"], run["rule"], run["rate"]) == wanted]
 
 
 def tell(record: Mapping[str, Any]) -> str:

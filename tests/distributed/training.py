@@ -241,6 +241,15 @@ def scaled(model: nn.Module, part: tuple[int, int] = (0, 1)) -> tuple[list[float
     return scales, parameters(model)[0]
 
 
+def assert_scaled(on_ranks: Sequence[tuple[list[float], dict[str, Tensor]]]) -> None:
+    """`scaled` on every rank is that on one process: all skip the same step."""
+    scales, expected = scaled(transformer())
+    assert scales == [2.0**10, 2.0**9, 2.0**9]
+    for found, params in on_ranks:
+        assert found == scales
+        assert_equal_tensors(params, expected)
+
+
 def one_forward(model: nn.Module, run: Run, part: tuple[int, int] = (0, 1)) -> dict[str, Tensor]:
     """The update of a step whose losses share a forward, captured one within the other."""
     buckets = buckets_of(model, run)
