@@ -3,6 +3,7 @@
 import gc
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sago
+from sago.integrations import transformers as integration
 from sago.integrations.transformers import GradientSynthesisMixin, Synthesis
 from tests.integrations.trainers import (
     ALPHA,
@@ -19,6 +21,7 @@ from tests.integrations.trainers import (
     LENGTH,
     LOSSES,
     NPO,
+    Collator,
     GradDiff,
     Pairs,
     SimNPO,
@@ -416,6 +419,27 @@ def test_takes_the_losses_from_compute_losses(kind, tmp_path):
     assert "compute_loss" not in vars(trainer)
 
 
+class Labelled(Collator):
+    """With labels at the top of the batch, which newer versions count the items of a window by."""
+
+    def __call__(self, items):
+        batch = super().__call__(items)
+        return {**batch, "labels": batch["forget"]["labels"]} if "forget" in batch else batch
+
+
+def test_losses_from_compute_losses_are_averaged_over_a_window(tmp_path):
+    """However the trainer divides: they are means over a micro-batch. Clipped, so that a factor shows."""
+    trainer = make(with_mixin(WithLosses, rule="pcgrad"), tmp_path, gradient_accumulation_steps=4)
+    trainer.data_collator = Labelled()
+    trainer.train()
+    expected = llama()
+    steps = windows(trainer.data_collator.batches, 4)
+    reports = by_hand(expected, graddiff_losses, steps, "pcgrad")
+    norms = [log["grad_norm"] for log in steps_of(trainer)]
+    torch.testing.assert_close(norms, [report["norm_update"] for report in reports], rtol=1e-3, atol=1e-5)
+    assert_trained_alike(trainer.model, expected)
+
+
 def test_weights_are_1_where_a_trainer_with_compute_losses_has_none(tmp_path):
     class Weightless(WithLosses):
         def compute_losses(self, model, inputs):
@@ -562,6 +586,15 @@ def test_refuses_optimizers_that_step_in_the_backward(optim, tmp_path):
     )
     with pytest.raises(ValueError, match=rf"`optim` should step after the backward.*{optim}"):
         trainer.train()
+
+
+def test_refuses_context_parallelism(tmp_path, monkeypatch):
+    """Its backward belongs in its context, and the two of the mixin come behind it."""
+    trainer = make(with_mixin(GradDiff), tmp_path)
+    config = SimpleNamespace(cp_enabled=True)
+    monkeypatch.setattr(type(trainer.accelerator), "parallelism_config", config, raising=False)
+    with pytest.raises(ValueError, match=r"without context parallelism.*Found cp_size > 1"):
+        integration._Window(trainer, trainer.model)
 
 
 def test_refuses_to_be_the_last_of_the_bases():
