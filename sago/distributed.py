@@ -27,7 +27,8 @@ class SumOver:
         sago.synthesize_(forget, retain, "pcgrad", reduce_gram=SumOver(group))
         sago.synthesize_(forget, retain, "pcgrad", reduce_gram=SumOver(mesh["shard", "tensor"]))
 
-    The table of sums is fp64 `[groups, k]`. It is added up on the current stream, and the host does not wait.
+    The table of sums is fp64 `[groups, k]`. It is added up on the current stream, and the host does not wait,
+    except for the first table of a shape, which the ranks compare.
 
     Args:
         over: Each a process group, or a DeviceMesh or part of one, whose ranks hold different shards; a mesh
@@ -38,7 +39,8 @@ class SumOver:
     whole is counted as often.
 
     Raises:
-        ValueError, TypeError: Where torch.distributed is not initialised, or for other arguments.
+        ValueError, TypeError: Where torch.distributed is not initialised, or for other arguments; when it is
+            called, on every rank, where the shapes of the tables differ.
     """
 
     def __init__(self, *over: ProcessGroup | DeviceMesh | None) -> None:
@@ -162,7 +164,7 @@ def _check_same(group: ProcessGroup, layout: Sequence[object], device: torch.dev
     if most != -least:
         raise ValueError(
             "Gradients should be one list, the same on every rank. "
-            f"Found from {-least} to {most} tensors on {dist.get_world_size(group)} ranks."
+            f"Found from {-least} to {most} gradients or groups on {dist.get_world_size(group)} ranks."
         )
     if high != -low:
         raise ValueError(

@@ -97,7 +97,7 @@ class Pipeline:
             if part.before:
                 _copy(part.before)
         # Sums that decide on the update come ahead of it, and so do sums for `reduce_gram`: it may raise.
-        # The collective of shards may fail behind it.
+        # Those of shards are begun behind it, for the report alone.
         ahead = columns > 0 and (rule.scope != "element" or call.limited or call.reduce_gram is not None)
         sums = gram = coefficients = None
         if columns and self._shards is not None:
