@@ -1,9 +1,9 @@
 from setuptools import setup
 
-# The folder kernels/ is imported as sago.kernels: a top-level package named `kernels`
-# would shadow the Hugging Face distribution of that name, which transformers imports.
+# The folder kernels/triton/ is imported as sago.kernels. `kernels` has no __init__.py and is in no
+# distribution: transformers looks for the Hugging Face package of that name, and would import one found here.
 setup(
     packages=["sago", "sago.integrations", "sago.kernels"],
-    package_dir={"sago": "sago", "sago.kernels": "kernels"},
+    package_dir={"sago": "sago", "sago.kernels": "kernels/triton"},
     package_data={"sago": ["py.typed"]},
 )

@@ -1,31 +1,35 @@
-"""`python -m sago`: what a bug report should say about the environment."""
+"""`python -m sago`: the facts about an environment that a bug report needs."""
 
 from __future__ import annotations
 
 import os
 import platform
+import sys
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
-import sago
-from sago.arguments import triton_version
-from sago.compiled import has_compiler
+DISTRIBUTION = "sago-kernels"
+OTHER = "sago"  # an unrelated distribution on the package index, with the same import name
 
 
 def lines() -> list[tuple[str, str]]:
+    import sago
+    from sago.arguments import triton_version
+    from sago.compiled import has_compiler
+
     found = [
-        ("sago", sago.__version__),
+        (DISTRIBUTION, f"{sago.__version__}, imported from {Path(sago.__file__).parent}"),
         ("rules", ", ".join(sago.list_rules())),
         ("python", f"{platform.python_version()} ({platform.system()} {platform.machine()})"),
         ("torch", torch.__version__),
         ("triton", triton_version() or "none that is 3.4 or newer"),
     ]
     for package in ("transformers", "accelerate", "deepspeed", "torchjd"):
-        try:
-            found.append((package, metadata.version(package)))
-        except metadata.PackageNotFoundError:
-            continue
+        version = _version(package)
+        if version is not None:
+            found.append((package, version))
     found.append(("cpu", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"))
     found.append(("cpu backend", "compiled" if has_compiler() else "compiled, run eagerly: no C++ compiler"))
     for i in range(torch.cuda.device_count()):
@@ -44,12 +48,45 @@ def lines() -> list[tuple[str, str]]:
     return found
 
 
-def main() -> None:
-    found = lines()
-    width = max(len(name) for name, _ in found)
+def other_package() -> str | None:
+    """Describes a clash with the unrelated distribution `sago`; None if there is no clash."""
+    import sago
+
+    remedy = f"Run `pip uninstall {OTHER} {DISTRIBUTION}` and then `pip install {DISTRIBUTION}`."
+    if not hasattr(sago, "GradientBuckets"):
+        return f"The imported package {sago.__file__} is not part of {DISTRIBUTION}. {remedy}"
+    version = _version(OTHER)
+    if version is not None:
+        return (
+            f"The distribution `{OTHER}` {version} is installed as well. It is an unrelated project that "
+            f"uses the same folder, so that each of the two overwrites files of the other. {remedy}"
+        )
+    return None
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def main() -> int:
+    """Prints the report. Returns 1 if the unrelated distribution `sago` is in the way."""
+    clash = other_package()
+    try:
+        found = lines()
+    except (ImportError, AttributeError):
+        if clash is None:
+            raise
+        found = []
+    width = max((len(name) for name, _ in found), default=0)
     for name, value in found:
         print(f"{name.ljust(width)}  {value}")
+    if clash is not None:
+        print(clash, file=sys.stderr)
+    return int(clash is not None)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

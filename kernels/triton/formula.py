@@ -11,7 +11,6 @@ from typing import Any
 
 import triton
 import triton.language as tl
-
 from sago import rules
 
 # What means the same on tensors and on Triton scalars.

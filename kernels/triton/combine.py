@@ -5,15 +5,16 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import triton
-import triton.language as tl
-from sago.kernels.batch import BLOCK, CHUNK, TRITON_DTYPES, Batch, Part, compute_dtype, options, vector
-from sago.kernels.formula import on_device
-from sago.kernels.launch import bits, launch
-from sago.kernels.stream import finish, locate, stream
 from torch import Tensor
 
+import triton
+import triton.language as tl
 from sago.rules import Coefficients, Rule, evaluate
+
+from .batch import BLOCK, CHUNK, TRITON_DTYPES, Batch, Part, compute_dtype, options, vector
+from .formula import on_device
+from .launch import bits, launch
+from .stream import finish, locate, stream
 
 
 @triton.jit

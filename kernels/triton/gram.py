@@ -2,12 +2,14 @@
 
 from typing import Any
 
+from torch import Tensor
+
 import triton
 import triton.language as tl
-from sago.kernels.batch import BLOCK, CHUNK, TRITON_DTYPES, Batch, Part, compute_dtype, options, vector
-from sago.kernels.launch import launch
-from sago.kernels.stream import finish, locate, stream
-from torch import Tensor
+
+from .batch import BLOCK, CHUNK, TRITON_DTYPES, Batch, Part, compute_dtype, options, vector
+from .launch import launch
+from .stream import finish, locate, stream
 
 
 @triton.jit(

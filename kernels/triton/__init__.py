@@ -6,8 +6,8 @@ addresses (`batch`), sum in fixed slots (`stream`) and compute a rule's coeffici
 its Python function (`formula`).
 """
 
-from sago.kernels.batch import Batch
-from sago.kernels.combine import combine
-from sago.kernels.gram import gram
+from .batch import Batch
+from .combine import combine
+from .gram import gram
 
 __all__ = ["Batch", "combine", "gram"]

@@ -8,8 +8,9 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from sago.kernels.batch import Batch
 from torch import Tensor
+
+from .batch import Batch
 
 
 def launch(
