@@ -59,7 +59,7 @@ def source_hash(*paths: str) -> str:
     """The start of a SHA-256 over the names and texts of these Python files and folders of the repository."""
     digest = hashlib.sha256()
     for path in paths:
-        files = sorted((ROOT / path).glob("*.py")) if (ROOT / path).is_dir() else [ROOT / path]
+        files = sorted((ROOT / path).rglob("*.py")) if (ROOT / path).is_dir() else [ROOT / path]
         for file in files:
             digest.update(file.relative_to(ROOT).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

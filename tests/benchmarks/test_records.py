@@ -23,8 +23,8 @@ def test_a_record_belongs_to_the_sources(path):
 def repository(tmp_path, monkeypatch):
     """Two sources, and a record of a GPU that was taken with them."""
     monkeypatch.setattr(measure, "ROOT", tmp_path)
-    (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels/gram.py").write_text("x = 1\n")
+    (tmp_path / "kernels/triton").mkdir(parents=True)
+    (tmp_path / "kernels/triton/gram.py").write_text("x = 1\n")
     (tmp_path / "rules.py").write_text("y = 1\n")
     record = {**origin("cpu", "kernels", "rules.py"), "device": "NVIDIA H100 80GB HBM3"}
     write_json(tmp_path, record)
@@ -41,20 +41,20 @@ def stale(folder):
 
 
 def test_the_sources_that_it_was_taken_with(repository):
-    (repository / "kernels/notes.txt").write_text("no source")
+    (repository / "kernels/triton/notes.txt").write_text("no source")
     (repository / "other.py").write_text("z = 1\n")
     assert stale(repository) == []
 
 
 @pytest.mark.parametrize("change", ["text", "name", "more", "the single file"])
 def test_other_sources(repository, change):
-    file = repository / "kernels/gram.py"
+    file = repository / "kernels/triton/gram.py"
     if change == "text":
         file.write_text("x = 2\n")
     elif change == "name":
-        file.rename(repository / "kernels/other.py")
+        file.rename(repository / "kernels/triton/other.py")
     elif change == "more":
-        (repository / "kernels/combine.py").write_text("")
+        (repository / "kernels/triton/combine.py").write_text("")
     else:
         (repository / "rules.py").write_text("y = 2\n")
     (message,) = stale(repository)
