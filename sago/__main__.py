@@ -31,7 +31,12 @@ def lines() -> list[tuple[str, str]]:
         if version is not None:
             found.append((package, version))
     found.append(("cpu", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"))
-    found.append(("cpu backend", "compiled" if has_compiler() else "compiled, run eagerly: no C++ compiler"))
+    found.append(
+        (
+            "cpu backend",
+            "compiled" if has_compiler() else "compiled, run eagerly: torch cannot compile for the CPU",
+        )
+    )
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
         found.append((f"cuda:{i}", f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB"))

@@ -26,7 +26,7 @@ class Cache:
         self._found: OrderedDict[Hashable, dict[Hashable, Any]] = OrderedDict()
         self._lock = threading.Lock()
         self._latest: tuple[Hashable, dict[Hashable, Any]] | None = None
-        self._kept: list[Any] = []
+        self._kept: dict[int, Any] = {}
 
     def get(self, key: Hashable, devices: Collection[torch.device], make: Callable[[], Any]) -> Any:
         found = self.find(key, devices)
@@ -50,7 +50,7 @@ class Cache:
             if not is_capturing(devices):
                 return places.get(_place(devices))
             found = next(iter(places.values()))
-            self._kept.append(found)
+            self._kept[id(found)] = found  # once, however many graphs use it
             return found
 
     def add(self, key: Hashable, devices: Collection[torch.device], value: Any) -> None:

@@ -1,20 +1,25 @@
-"""The CPU path: the work of the two kernels as torch code on flat tensors, compiled by torch.compile.
+"""The CPU path: the work of the two kernels as torch code on flat tensors, compiled by TorchInductor.
 
-A gram graph and a combine graph are kept apart: in one graph the sums and the store do not fuse, and it
-runs an order of magnitude slower. Tensors of fewer than `COMPILE_FROM` elements run the same code
-uncompiled, and so does everything where no C++ compiler is found.
+The sums and the update are separate graphs: in one graph they do not fuse, and it runs an order of magnitude
+slower. `make_fx` traces each graph once, with a symbolic size, and TorchInductor compiles it once for each
+combination of dtypes. TorchDynamo takes no part, so none of its limits and none of its guards on global state
+(threads, grad mode, autocast, default dtype, deterministic mode) apply. The same code also runs uncompiled,
+with the same bits: for small tensors, until so many elements were processed that the seconds of a compilation
+pay, and where the compilation fails.
 
-Sums are taken over a fixed tree that does not depend on the number of threads: 128 elements a lane in
-fp32 (fp64 for fp64 gradients), the lanes of a block in fp64, then 1024 blocks at a time, in slices of 4 Mi
-elements (2 Mi in fp64), then the slices.
+Sums are taken over a fixed tree that does not depend on the number of threads: 128 elements a lane, one after
+another, in fp32 (fp64 for fp64 gradients), the lanes of a block pairwise in fp64, then 1024 blocks at a time,
+in slices of 2 Mi elements (1 Mi in fp64), then the slices.
 """
 
 from __future__ import annotations
 
+import logging
+import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache, lru_cache
-from types import FunctionType
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -24,14 +29,18 @@ from sago.rules import Coefficients, Rule, Term, evaluate
 
 Known = tuple[tuple[Term, ...], bool]  # about the coefficients; whether NaN and inf propagate
 
-COMPILE_FROM = 32768
+COMPILE_FROM = 1 << 15  # elements of the smallest tensor for which a call of compiled code pays
+COMPILE_AT_ONCE = 1 << 20  # elements of a tensor that is not run uncompiled first
+COMPILE_AFTER = 1 << 30  # elements that run uncompiled, about as long as the compilation takes
 _LINE = 64  # bytes: a lane an element of a cache line, so that memory is read in order
 _DEPTH = 128  # elements a lane adds: that many squares of 1e18 stay in the range of fp32
 _FAN_IN = 1024
-# Elements at a time, which bounds what is allocated: partial sums of less than 1 MiB where the code is
-# compiled, a dozen temporaries where it is not.
-_SUMMED = {torch.float32: 1 << 22, torch.float64: 1 << 21}
-_EAGER = 1 << 18
+# Elements at a time, which bounds what is allocated: partial sums below 1 MiB where the code is
+# compiled, a few MiB of temporaries where it is not.
+_SUMMED = {torch.float32: 1 << 21, torch.float64: 1 << 20}
+_EAGER = 1 << 16
+
+_log = logging.getLogger("sago")
 
 
 class Batch(NamedTuple):
@@ -90,23 +99,30 @@ def combine(
     graph = _gated_combine if rule.gated else _combine
     for f, r, out, row in zip(batch.forget, batch.retain, batch.out, batch.rows, strict=True):
         f, r = _flat_pair(f, r)
-        scalars = rows[_compute_dtype(f, r)][row].unbind()
-        for call, pieces in _pieces(graph, (terms, propagate), f, r, _flat(out)):
-            call(*pieces, *scalars)
+        _update(graph, (terms, propagate), (f, r, _flat(out)), rows[_compute_dtype(f, r)][row])
     return table
 
 
-def _gated_combine(
-    f: Tensor, r: Tensor, out: Tensor, a_c: Tensor, b_c: Tensor, a: Tensor, b: Tensor, known: Known
-) -> None:
+def _update(graph: Any, known: Known, tensors: Sequence[Tensor], coefficients: Tensor) -> None:
+    call = _found(graph, known, tensors)
+    if call is not None:
+        call(*tensors, coefficients)
+        return
+    for pieces in zip(*(t.split(_EAGER) for t in tensors), strict=True):
+        graph(*pieces, coefficients, known)
+
+
+def _gated_combine(f: Tensor, r: Tensor, out: Tensor, coefficients: Tensor, known: Known) -> None:
     terms, propagate = known
+    a_c, b_c, a, b = coefficients.unbind()
     f, r = f.to(a.dtype), r.to(a.dtype)
     u = torch.where(_conflict(f, r), _weighted(a_c, f, b_c, r, terms[:2]), _weighted(a, f, b, r, terms[2:]))
     out.copy_(_downcast(_propagated(f, r, u) if propagate else u, out.dtype))
 
 
-def _combine(f: Tensor, r: Tensor, out: Tensor, a: Tensor, b: Tensor, known: Known) -> None:
+def _combine(f: Tensor, r: Tensor, out: Tensor, coefficients: Tensor, known: Known) -> None:
     terms, propagate = known
+    a, b = coefficients.unbind()
     f, r = f.to(a.dtype), r.to(a.dtype)
     u = _weighted(a, f, b, r, terms)
     out.copy_(_downcast(_propagated(f, r, u) if propagate else u, out.dtype))
@@ -147,33 +163,62 @@ def _downcast(u: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _block_sums(f: Tensor, r: Tensor, sums: int) -> Tensor:
     """Sums of every block, fp64 `[k, blocks]`, without the non-finite counts."""
+    return torch.stack([_pairwise(v.sum(1).to(torch.float64)) for v in _summands(f, r, sums)])
+
+
+def _block_sums_in_order(f: Tensor, r: Tensor, sums: int) -> Tensor:
+    """`_block_sums` uncompiled, with the bits of compiled code, whose loop adds one element after another."""
+    rows = torch.stack(_summands(f, r, sums)).unbind(2)
+    total = rows[0].clone()
+    for row in rows[1:]:
+        total += row
+    return _pairwise(total.to(torch.float64))
+
+
+def _summands(f: Tensor, r: Tensor, sums: int) -> list[Tensor]:
+    """The terms of each sum, `[blocks, _DEPTH, lanes]`."""
     shape, dtype = (-1, _DEPTH, _lanes(f, r)), _compute_dtype(f, r)
     f, r = f.to(dtype).view(shape), r.to(dtype).view(shape)
     if sums == 3:
-        values = _products(f, r)
-    elif sums == 6:
-        values = [*_products(f, r), _conflict(f, r).to(dtype)]
-    else:
-        conflict = _conflict(f, r)
-        outside = _products(torch.where(conflict, 0.0, f), torch.where(conflict, 0.0, r))
-        inside = _products(torch.where(conflict, f, 0.0), torch.where(conflict, r, 0.0))
-        values = [*outside, conflict.to(dtype), *inside]
-    return torch.stack([v.sum(1).sum(1, dtype=torch.float64) for v in values])
+        return _products(f, r)
+    conflict = _conflict(f, r)
+    if sums == 6:
+        return [*_products(f, r), conflict.to(dtype)]
+    outside = _products(torch.where(conflict, 0.0, f), torch.where(conflict, 0.0, r))
+    inside = _products(torch.where(conflict, f, 0.0), torch.where(conflict, r, 0.0))
+    return [*outside, conflict.to(dtype), *inside]
 
 
 def _products(f: Tensor, r: Tensor) -> list[Tensor]:
     return [f * f, f * r, r * r]
 
 
+def _pairwise(x: Tensor) -> Tensor:
+    """The sum over the last dimension, whose size is a power of 2, in an order that no compiler changes."""
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        x = x[..., :half] + x[..., half:]
+    return x.squeeze(-1)
+
+
 def _pair_sums(f: Tensor, r: Tensor, sums: int) -> Tensor:
-    block = _DEPTH * _lanes(f, r)
+    block, length = _DEPTH * _lanes(f, r), _SUMMED[_compute_dtype(f, r)]
     whole = f.numel() // block * block
-    calls = list(_pieces(_block_sums, sums, f[:whole], r[:whole], length=_SUMMED[_compute_dtype(f, r)]))
+    slices = list(zip(f[:whole].split(length), r[:whole].split(length), strict=True)) if whole else []
     if whole < f.numel():
-        padding = (0, whole + block - f.numel())
-        call = calls[-1][0] if calls else _bound(_block_sums, sums)
-        calls.append((call, [torch.nn.functional.pad(t[whole:], padding) for t in (f, r)]))
-    return _total([_tree(call(*tensors)) for call, tensors in calls])
+        f_tail, r_tail = (torch.nn.functional.pad(t[whole:], (0, whole + block - t.numel())) for t in (f, r))
+        slices.append((f_tail, r_tail))
+    call = _found(_block_sums, sums, (f, r))
+    if call is not None:
+        partials = [call(*pair) for pair in slices]
+    else:
+        # No code is compiled for a smaller tensor, whose bits are then those of the faster order.
+        graph: Any = _block_sums if f.numel() < COMPILE_FROM else _block_sums_in_order
+        partials = [
+            torch.cat([graph(*p, sums) for p in zip(*(t.split(_EAGER) for t in pair), strict=True)], dim=1)
+            for pair in slices
+        ]
+    return _total([_tree(p) for p in partials])
 
 
 def _total(sums: list[Tensor]) -> Tensor:
@@ -208,53 +253,79 @@ def _compute_dtype(f: Tensor, r: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (f.dtype, r.dtype) else torch.float32
 
 
-def _pieces(
-    graph: Any, constant: Any, *tensors: Tensor, length: int | None = None
-) -> Iterator[tuple[Callable[..., Any], Sequence[Tensor]]]:
-    """What to call on which parts of the tensors, at most `length` elements at a time.
-
-    `constant` is the last argument of `graph`; the callables take the others.
-    """
+def _found(graph: Any, constant: Any, tensors: Sequence[Tensor]) -> Callable[..., Any] | None:
+    """The compiled code for these tensors; None where they are processed uncompiled."""
     numel = tensors[0].numel()
-    if numel == 0:
-        return
-    if numel < COMPILE_FROM or not all(t.is_contiguous() for t in tensors) or not has_compiler():
-        for pieces in [tensors] if numel <= _EAGER else zip(*(t.split(_EAGER) for t in tensors), strict=True):
-            yield _bound(graph, constant), pieces
-        return
-    call = _compiled(graph, constant, *(t.dtype for t in tensors))
-    whole = length is None or numel <= length
-    for pieces in [tensors] if whole else zip(*(t.split(length) for t in tensors), strict=True):
-        # Storages of their own: torch.compile guards on storages that are shared, and works around them.
-        yield call, [torch.from_dlpack(t) for t in pieces]
+    if numel < COMPILE_FROM or not all(t.is_contiguous() for t in tensors):
+        return None
+    key = graph, constant, *(t.dtype for t in tensors)
+    if key not in _wanted and numel < COMPILE_AT_ONCE:
+        _uncompiled[key] += numel
+        if _uncompiled[key] <= COMPILE_AFTER:
+            return None
+    _wanted.add(key)
+    with _lock:
+        return _compiled(*key)
+
+
+_lock = threading.Lock()  # two compilations at a time would share the state of the compiler
+_uncompiled: Counter[Any] = Counter()  # elements that were processed uncompiled, by key of `_compiled`
+_wanted: set[Any] = set()  # the keys for which a compilation pays
 
 
 @cache
-def _bound(graph: Any, constant: Any) -> FunctionType:
-    return FunctionType(graph.__code__, graph.__globals__, graph.__name__, (constant,))
-
-
-@cache
-def _compiled(graph: Any, constant: Any, *dtypes: torch.dtype) -> Callable[..., Any]:
-    # With a code object of its own: torch.compile limits the variants of one.
-    own = FunctionType(graph.__code__.replace(), graph.__globals__, graph.__name__, (constant,))
-    return torch.compile(own, dynamic=True, fullgraph=True)
-
-
-@lru_cache(maxsize=1)
-def has_compiler() -> bool:
-    """Whether torch.compile can build C++ here; if not, says so once."""
+def _compiled(graph: Any, constant: Any, *dtypes: torch.dtype) -> Callable[..., Any] | None:
+    """`graph(..., constant)` for 1-D tensors of these dtypes and any size; None if it cannot be compiled."""
+    _announce()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own, at its imports
-            torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(1, device="cpu"))
-    except (RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        warnings.warn(
-            f"sago: torch.compile found no working C++ compiler ({reason}); "
-            "gradients on the CPU are synthesized by eager torch, which is slower.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return False
-    return True
+        return _build(graph, constant, dtypes)
+    except Exception as error:  # torch, TorchInductor and the C++ compiler share no base class of errors
+        _warn_uncompiled(" ".join(f"{type(error).__name__}: {error}".split())[:300])
+        return None
+
+
+def _build(graph: Any, constant: Any, dtypes: Sequence[torch.dtype]) -> Callable[..., Any]:
+    from torch._inductor import compile as compile_graph
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    compute_dtype = torch.float64 if torch.float64 in dtypes[:2] else torch.float32
+    coefficients = {_block_sums: 0, _combine: 2, _gated_combine: 4}[graph]
+    with (
+        torch.device("cpu"),
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # torch's own, at its imports
+        # From a large size the compiler concludes that threads pay. The memory is not touched.
+        examples = [torch.empty(_SUMMED[torch.float32], dtype=d) for d in dtypes]
+        if coefficients:
+            examples.append(torch.empty(coefficients, dtype=compute_dtype))
+        traced = make_fx(lambda *args: graph(*args, constant), tracing_mode="symbolic")(*examples)
+        inputs = [node.meta["val"] for node in traced.graph.nodes if node.op == "placeholder"]
+        # Otherwise the number of threads at this time is part of the code.
+        return compile_graph(traced, inputs, options={"cpp.dynamic_threads": True})
+
+
+@cache
+def _announce() -> None:
+    _log.warning(
+        "sago: compiling code for gradients on the CPU, which takes some seconds for each combination of "
+        "dtypes. Later processes take less, because torch caches the result on disk."
+    )
+
+
+@cache
+def _warn_uncompiled(reason: str) -> None:
+    warnings.warn(
+        f"sago: torch cannot compile code for the CPU ({reason}); gradients on the CPU are synthesized by "
+        "eager torch, which gives the same result more slowly.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def has_compiler() -> bool:
+    """Whether torch can compile code for the CPU here. The first call compiles some to find out."""
+    with _lock:
+        return _compiled(_combine, (("nonzero", "nonzero"), False), *[torch.float32] * 3) is not None

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from sago.cache import is_capturing
 
-_captured: list[Tensor] = []  # host memory that copies in CUDA graphs read at every replay
+# Host memory that copies in CUDA graphs read at every replay. Each content is kept once, and for good, because
+# nothing tells when a graph is gone.
+_captured: dict[tuple[object, ...], Tensor] = {}
 
 
 def upload(values: Sequence[object] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -18,7 +20,11 @@ def upload(values: Sequence[object] | Tensor, dtype: torch.dtype, device: torch.
     if device.type != "cuda":
         return table.to(device)
     # A copy from pageable memory synchronises, and is an error while a CUDA graph is captured.
-    table = table.pin_memory()
     if is_capturing([device]):
-        _captured.append(table)
+        key = dtype, *table.shape, *table.flatten().tolist()
+        if key not in _captured:
+            _captured[key] = table.pin_memory()
+        table = _captured[key]
+    else:
+        table = table.pin_memory()
     return table.to(device, non_blocking=True)

@@ -10,6 +10,7 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from sago import compiled
 from tests.backends import INTERPRETED, Backend, has_triton
 
 settings.register_profile("default", deadline=None, max_examples=40)
@@ -86,6 +87,12 @@ def fast_backend(request):
 def device(request):
     """Where the kernels run."""
     return request.param
+
+
+@pytest.fixture
+def compiled_at_once(monkeypatch):
+    """The CPU path compiles what it would otherwise run uncompiled until a compilation pays."""
+    monkeypatch.setattr(compiled, "COMPILE_AT_ONCE", compiled.COMPILE_FROM)
 
 
 @pytest.fixture(scope="module")

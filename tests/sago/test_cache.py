@@ -1,11 +1,16 @@
 """Values that are made once for a key."""
 
+import importlib
 import sys
 import threading
+from unittest import mock
 
 import torch
 
+from sago import cache as cache_module
 from sago.cache import Cache
+
+upload_module = importlib.import_module("sago.upload")  # its function has the same name
 
 CPU = torch.device("cpu")
 
@@ -46,6 +51,31 @@ def test_threads_have_values_of_their_own():
         thread.join()
     assert len({id(value) for value in values}) == 21
     assert sum(len(places) for places in cache._found.values()) == 8
+
+
+def test_captures_of_the_same_value_keep_it_once():
+    cache = Cache(3)
+    value = cache.get("a", [CPU], object)
+    with mock.patch.object(cache_module, "is_capturing", return_value=True):
+        for _ in range(100):
+            assert cache.get("a", [CPU], object) is value
+    assert len(cache._kept) == 1
+
+
+def test_captures_of_the_same_table_keep_it_once(monkeypatch):
+    """The pinned memory that a replay reads has to live as long as the process."""
+    gpu = mock.Mock(type="cuda")
+    copied = []
+    monkeypatch.setattr(upload_module, "_captured", {})
+    monkeypatch.setattr(upload_module, "is_capturing", lambda devices: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, **options: copied.append(self) or self)
+    for _ in range(100):
+        for values in ([1, 2], [1, 3], torch.tensor([[1, 2]])):
+            upload_module.upload(values, torch.int64, gpu)
+    upload_module.upload([1, 2], torch.float64, gpu)
+    assert len(upload_module._captured) == 4
+    assert {t.data_ptr() for t in copied} == {t.data_ptr() for t in upload_module._captured.values()}
 
 
 class Key:

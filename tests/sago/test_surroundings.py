@@ -46,16 +46,16 @@ def test_a_synthesis_that_was_interrupted_cannot_be_repeated():
     """Part of the retain gradient is the update by then."""
     params, buckets = fresh(ANY, *[leaves(3, 3, 3)] * 2, bucket_cap_mb=1e-6)
     gradients = [torch.full((3,), 2.0)] * 3
-    pieces, calls = compiled._pieces, []
+    update, calls = compiled._update, []
 
     def interrupted(*args, **options):
         calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return pieces(*args, **options)
+        return update(*args, **options)
 
     window(buckets, params, gradients, gradients)
-    with mock.patch.object(compiled, "_pieces", interrupted), pytest.raises(KeyboardInterrupt):
+    with mock.patch.object(compiled, "_update", interrupted), pytest.raises(KeyboardInterrupt):
         buckets.synthesize_("sum", stats=False)
     with pytest.raises(ValueError, match=r"should be whole.*KeyboardInterrupt.*zero_"):
         buckets.synthesize_("sum")
