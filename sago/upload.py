@@ -9,8 +9,8 @@ from torch import Tensor
 
 from sago.cache import is_capturing
 
-# Host memory that copies in CUDA graphs read at every replay. Each content is kept once, and for good, because
-# nothing tells when a graph is gone.
+# Host memory that copies in CUDA graphs read at every replay. Each content is kept once and never freed,
+# because nothing tells when a graph is gone.
 _captured: dict[tuple[object, ...], Tensor] = {}
 
 
