@@ -1,5 +1,7 @@
 import os
+import tempfile
 from contextlib import nullcontext
+from getpass import getuser
 
 import numpy as np
 import pytest
@@ -9,6 +11,15 @@ from hypothesis import settings
 # Triton reads this when it is imported, which `import sago` does not do.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# torch.compile takes code from its cache that was generated for other vector instructions, and fails to build
+# it. The processes that tests start inherit the variable.
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR",
+    os.path.join(
+        tempfile.gettempdir(), f"torchinductor_{getuser()}_{torch.backends.cpu.get_cpu_capability()}"
+    ),
+)
 
 from sago import compiled
 from tests.backends import INTERPRETED, Backend, has_triton

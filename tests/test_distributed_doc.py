@@ -12,6 +12,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import sago
+from tests.oracle import SUM_ERROR
+from tests.properties import assert_near
 from tests.ranks import Ranks
 
 PAGE = Path(__file__).parents[1] / "docs/distributed.md"
@@ -123,6 +125,7 @@ def alone():
 
 @pytest.mark.parametrize("heading", ENGINES)
 def test_engines(ranks, alone, heading):
+    """To rounding: in fp64 a step is off by 1e-15, which AdamW magnifies where a gradient is near 0."""
     expected, said = alone
     for params, report in ranks(on_a_rank, heading):
         for p, e in zip(params, expected, strict=True):
@@ -137,7 +140,7 @@ def test_other_shards(ranks):
     expected, _ = sago.synthesize(forget, retain, "pcgrad")
     found = ranks(summed, forget, retain)
     for parts, e in zip(zip(*found, strict=True), expected, strict=True):
-        torch.testing.assert_close(torch.cat(parts), e, rtol=1e-12, atol=1e-12)
+        assert_near([torch.cat(parts)], [e], 16 * SUM_ERROR[torch.float64])
 
 
 def test_every_example_is_run_or_is_of_an_engine_that_is_not_here():

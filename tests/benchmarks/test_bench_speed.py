@@ -24,7 +24,9 @@ def test_rows_of_a_list(tmp_path):
         "-k",
         "rmu and bfloat16",
     ]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")}
+    environment = {
+        k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")
+    }
     environment["OMP_NUM_THREADS"] = "1"  # a second one is only waited for
     done = subprocess.run(
         [*command, f"--benchmark-json={file}", "-p", "no:cacheprovider"],

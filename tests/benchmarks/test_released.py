@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.released import EPS, RULES, released
+from tests.oracle import rounding_error
 
 GAMMA, ALPHA = 0.75, 2.0
 
@@ -61,17 +62,20 @@ def test_the_example_holds_both_cases():
 @pytest.mark.parametrize("scale", [1.0, 1e-5, 1e-8])
 def test_float64_against_the_formula(rule, scale):
     updates = released(tensors(FORGET, scale), tensors(RETAIN, scale), rule, GAMMA, ALPHA)
-    # The inner products over all tensors are accumulated in float32 there, in float64 elsewhere.
-    relative = 1e-6 if rule in ("pcgrad_global", "blur") else 1e-14
+    # The inner products over all tensors are accumulated in float32 there, in float64 elsewhere. They add 8
+    # terms, and coefficients below 3 multiply elements up to 4.
+    dtype = torch.float32 if rule in ("pcgrad_global", "blur") else torch.float64
+    relative = 12 * rounding_error(8, dtype)
     assert_close(updates, by_hand(rule, scale), scale, relative)
 
 
-@pytest.mark.parametrize(("dtype", "relative"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rule", RULES)
-def test_lower_precision_keeps_the_dtype(rule, dtype, relative):
+def test_lower_precision_keeps_the_dtype(rule, dtype):
     updates = released(tensors(FORGET, dtype=dtype), tensors(RETAIN, dtype=dtype), rule, GAMMA, ALPHA)
     assert all(u.dtype == dtype for u in updates)
-    assert_close(updates, by_hand(rule), 8.0, relative)  # 8: the largest element of an update
+    # 8: the largest element of an update. Two sums are rounded, a quotient, two products and the update.
+    assert_close(updates, by_hand(rule), 8.0, rounding_error(6, dtype))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -82,7 +86,8 @@ def test_without_conflict_nothing_is_projected_but_by_blur(rule):
     expected = GAMMA * f if rule == "sago" else GAMMA * f + ALPHA * r
     if rule == "blur":
         expected = GAMMA * f + ALPHA * (r - (f @ r) / (f @ f) * f)
-    torch.testing.assert_close(update, expected, rtol=1e-6, atol=0)
+    # blur's products over all tensors are accumulated in float32 there, of which these are exact but for k.
+    torch.testing.assert_close(update, expected, rtol=rounding_error(8, torch.float32), atol=0)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -1,7 +1,6 @@
 """What goes wrong between ranks is an error on all that it concerns, and no rank waits for ever."""
 
 import os
-import time
 from contextlib import suppress
 from datetime import timedelta
 
@@ -30,7 +29,7 @@ from tests.distributed.training import (
 from tests.ranks import RankError, Ranks, error_of
 from tests.windows import FP32, FP64
 
-LATE = 3.0  # seconds, beyond which a group does not wait
+LATE = 10.0  # seconds, beyond which a group does not wait; ranks of a busy machine need some
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +74,12 @@ def test_a_rank_that_dies_is_an_error_on_the_others(mortals, kind):
 
 
 def is_late():
-    """One rank is busy with something else. What the other is told."""
+    """One rank waits elsewhere, for as long as the other waits for it. What the other is told."""
     group = dist.new_group(timeout=timedelta(seconds=LATE))
     f, r = inputs.pair(9)
     sago.synthesize_(f, r, "pcgrad", reduce_gram=SumOver(group))
     error = None
-    if dist.get_rank() == 1:
-        time.sleep(2 * LATE)
-    else:
+    if dist.get_rank() == 0:
         error = error_of(sago.synthesize_, f, r, "pcgrad", reduce_gram=SumOver(group))
     dist.barrier()
     return error

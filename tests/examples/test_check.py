@@ -10,6 +10,8 @@ import sago.reference
 from examples import check
 from examples.learn import make_model
 from examples.objectives import grad_diff, nll
+from tests.oracle import rounding_error
+from tests.properties import assert_near
 
 TINY = ["--device=cpu", "--people=10", "--vocab=300", "--hidden=32", "--layers=1", "--steps=4", "--repeats=2"]
 RULES = ["sum", "sago", "sago_prefer_retain", "pcgrad", "pcgrad_global", "blur"]
@@ -128,10 +130,9 @@ def test_gradients_are_those_of_the_objective():
     assert len(plain) == len(list(model.parameters()))
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(g, -n) for g, n in zip(plain, negated, strict=True))
-    # transformers' own loss is the same NLL.
+    # transformers' own loss is the same NLL, of 10 tokens through a layer of products of 32 to 100 terms.
     model(**batch).loss.backward()
-    for p, g in zip(model.parameters(), plain, strict=True):
-        torch.testing.assert_close(p.grad, g)
+    assert_near([p.grad for p in model.parameters()], plain, rounding_error(1000, torch.float32))
 
 
 def test_timed_calls_take_turns_on_restored_inputs():

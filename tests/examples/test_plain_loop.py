@@ -1,6 +1,7 @@
 """The loop before and after: what it trains, what it ends at, and that the README shows its difference."""
 
 import ast
+import copy
 import difflib
 import inspect
 import textwrap
@@ -32,10 +33,16 @@ def seen(task, models):
     return {rule: plain_loop.measure(task, model, rule or "sum") for rule, model in models.items()}
 
 
-def test_the_sum_ends_where_the_plain_loop_ends(models):
-    plain, synthesized = (dict(models[rule].named_parameters()) for rule in (None, "sum"))
+def test_the_sum_ends_where_the_plain_loop_ends(task):
+    """In fp64: AdamW divides by roots of squares near 0, which magnifies a rounding by up to some 1e6.
+
+    The weights move by 0.06.
+    """
+    frozen, control = copy.deepcopy(task.frozen).double(), task.control.double()
+    wide = task._replace(frozen=frozen, control=control)
+    plain, synthesized = (dict(plain_loop.train(wide, rule).named_parameters()) for rule in (None, "sum"))
     for name, p in plain.items():
-        torch.testing.assert_close(synthesized[name], p, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(synthesized[name], p, rtol=0, atol=1e-9)
 
 
 def test_only_down_proj_of_three_layers_moves(task, models):

@@ -15,10 +15,14 @@ from examples.files import records, texts
 from examples.forgetting import OF_TEXTS, RMU, token_nll, unlearn
 from examples.objectives import simnpo
 from tests.by_hand import likelihood_by_hand
+from tests.oracle import rounding_error
+from tests.properties import assert_near
 
 # Raised inside of torch when torch.compile is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 
+# Through 4 layers, each of 7 products of 32 or 64 terms one after the other: some 1000 roundings to fp32.
+THROUGH = rounding_error(1000, torch.float32)
 GOOD = {"question": " Which? ", "choices": ["w", "x", "y", "z"], "answer": 2}
 
 
@@ -149,7 +153,7 @@ def test_log_likelihoods_of_several_tokens(model, tokenizer, batch_size):
     prompts, continuations = ["Where?", "A longer prompt, so that rows are padded:"], [" A", " B", " else"]
     found = log_likelihoods(model, tokenizer, prompts, continuations, batch_size)
     expected = [[likelihood_by_hand(model, tokenizer, p, c) for c in continuations] for p in prompts]
-    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=THROUGH, atol=THROUGH)
 
 
 def test_a_prompt_that_is_too_long_loses_its_beginning(model, tokenizer):
@@ -158,7 +162,7 @@ def test_a_prompt_that_is_too_long_loses_its_beginning(model, tokenizer):
     found = log_likelihoods(model, tokenizer, [text], [" A"])
     ids = tokenizer.encode(text + " A")[-21:]
     scores = model(torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
-    assert found.item() == pytest.approx((scores[-2, ids[-2]] + scores[-1, ids[-1]]).item(), rel=1e-4)
+    assert found.item() == pytest.approx((scores[-2, ids[-2]] + scores[-1, ids[-1]]).item(), rel=THROUGH)
 
 
 class Rigged(torch.nn.Module):
@@ -227,17 +231,17 @@ def sides(tokenizer):
 
 def test_grad_diff_is_the_loss_of_transformers(model, sides):
     forget, retain = OF_TEXTS["grad_diff"](model, None, *sides)
-    assert forget.item() == pytest.approx(-model(**sides[0]).loss.item(), rel=1e-5)
-    assert retain.item() == pytest.approx(model(**sides[1]).loss.item(), rel=1e-5)
+    assert forget.item() == pytest.approx(-model(**sides[0]).loss.item(), rel=THROUGH)
+    assert retain.item() == pytest.approx(model(**sides[1]).loss.item(), rel=THROUGH)
 
 
 def test_npo_starts_at_its_constant_and_as_gradient_ascent(model, sides):
     forget, _ = OF_TEXTS["npo"](model, model, *sides)
-    assert forget.item() == pytest.approx(2 / 0.1 * math.log(2), rel=1e-5)
+    assert forget.item() == pytest.approx(2 / 0.1 * math.log(2), rel=rounding_error(16, torch.float32))
     (gradient,) = torch.autograd.grad(forget, [model.lm_head.weight])
     ascent = -token_nll(model, sides[0]) * (sides[0]["labels"][:, 1:] != -100).sum() / 2
     (expected,) = torch.autograd.grad(ascent, [model.lm_head.weight])
-    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+    assert_near([gradient], [expected], THROUGH)
 
 
 def test_rmu(model, sides):
@@ -248,7 +252,7 @@ def test_rmu(model, sides):
     found = states.hidden_states[3][sides[0]["attention_mask"].bool()]
     control = torch.rand(32, generator=torch.Generator().manual_seed(0))
     control *= 3.0 / control.norm()
-    assert forget.item() == pytest.approx(((found - control) ** 2).mean().item(), rel=1e-5)
+    assert forget.item() == pytest.approx(((found - control) ** 2).mean().item(), rel=THROUGH)
     layers = model.model.layers
     assert [id(p) for p in losses.params(model)] == [id(layers[i].mlp.down_proj.weight) for i in range(3)]
     with pytest.raises(ValueError, match="`layer` should lie below 4"):
@@ -291,8 +295,9 @@ def test_the_loop_is_a_step_of_the_reference(model, sides):
         for p, q, u in zip(copy.parameters(), params, updates, strict=True):
             large = u.abs() > 1e-4
             assert large.any()
+            # AdamW's epsilon is 1e-4 of `large`, and the rounding of weights of 1 is 6e-5 of a step.
             torch.testing.assert_close((q * (1 - 1e-5) - p)[large], 1e-3 * u.sign()[large], rtol=0.01, atol=0)
-        assert report == pytest.approx(expected.summary(), rel=1e-4)
+        assert report == pytest.approx(expected.summary(), rel=THROUGH)
 
 
 # The command.

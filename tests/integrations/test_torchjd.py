@@ -10,7 +10,8 @@ import sago
 import sago.reference
 from tests import inputs
 from tests.backends import DTYPES, ELEMENTWISE, RULES
-from tests.properties import assert_equal_bits
+from tests.oracle import PROMISED, SUM_ERROR
+from tests.properties import assert_equal_bits, assert_near, assert_updates
 
 pytest.importorskip("torchjd", reason="needs TorchJD")
 
@@ -21,6 +22,7 @@ from torchjd.autojac import backward, jac_to_grad, mtl_backward
 from sago.integrations.torchjd import SynthesisAggregator, SynthesisWeighting
 
 WEIGHTS = {"gamma": 0.75, "alpha": 1.5}
+ERROR = 16 * SUM_ERROR[torch.float64]  # of updates from sums in another order, and of nets in fp64
 UNGATED = ["sum", "pcgrad", "pcgrad_global", "blur"]
 
 
@@ -35,6 +37,7 @@ class Net(torch.nn.Module):
         self.shared = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 4))
         self.heads = torch.nn.ModuleList([torch.nn.Linear(4, 1), torch.nn.Linear(4, 1)])
         self.register_buffer("x", torch.randn(2, 7, 6))
+        self.double()
 
     def losses(self):
         """Forget and retain, with parameters that only one of them reaches."""
@@ -53,7 +56,7 @@ def test_it_is_the_reference(rule, dtype):
     if rule in ELEMENTWISE:
         assert_equal_bits([found], [expected])
     else:
-        torch.testing.assert_close(found, expected)
+        assert_updates([found], [matrix[0]], [matrix[1]], rule, **WEIGHTS)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -71,8 +74,7 @@ def test_a_training_step_is_that_of_the_buckets(rule):
     params = list(theirs.parameters())
     aggregator = SynthesisAggregator(rule, **WEIGHTS, numels=[p.numel() for p in params])
     jac_to_grad(params, aggregator)
-    for p, q in zip(ours.parameters(), params, strict=True):
-        torch.testing.assert_close(q.grad, p.grad)
+    assert_near([q.grad for q in params], [p.grad for p in ours.parameters()], ERROR)
 
 
 def test_mtl_backward_gives_the_shared_parameters_the_rule():
@@ -87,8 +89,7 @@ def test_mtl_backward_gives_the_shared_parameters_the_rule():
         for loss in expected.losses()
     ]
     updates, _ = sago.reference.synthesize(*both, "sago", **WEIGHTS)
-    for p, update in zip(net.shared.parameters(), updates, strict=True):
-        torch.testing.assert_close(p.grad, update)
+    assert_near([p.grad for p in net.shared.parameters()], updates, ERROR)
     assert all(p.grad is not None for p in net.heads.parameters())
 
 
@@ -99,7 +100,7 @@ def test_numels_make_a_rule_module_wise():
     expected, _ = sago.reference.synthesize(
         matrix[0].split(numels), matrix[1].split(numels), "pcgrad", **WEIGHTS
     )
-    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-12, atol=0)
+    assert_near([found], [torch.cat(expected)], ERROR)
     whole = SynthesisAggregator("pcgrad", **WEIGHTS)(matrix)
     assert_equal_bits([whole], [SynthesisAggregator("pcgrad_global", **WEIGHTS)(matrix)])
     assert not torch.allclose(found, whole)
@@ -111,9 +112,9 @@ def test_a_rule_of_ones_own_and_a_weight_that_changes():
 
     matrix = jacobian(torch.float64)
     aggregator = SynthesisAggregator(sago.Rule("swapped", swapped, "global"), gamma=2.0, alpha=3.0)
-    torch.testing.assert_close(aggregator(matrix), 3.0 * matrix[0] + 2.0 * matrix[1])
+    assert_near([aggregator(matrix)], [3.0 * matrix[0] + 2.0 * matrix[1]], ERROR)
     aggregator.gamma = torch.tensor(5.0)
-    torch.testing.assert_close(aggregator(matrix), 3.0 * matrix[0] + 5.0 * matrix[1])
+    assert_near([aggregator(matrix)], [3.0 * matrix[0] + 5.0 * matrix[1]], ERROR)
 
 
 def test_the_report():
@@ -122,7 +123,8 @@ def test_the_report():
     assert aggregator.report is None
     aggregator(matrix)
     _, expected = sago.reference.synthesize(matrix[0], matrix[1], "sago")
-    assert aggregator.report.summary() == pytest.approx(expected.summary(), rel=1e-5)
+    # No sum is less than a quarter of its magnitudes, and a cosine is made of three.
+    assert aggregator.report.summary() == pytest.approx(expected.summary(), rel=8 * PROMISED)
 
 
 def test_no_graph_and_no_state():
@@ -160,7 +162,7 @@ def test_bad_input(call, message):
 def test_the_weighting_is_the_aggregator(rule):
     matrix = jacobian(torch.float64)
     weights = SynthesisWeighting(rule, **WEIGHTS)(matrix @ matrix.T)
-    torch.testing.assert_close(weights @ matrix, SynthesisAggregator(rule, **WEIGHTS)(matrix))
+    assert_near([weights @ matrix], [SynthesisAggregator(rule, **WEIGHTS)(matrix)], ERROR)
 
 
 def test_the_weighting_skips_the_concatenation():
@@ -170,15 +172,16 @@ def test_the_weighting_skips_the_concatenation():
         backward(list(net.losses()))
         weights = jac_to_grad(net.parameters(), aggregator, optimize_gramian_computation=optimize)
         assert weights.shape == (2,)
-    for p, q in zip(*(net.parameters() for net in nets), strict=True):
-        torch.testing.assert_close(p.grad, q.grad)
+    assert_near(*([p.grad for p in net.parameters()] for net in nets), ERROR)
 
 
 def test_the_weighting_in_autogram():
     torch.manual_seed(0)
-    ours, theirs = (torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 1)) for _ in range(2))
+    ours, theirs = (
+        torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 1)).double() for _ in range(2)
+    )
     theirs.load_state_dict(ours.state_dict())
-    x, y = torch.randn(2, 4), torch.randn(2)
+    x, y = torch.randn(2, 4, dtype=torch.float64), torch.randn(2, dtype=torch.float64)
 
     def losses(model):
         return torch.tensor([-1.0, 1.0]) * (model(x).squeeze(1) - y) ** 2  # a row each: forget, retain
@@ -190,10 +193,9 @@ def test_the_weighting_in_autogram():
         torch.autograd.grad(loss, list(ours.parameters()), retain_graph=True) for loss in losses(ours)
     )
     updates, _ = sago.reference.synthesize(forget, retain, "pcgrad_global", **WEIGHTS)
-    for p, update in zip(theirs.parameters(), updates, strict=True):
-        torch.testing.assert_close(p.grad, update)
+    assert_near([p.grad for p in theirs.parameters()], updates, ERROR)
 
 
 def test_import_sago_does_not_import_torchjd():
     code = "import sys, sago; assert 'torchjd' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -17,6 +17,7 @@ from sago.integrations import transformers as integration
 from sago.integrations.transformers import GradientSynthesisMixin, Synthesis
 from tests.integrations.trainers import (
     ALPHA,
+    DRIFT,
     GAMMA,
     LENGTH,
     LOSSES,
@@ -27,6 +28,7 @@ from tests.integrations.trainers import (
     SimNPO,
     Texts,
     adamw,
+    assert_logged,
     by_hand,
     gpt2,
     graddiff_losses,
@@ -36,6 +38,7 @@ from tests.integrations.trainers import (
     weights,
     windows,
 )
+from tests.oracle import rounding_error
 
 pytestmark = pytest.mark.usefixtures("one_thread", "_quick_collection")
 
@@ -103,7 +106,8 @@ def assert_trained_alike(model, expected, start=None, exact=True):
     """Within the rounding of a few steps, after having moved by much more.
 
     In fp32 every element is compared. In less, single elements go other ways where two gradients all but
-    cancel, so it is the distance that counts, in that from the start.
+    cancel, so it is the distance that counts, in that from the start: that of gradients after some 16
+    roundings to bf16. With the weights of the two losses swapped, it is 0.3 to 0.7.
     """
     found, expected = weights(model), weights(expected)
     start = weights(llama() if start is None else start)
@@ -111,9 +115,9 @@ def assert_trained_alike(model, expected, start=None, exact=True):
         torch.cat([x[n].double().flatten() for n in start]) for x in (found, expected, start)
     )
     assert (other - begin).abs().max() > 5e-3
-    assert (flat - other).norm() < 0.05 * (other - begin).norm()
+    assert (flat - other).norm() < rounding_error(16, BF16) * (other - begin).norm()
     if exact:
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, expected, rtol=0, atol=DRIFT)
 
 
 def check_by_hand(kind, folder, rule="sago", model=llama, data=None, autocast=None, dtype=FP32, **options):
@@ -141,7 +145,10 @@ def test_trains_as_the_reference_by_hand(kind, rule, accumulation, tmp_path):
     """With clipping: at a norm of 0.5 it is active in most steps."""
     trainer, reports = check_by_hand(kind, tmp_path, rule, gradient_accumulation_steps=accumulation)
     norms = [log["grad_norm"] for log in steps_of(trainer)]
-    torch.testing.assert_close(norms, [report["norm_update"] for report in reports], rtol=1e-3, atol=1e-5)
+    # The gradients change by up to 10 times what the weights do.
+    torch.testing.assert_close(
+        norms, [report["norm_update"] for report in reports], rtol=10 * DRIFT, atol=DRIFT
+    )
     assert max(norms) > 0.5
 
 
@@ -186,6 +193,8 @@ def test_the_sum_is_the_training_without_the_mixin(kind, precision, accumulation
     dtype = BF16 if precision == "weights" else FP32
     options = {"bf16": precision == "autocast", "gradient_accumulation_steps": accumulation}
     count = 8 if precision == "fp32" else 2 * accumulation  # before the rounding of gradients adds up
+    if precision == "weights":  # one step, long enough that the rounding of the weights does not show
+        count, options["learning_rate"] = accumulation, 2.0**-4
     trainers = [
         make(each, tmp_path, llama(dtype), Pairs(count), **options)
         for each in (with_mixin(kind, rule="sum"), kind)
@@ -196,7 +205,9 @@ def test_the_sum_is_the_training_without_the_mixin(kind, precision, accumulation
     assert_trained_alike(*models, llama(dtype), exact=precision == "fp32")
     losses, plain = ([log["loss"] for log in steps_of(trainer)] for trainer in trainers)
     assert len(losses) == count // accumulation
-    torch.testing.assert_close(losses, plain, rtol=1e-3 if precision == "fp32" else 2e-2, atol=2e-4)
+    # A loss changes by up to 10 times what the weights do. In bf16 it ends with a few roundings of its terms.
+    rtol = 10 * DRIFT if precision == "fp32" else rounding_error(5, BF16)
+    torch.testing.assert_close(losses, plain, rtol=rtol, atol=10 * DRIFT)
 
 
 def test_resumes_from_a_checkpoint(tmp_path):
@@ -249,11 +260,11 @@ def test_logs_both_losses_and_the_last_report(tmp_path):
         by_hand(model, graddiff_losses, [step], max_norm=1e9, optimizer=optimizer)
     for i, log in enumerate(logs):
         losses = ((seen[2 * i] + seen[2 * i + 1]) / 2).tolist()
-        torch.testing.assert_close([log["forget_loss"], log["retain_loss"]], losses, rtol=1e-3, atol=1e-4)
+        assert_logged(log, dict(zip(("forget_loss", "retain_loss"), losses, strict=True)))
         report = reports[2 * i + 1]
         expected = {k: v for k, v in report.items() if k not in ("ff", "fr", "rr", "uu", "uf", "ur")}
         assert len(expected) == 9
-        torch.testing.assert_close({k: log[k] for k in expected}, expected, rtol=1e-3, atol=1e-5)
+        assert_logged(log, expected)
 
 
 class Reads(TorchDispatchMode):
@@ -344,7 +355,7 @@ def test_evaluation_is_the_trainers(tmp_path):
         losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
         results.append([before, *losses, trainer.evaluate()["eval_loss"]])
     assert len(results[0]) == 6
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*results, rtol=10 * DRIFT, atol=DRIFT)
     assert set(found) == {(float, float, True)}
     assert all("forget_loss" not in log for log in trainers[0].state.log_history if "eval_loss" in log)
 
@@ -436,7 +447,9 @@ def test_losses_from_compute_losses_are_averaged_over_a_window(tmp_path):
     steps = windows(trainer.data_collator.batches, 4)
     reports = by_hand(expected, graddiff_losses, steps, "pcgrad")
     norms = [log["grad_norm"] for log in steps_of(trainer)]
-    torch.testing.assert_close(norms, [report["norm_update"] for report in reports], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        norms, [report["norm_update"] for report in reports], rtol=10 * DRIFT, atol=DRIFT
+    )
     assert_trained_alike(trainer.model, expected)
 
 
@@ -703,7 +716,10 @@ def test_fp16_with_a_gradient_scaler(rule, tmp_path, monkeypatch):
     assert scalers[0].get_scale() == scalers[1].get_scale() < 2.0**17
     assert_trained_alike(trainer.model, expected, exact=False)
     for name in ("norm_forget", "norm_retain", "norm_update", "cos_forget_retain"):
-        torch.testing.assert_close(steps_of(trainer)[-1][name], reports[-1][name], rtol=1e-3, atol=1e-5)
+        # Bit for bit but for the sums: both sides run the same forwards and backwards.
+        torch.testing.assert_close(
+            steps_of(trainer)[-1][name], reports[-1][name], rtol=10 * DRIFT, atol=DRIFT
+        )
 
 
 def test_importing_it_imports_no_framework():
@@ -712,4 +728,4 @@ def test_importing_it_imports_no_framework():
         "found = {'transformers', 'accelerate', 'deepspeed', 'triton'} & set(sys.modules)\n"
         "assert not found, found"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sago.integrations.transformers import GradientSynthesisMixin, Synthesis
-from tests.integrations.trainers import NEWER, NPO, GradDiff, Pairs, llama, make
+from tests.integrations.trainers import DRIFT, NEWER, NPO, GradDiff, Pairs, assert_logged, llama, make
 from tests.ranks import Ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -96,9 +96,9 @@ class Watched:
 def assert_alike(found, expected):
     assert len(expected[1]) > 0
     for weights, logs in found:
-        torch.testing.assert_close(weights, expected[0], rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(weights, expected[0], rtol=0, atol=DRIFT)
         for log, other in zip(logs, expected[1], strict=True):
-            torch.testing.assert_close({k: log[k] for k in other}, other, rtol=2e-3, atol=2e-4)
+            assert_logged(log, other)
 
 
 @pytest.mark.parametrize(

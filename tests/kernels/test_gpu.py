@@ -34,7 +34,8 @@ def test_sums_of_2_to_the_26_elements(dtype, rule):
     expected = oracle.expect([f], [r], "sum").sums
     report = sago.synthesize_(f.cuda().repeat(64), r.cuda().repeat(64), rule, backend="triton")
     for name in ("ff", "fr", "rr"):
-        assert getattr(report, name).item() == pytest.approx(64 * expected[name][0], rel=1e-6)
+        # Of the same order as the magnitudes: <f,r> is about half of -<f,f>.
+        assert getattr(report, name).item() == pytest.approx(64 * expected[name][0], rel=oracle.PROMISED)
     assert report.conflict_fraction.item() == expected["conflicts"][0] / part
 
 

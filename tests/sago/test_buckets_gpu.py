@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import sago
-from tests.properties import assert_equal_bits
+from tests.oracle import SUM_ERROR
+from tests.properties import assert_equal_bits, assert_near
 from tests.sync import no_sync
 
 pytestmark = pytest.mark.gpu
@@ -50,7 +51,7 @@ def test_the_update_is_that_of_the_reference_backend(rule, max_norm):
         buckets.synthesize_(rule, max_norm=max_norm)
         updates.append([p.grad.clone() for p in net.parameters()])
         buckets.zero_()
-    torch.testing.assert_close(*updates, rtol=1e-5, atol=1e-9)
+    assert_near(*updates, 16 * SUM_ERROR[torch.float32])  # of a coefficient and of the norm
 
 
 @pytest.mark.parametrize("rule", ["sago", "pcgrad_global"])
@@ -137,5 +138,6 @@ def test_a_synthesis_in_a_cuda_graph_is_replayed_on_new_gradients(rule):
         expected, _ = sago.synthesize(forget, retain, rule)
         norm = torch.nn.utils.get_total_norm(expected)
         graph.replay()
-        for p, u in zip(net.parameters(), expected, strict=True):
-            torch.testing.assert_close(p.grad, u * (1e-3 / norm), rtol=1e-4, atol=1e-9)
+        # Here the norm is one of sums, there it is torch's in fp32.
+        clipped = [u * (1e-3 / norm) for u in expected]
+        assert_near([p.grad for p in net.parameters()], clipped, 16 * SUM_ERROR[torch.float32])

@@ -5,9 +5,11 @@ import torch
 
 import sago
 from sago.rules import RULES, evaluate, ratio
-from tests import backends, inputs, properties
+from tests import backends, inputs, oracle, properties
 
 DOUBLE = torch.float64
+# Sums of small integers are exact. What follows is a quotient, two products and a sum of terms below 12.
+FEW = oracle.rounding_error(16, DOUBLE)
 
 
 def tensors(*rows):
@@ -45,14 +47,14 @@ def test_there_are_six_rules():
 def test_golden_values(backend, rule):
     updates, _ = backend(FORGET, RETAIN, rule, alpha=2.0)
     for update, row in zip(updates, GOLDEN[rule], strict=True):
-        torch.testing.assert_close(update, torch.tensor(row, dtype=DOUBLE), rtol=1e-14, atol=1e-14)
+        torch.testing.assert_close(update, torch.tensor(row, dtype=DOUBLE), rtol=FEW, atol=FEW)
 
 
 @pytest.mark.parametrize("s", [1.0, 1e-6, 1e-8])
 def test_pcgrad_projects_at_every_scale(backend, s):
     # k = -s*s / (2*s*s): f + r/2 + r = (s - 3s/2, 3s/2)
     (update,), _ = backend(tensors([s, 0.0]), tensors([-s, s]), "pcgrad")
-    torch.testing.assert_close(update, torch.tensor([-s / 2, 3 * s / 2], dtype=DOUBLE), rtol=1e-14, atol=0)
+    torch.testing.assert_close(update, torch.tensor([-s / 2, 3 * s / 2], dtype=DOUBLE), rtol=FEW, atol=0)
 
 
 def test_conflict_is_by_sign_not_by_product(backend):
@@ -99,9 +101,9 @@ def test_no_projection_with_weight_zero_even_of_nan(backend):
 def test_eps_is_added_to_the_squares(backend):
     f, r = tensors([2.0, 0.0]), tensors([-1.0, 1.0])
     (update,), _ = backend(f, r, "pcgrad", eps=2.0)  # k = -2 / (2 + 2)
-    torch.testing.assert_close(update, torch.tensor([0.5, 1.5], dtype=DOUBLE), rtol=1e-15, atol=0)
+    assert update.tolist() == [0.5, 1.5]
     (update,), _ = backend(f, r, "blur", eps=4.0)  # k = -2 / (4 + 4)
-    torch.testing.assert_close(update, torch.tensor([1.5, 1.0], dtype=DOUBLE), rtol=1e-15, atol=0)
+    assert update.tolist() == [1.5, 1.0]
 
 
 def test_a_rule_of_ones_own():
@@ -110,7 +112,7 @@ def test_a_rule_of_ones_own():
 
     rule = sago.Rule("a_gem", a_gem, scope="global", formula="f - min(0, fr/rr) r")
     updates, report = sago.synthesize(tensors([1.0, 0.0]), tensors([-1.0, 1.0]), rule)
-    torch.testing.assert_close(updates[0], torch.tensor([0.5, 0.5], dtype=DOUBLE))
+    assert updates[0].tolist() == [0.5, 0.5]
     assert report.rule == "a_gem"
 
 
