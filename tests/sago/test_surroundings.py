@@ -178,6 +178,7 @@ def test_a_trained_parameter_that_was_not_given_is_an_error_where_a_backward_rea
             buckets.synthesize_()
         buckets.zero_()
     model["body"].requires_grad_(False)
+    buckets = sago.GradientBuckets(params)
     run("forget")
     run("retain")
     buckets.synthesize_("sum")
