@@ -136,7 +136,7 @@ def check_pairs(
         parts = [[shards.local(t) for t in side] for side in parts]
     for name, side in zip(("forget", "retain", "out"), parts, strict=True):
         for i, t in enumerate(side):
-            if t is not None and not _holds_data(t):
+            if t is not None and not holds_data(t):
                 raise TypeError(f"Parameter `{name}[{i}]` should hold data. Found {type(t).__name__}.")
     check_overlap(*parts)
     devices = dict.fromkeys(t.device for t in parts[2] if t is not None) or {torch.device("cpu"): None}
@@ -296,7 +296,7 @@ def _check_tensor(name: str, i: int, t: Any) -> None:
         raise ValueError(f"Parameter `{name}[{i}]` should hold data. Found a meta tensor.")
 
 
-def _holds_data(t: Tensor) -> bool:
+def holds_data(t: Tensor) -> bool:
     try:
         return t.numel() == 0 or t.data_ptr() != 0
     except RuntimeError:  # tensors that are traced, faked or batched by a transform

@@ -21,15 +21,17 @@ from sago.arguments import (
     choose_backend,
     non_negative,
 )
-from sago.cache import Cache
+from sago.cache import Cache, is_capturing
 from sago.extraction import Side
 from sago.flat import flatten
 from sago.in_backward import InBackward, check_exact
 from sago.opening import open_extraction
+from sago.others import Others
 from sago.parameters import choose
 from sago.pipeline import Pipeline, count_versions
 from sago.report import SynthesisReport
 from sago.rules import Rule
+from sago.shards import Shards
 
 _PATTERNS = 8  # of parameters without a gradient, whose pipelines are kept
 
@@ -86,6 +88,17 @@ class GradientBuckets:
     DDP. `engine.backward(loss)` belongs in the captures, `engine.step()` behind `synthesize_`; within
     captures it does nothing, because the backward of accelerate calls it.
 
+    Freeze the trained parameters of the same modules that are not given: a backward in a capture that reaches
+    one is an error, because its own gradient would be the sum of both sides. The living modules are looked
+    through for them once, before the first capture; parameters in no living module are not found.
+
+    Where DTensors are sharded, the ranks compare once a window which parameters were reached, and raise where
+    one was reached on some ranks only. The host waits for that.
+
+    An optimizer that holds a captured parameter and steps between a capture and `synthesize_` is warned of
+    once (RuntimeWarning), because the step finds no gradients. Buckets cannot be copied or pickled: keep them
+    beside the module, not inside of it, as an optimizer is kept.
+
     A parameter that is frozen later has no gradient from then on. One that is unfrozen, moved, cast or
     resized, and, if a module is given, one that is added to it, is an error in the next window: make new
     buckets then.
@@ -127,7 +140,8 @@ class GradientBuckets:
         self._grouped = groups is not None
         self._mean = accumulation == "mean"
         self._extraction, self._ranks, self._shards = opened.extraction, opened.ranks, opened.shards
-        self._looked = held is not None  # for DDP that came later
+        self._looked = held is not None  # for DDP that came later, and for parameters that were not given
+        self._sharded = opened.sharded
         self._engine = held
         self._forget, self._retain = self._extraction.forget, self._extraction.retain
         self._updates, self._update_grads = list(self._retain.views), list(self._retain.grads)
@@ -149,12 +163,12 @@ class GradientBuckets:
 
     def forget(self) -> AbstractContextManager[None]:
         """Backwards within `with buckets.forget():` accumulate the forget gradient, as minimised."""
-        self._check_wrapped()
+        self._check_around()
         return self._extraction.capture(self._forget)
 
     def retain(self) -> AbstractContextManager[None]:
         """Backwards within `with buckets.retain():` accumulate the retain gradient."""
-        self._check_wrapped()
+        self._check_around()
         return self._extraction.capture(self._retain)
 
     @property
@@ -217,7 +231,7 @@ class GradientBuckets:
             self._scales(self._retain.captures),
         )
         self._check_unscaled(call)
-        self._average()
+        self._meet()
         pipeline = self._pipeline(call)
         try:
             found = pipeline.synthesize(call)
@@ -291,6 +305,9 @@ class GradientBuckets:
         optimizers, call it for each. fp16 gradients are refused by torch: accumulate them in fp32. What the
         scaler looks at are the accumulators: an fp16 update that overflows only when it is stored (a gradient
         beyond 65504 after unscaling) is not noticed.
+
+        Both losses have to be scaled by one GradScaler, with one scale: other scales for the two sides are
+        other weights, which is not noticed. Gradients that are unscaled already are a ValueError.
         """
         self._extraction.check_ready(self._forget, self._retain)
         if self._engine is not None:
@@ -298,7 +315,9 @@ class GradientBuckets:
         while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
             optimizer = inner  # that accelerate wraps, and that scaler.step gets
         index = {id(p): i for i, p in enumerate(self._params)}
-        self._average()
+        given = (id(p) for group in optimizer.param_groups for p in group["params"])
+        self._extraction.check_scaled(index[key] for key in given if key in index)
+        self._meet()
         forget, retain = self.forget_grads, self.retain_grads
         found: list[int] = []
         gradients: list[Tensor | None] = []
@@ -330,9 +349,17 @@ class GradientBuckets:
         """Forgets both gradients and the update: `p.grad` is None, the accumulators are zero.
 
         Also the way out of a window whose backward failed. After `optimizer.zero_grad(set_to_none=True)`
-        in its place the accumulators are cleared by the next captures.
+        in its place the accumulators are cleared by the next captures. A window that was not synthesized is
+        dropped without a word: `forget_grads` and `retain_grads` may have been all that was wanted of it.
         """
         self._extraction.zero_()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "GradientBuckets should not be copied or pickled, because a copy would allocate two more "
+            "gradients: keep them beside the module, not inside of it, as an optimizer is kept, and make new "
+            "ones for a copy of the module."
+        )
 
     def __repr__(self) -> str:
         return (
@@ -340,14 +367,44 @@ class GradientBuckets:
             f"{self.nbytes / 2**20:.1f} MiB)"
         )
 
-    def _check_wrapped(self) -> None:
-        """Once, ahead of the first capture: living objects are looked through."""
-        if not self._looked and self._ranks is None:
+    def _check_around(self) -> None:
+        """Before a capture. Living objects are looked through before the first one only."""
+        if self._ranks is not None:
+            self._ranks.check_not_joined()
+        if self._looked:
+            return
+        if self._ranks is None:
             data_parallel.check_not_wrapped(self._params)
+        self._extraction.others = Others(self._params, self._sharded)
         self._looked = True
 
+    def _meet(self) -> None:
+        """Once a window, what the ranks have to do together before the synthesis."""
+        if self._shards is not None and self._engine is None:
+            self._check_agreed(self._shards)
+        self._average()
+
+    def _check_agreed(self, spread: Shards) -> None:
+        """Raises on every rank where a backward reached a parameter on some ranks only."""
+        device = self._retain.views[0].device
+        if self._extraction.agreed or is_capturing(self._backends):
+            return
+        spread.over.check_same(spread.layout, device)
+        sides = self._forget, self._retain
+        same = spread.over.agree([t for side in sides for t in side.touched], device)
+        if not all(same):
+            side, i = divmod(same.index(False), len(self._params))
+            name, found = sides[side].name, self._extraction.names[i]
+            self._extraction.spoil(f"{name} backwards reached `{found}` on some ranks only")
+            raise ValueError(
+                f"Parameter `{found}` should be reached by {name} backwards on every rank or on none, as "
+                "the ranks reduce their gradients together. Found that some ranks only reached it, so that "
+                "gradients may be mixed: on the other ranks, add 0 times what it computes to the loss."
+            )
+        self._extraction.agreed = True
+
     def _average(self) -> None:
-        """Over the ranks of DistributedDataParallel, once a window."""
+        """Over the ranks of DistributedDataParallel."""
         if self._ranks is None or self._extraction.reduced:
             return
         sides = self._forget, self._retain

@@ -36,6 +36,16 @@ class DataParallel:
         for ddp in self._modules:
             ddp.require_backward_grad_sync = False
 
+    def check_not_joined(self) -> None:
+        """Raises where `ddp.join()` is in force, which it is from its call on."""
+        for ddp in self._modules:
+            if ddp._join_config.enable:
+                raise ValueError(
+                    "DistributedDataParallel should be without join(), which counts on the reduction that is "
+                    "switched off. Found join() in force: give every rank the same number of batches, and "
+                    "call `join(enable=False)` to end it."
+                )
+
     def check_reached(self, sides: Sequence[Side], names: Sequence[str], trained: Sequence[bool]) -> None:
         """Raises where a parameter has no gradient, if no backward may leave one out."""
         reached = zip(*(side.touched for side in sides), strict=True)

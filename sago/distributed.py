@@ -82,6 +82,16 @@ class SumOver:
             _check_same(group, layout, device)
         self._checked = layout
 
+    def agree(self, flags: Sequence[bool], device: torch.device) -> list[bool]:
+        """For each flag, whether it is the same on all ranks. The host waits for the answer."""
+        same = torch.ones(len(flags), dtype=torch.bool)
+        for group in self._groups:
+            found = torch.tensor([flags, [not flag for flag in flags]], dtype=torch.uint8)
+            found = found.to(_reachable(device, group))
+            all_reduce(found, group, dist.ReduceOp.MAX)()
+            same &= found.sum(0).cpu() == 1
+        return same.tolist()
+
     def __repr__(self) -> str:
         sizes = ", ".join(f"{dist.get_world_size(group)} ranks" for group in self._groups)
         return f"SumOver({sizes})"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -9,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from sago import fsdp
 from sago.flat import Flat, clear
 from sago.guards import Guards
+from sago.others import Others
 from sago.shards import is_dtensor, local_as, wrap
 
 Arrived = Callable[[int, torch.device], None]
@@ -101,6 +105,8 @@ class Extraction:
         self.names, self.params = names, params
         self.forget, self.retain = forget, retain
         self.unscaled: set[int] = set()  # positions of parameters
+        self.others = Others()
+        self.agreed = False  # with the other ranks on what was reached
         self._open: list[Capture] = []
         self.reduced = False  # over the ranks, which ends the captures of a window
         self._failure: str | None = None  # why the gradients of the window are not whole
@@ -111,6 +117,8 @@ class Extraction:
         self._described = [_describe(p) for p in params]
         self._guards = Guards(params)
         self._members = None if module is None else [id(p) for p in module.parameters()]
+        self._step_watch: Callable[[], object] | None = None  # removes the hook on optimizers
+        self._warned = False
         self._wider = [p.dtype != view.dtype for p, view in zip(params, retain.views, strict=True)]
 
     @contextmanager
@@ -156,6 +164,16 @@ class Extraction:
         """Allows nothing but `zero_`, because the gradients of the window are not whole."""
         self._failure = reason
 
+    def check_scaled(self, found: Iterable[int]) -> None:
+        """Raises where gradients of the parameters at these positions were unscaled before."""
+        for i in found:
+            if i in self.unscaled:
+                raise ValueError(
+                    "Gradients should be unscaled once a window, both sides by one GradScaler, because the "
+                    f"division applies to forget and retain alike. Found that those of `{self.names[i]}` are "
+                    "unscaled already."
+                )
+
     def note_unscaled(self, found: Iterable[int]) -> None:
         """From here on the window takes no more captures."""
         self.unscaled.update(found)
@@ -177,8 +195,11 @@ class Extraction:
         self.forget.discard()
         self.retain.discard()
         self._failure = None
-        self.reduced = False
+        self.reduced = self.agreed = False
         self.unscaled = set()
+        if self._step_watch is not None:
+            self._step_watch()
+            self._step_watch = None
 
     def _enter(self, side: Side, arrived: Arrived | None) -> Capture:
         if not self._open:
@@ -191,7 +212,10 @@ class Extraction:
             side.clear()
         capture = Capture(side, alone=arrived is not None)
         self._open.append(capture)
+        self.agreed = False
         try:
+            if len(self._open) == 1:
+                self.others.put_aside()
             self._install(capture)
             self._watch(capture, arrived)
         except BaseException as error:
@@ -207,6 +231,7 @@ class Extraction:
                 )
             return
         closed = self._open[self._open.index(capture) :]
+        foreign = None
         try:
             self._collect(closed[-1])
         except BaseException as other:
@@ -221,6 +246,7 @@ class Extraction:
                 self._install(self._open[-1])
             else:
                 self._uninstall()
+                foreign = self.others.put_back()
             if error is not None and capture.reached:
                 self.spoil(f"a {capture.side.name} capture ended in {error!r}")
         if len(closed) > 1:
@@ -233,6 +259,14 @@ class Extraction:
             except ValueError as held_back:
                 self.spoil(str(held_back))
                 raise
+        if error is None and foreign is not None:
+            name = capture.side.name
+            self.spoil(f"a {name} capture reached `{foreign}`, which the buckets do not have")
+            raise ValueError(
+                f"Parameter `{foreign}` should be given to the buckets, or be frozen with "
+                "requires_grad_(False), because its own gradient would be the sum of both sides, which zero_ "
+                f"does not clear. Found that a backward within {name}() reaches it."
+            )
         if error is None and not capture.reached and not capture.nested:
             raise ValueError(
                 f"A {capture.side.name} capture should have a backward in it that reaches a parameter. "
@@ -244,6 +278,32 @@ class Extraction:
             side.probed = [a or b for a, b in zip(side.probed, side.touched, strict=True)]
             if self._open:
                 self._open[-1].nested = True
+            if capture.reached and self._step_watch is None and not self._warned:
+                self._watch_steps()
+
+    def _watch_steps(self) -> None:
+        """Until the window ends, an optimizer that steps finds no gradient, and nobody would say so."""
+        ref = weakref.ref(self)
+
+        def warn(optimizer: torch.optim.Optimizer, *_: object) -> None:
+            extraction = ref()
+            if extraction is not None:
+                extraction._warn_of_step(optimizer)
+
+        # The hook is global, so it goes when the buckets die in the middle of a window.
+        self._step_watch = weakref.finalize(self, register_optimizer_step_pre_hook(warn).remove)
+
+    def _warn_of_step(self, optimizer: torch.optim.Optimizer) -> None:
+        captured = {id(p) for p in self.params}
+        if self._warned or not any(id(p) in captured for g in optimizer.param_groups for p in g["params"]):
+            return
+        self._warned = True
+        warnings.warn(
+            "optimizer.step() should come after synthesize_. Found one between a capture and synthesize_: "
+            "`p.grad` of the captured parameters is None there, so that the step does not change them.",
+            RuntimeWarning,
+            stacklevel=4,  # the hook, torch's wrapper of step, and who calls it
+        )
 
     def _install(self, capture: Capture) -> None:
         side = capture.side

@@ -21,6 +21,16 @@ def check_synced(modules: Sequence[torch.nn.Module]) -> None:
             )
 
 
+def sharded_parameters(modules: Sequence[torch.nn.Module]) -> dict[int, Any]:
+    """The parameters by the `id` of those that stand in their place between forward and backward."""
+    return {
+        id(p._unsharded_param): p.sharded_param
+        for group in _groups(modules)
+        for p in group.fsdp_params
+        if hasattr(p, "_unsharded_param")
+    }
+
+
 def discard(modules: Sequence[torch.nn.Module]) -> None:
     """Drops gradients that were not reduced."""
     for group in _groups(modules):

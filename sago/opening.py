@@ -25,6 +25,7 @@ class Opened(NamedTuple):
     Attributes:
         ranks: Those whose gradients have to be averaged; None where they are not, or an engine does.
         shards: What this rank holds of the gradients; None for all.
+        sharded: The modules of FSDP2 that the parameters are in.
         dtypes: Of the updates.
         padded: Whether the buffers have elements that are no parameter's.
     """
@@ -32,6 +33,7 @@ class Opened(NamedTuple):
     extraction: Extraction
     ranks: DataParallel | None
     shards: Shards | None
+    sharded: Sequence[torch.nn.Module]
     dtypes: Sequence[torch.dtype]
     padded: bool
 
@@ -61,7 +63,7 @@ def open_extraction(
                 f"`data_types.grad_accum_dtype` in its configuration. Found {accumulate_dtype}."
             )
         zero3 = Zero3(held, chosen.names, params, rows)
-        return Opened(zero3, None, zero3.shards, [v.dtype for v in zero3.retain.views], zero3.padded)
+        return Opened(zero3, None, zero3.shards, [], [v.dtype for v in zero3.retain.views], zero3.padded)
 
     if held is None:
         engine.refuse(source, params)
@@ -95,4 +97,4 @@ def open_extraction(
         Side("retain", flatten(local, wide, capacity), params),
     )
     extraction = Extraction(*parts) if held is None else Zero0(held, *parts)
-    return Opened(extraction, averaged, spread, narrow, padded=False)
+    return Opened(extraction, averaged, spread, sharded, narrow, padded=False)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sago import shards
-from sago.arguments import DTYPES, check_groups
+from sago.arguments import DTYPES, check_groups, holds_data
 from sago.rules import resolve
 
 
@@ -93,3 +93,9 @@ def _check(name: str, p: Tensor) -> None:
         raise ValueError(f"Parameter `{name}` should hold data. Found a meta tensor.")
     if shards.is_dtensor(p):
         shards.check_reduced(f"Parameter `{name}`", p)
+        p = shards.local(p.detach())
+    if not holds_data(p):
+        raise TypeError(
+            f"Parameter `{name}` should be a plain tensor or a DTensor of one. Found {type(p).__name__}, "
+            "which wraps other tensors and holds no data of its own: freeze it with requires_grad_(False)."
+        )

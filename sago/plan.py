@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -32,6 +33,7 @@ class Plan:
 
     Calls are for one thread and one stream at a time. They do not count as a version of the outputs, so
     autograd does not notice that a tensor it saved was overwritten. `sago.synthesize_` takes care of both.
+    A plan cannot be copied or pickled.
 
     Raises:
         ValueError, TypeError: As `sago.synthesize_`, when the plan is made; also if it is made in the capture
@@ -67,6 +69,12 @@ class Plan:
             gamma=check_weight("gamma", gamma, devices), alpha=check_weight("alpha", alpha, devices)
         )
         return self._pipeline.synthesize(call)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "A sago.Plan should not be copied or pickled, because it works on the memory of the tensors that "
+            "it was made for: keep it outside of what is copied, and make a new plan for other tensors."
+        )
 
     def __repr__(self) -> str:
         count = sum(o is not None for o in self._pairs.out)

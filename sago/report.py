@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,8 @@ class SynthesisReport:
     field enqueues at most a few operations on `[groups]` values; only `summary`, `table` and `to_dict`
     wait for the device. The first read fixes the values. They are those of whole gradients for DTensors
     and where the synthesis was given `reduce_gram`; of other shards, of what this rank has.
+
+    A report can be copied and pickled. That is a first read, and the copy holds the values.
 
     Attributes:
         rule: The rule's name.
@@ -182,6 +185,11 @@ class SynthesisReport:
             )
             for line in lines
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: the values, without what they were to be computed from."""
+        values = {name: t.detach().clone() for name, t in self._read().items()}
+        return {**vars(self), "_numel": self.numel.clone(), "_columns": dict, "_values": values}
 
     def __repr__(self) -> str:
         absent = f", absent={self.absent}" if self.absent else ""

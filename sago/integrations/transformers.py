@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -355,6 +356,13 @@ def _weights(trainer: Any) -> tuple[_Weight, _Weight]:
                 "`compute_losses(model, inputs)`, which returns the forget and the retain loss."
             )
         found.append(_Weight(value))
+        descriptor = inspect.getattr_static(type(trainer), name, None)
+        if not hasattr(trainer, "compute_losses") and inspect.isdatadescriptor(descriptor):
+            raise ValueError(
+                f"`self.{name}` should be an attribute of the trainer itself, because it is replaced while "
+                f"`compute_loss` runs. Found a {type(descriptor).__name__} of its class: use "
+                "`compute_losses(model, inputs)`, which returns the forget and the retain loss."
+            )
     return found[0], found[1]
 
 

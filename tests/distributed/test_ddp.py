@@ -1,5 +1,6 @@
 """`GradientBuckets` of a DistributedDataParallel module: as on one process with the batches of all ranks."""
 
+import warnings
 from unittest import mock
 
 import pytest
@@ -318,6 +319,38 @@ def refused():
     with mock.patch("sago.opening.flatten", side_effect=MemoryError):
         error_of(sago.GradientBuckets, ddp)
     yield ddp.require_backward_grad_sync  # as it was
+
+
+def joined():
+    """Captures while uneven inputs are allowed for, and when they no longer are."""
+    ddp = replicated()
+    buckets, found = sago.GradientBuckets(ddp), []
+    with warnings.catch_warnings(), ddp.join():  # which changes the filters of warnings
+        found += [error_of(buckets.forget), error_of(buckets.retain)]
+    ddp.join(enable=False)
+    return [*found, error_of(train, ddp, Run("sago"), share(), buckets)]
+
+
+def test_uneven_inputs_are_refused(ranks2):
+    """One rank alone in the average ends gloo's process, and waits for ever with NCCL."""
+    for *found, after in ranks2(joined):
+        for error, text in found:
+            assert error is ValueError
+            assert "without join()" in text
+        assert after is None
+
+
+def state_of_join():
+    """The private name that tells whether `join` is in force."""
+    ddp, found = replicated(), []
+    for enable in (True, False):
+        ddp.join(enable=enable)
+        found.append(ddp._join_config.enable)
+    return found
+
+
+def test_torch_keeps_the_state_of_join_where_it_is_looked_for(ranks2):
+    assert ranks2(state_of_join) == [[True, False]] * 2
 
 
 def in_backward():

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
 )
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
 
 import sago
@@ -277,8 +278,57 @@ OPTIONS = (
 def test_one_all_reduce_of_a_small_table_a_synthesis_or_none(ranks_of, layout, world, replicas):
     rows = len(list(transformer().parameters()))
     for found in ranks_of(world)(counted, layout):
+        assert all(sizes.pop(0) == 4 * rows for sizes in found)  # which parameters each rank reached
         assert [len(sizes) for sizes in found] == [1, 1, 1, 1, 1, 1, 0, 0]
         assert all(size <= 9 * rows for sizes in found for size in sizes)
+
+
+class Halves(nn.Module):
+    """Two layers of one shape, whose gradients FSDP2 would take for each other's."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(2)
+            self.first, self.second = (nn.Linear(4, 4, dtype=torch.float64) for _ in range(2))
+
+
+def reached_on_some_ranks(layout):
+    """A window in which one rank goes through another layer than the others, and one after it."""
+    model, x = Halves(), torch.ones(2, 4, dtype=torch.float64)
+    if layout == "tp":
+        parallelize_module(
+            model, mesh_of(tensor=2), {"first": ColwiseParallel(), "second": ColwiseParallel()}
+        )
+    else:
+        fully_shard(model, mesh=mesh_of(shard=2) if layout == "fsdp" else mesh_of(replicate=2, shard=2))
+    buckets, found = sago.GradientBuckets(model), []
+    optimizer, scaler = torch.optim.SGD(model.parameters()), torch.amp.GradScaler("cpu", enabled=False)
+    model.forward = lambda x, layer: getattr(model, layer)(x)
+    for layer in ("second" if dist.get_rank() == 1 else "first", "second"):
+        with buckets.forget():
+            model(x, "first").sum().backward()
+        with buckets.retain():
+            model(x, layer).sum().backward()
+        held = [local(g) for g in (*buckets.forget_grads, *buckets.retain_grads) if g is not None]
+        found.append(error_of(buckets.unscale_, scaler, optimizer))
+        found.append(error_of(buckets.synthesize_, "sago"))
+        if layer == "second" and found[-1] is None:
+            found.append([name for name, p in model.named_parameters() if p.grad is None])
+        else:
+            now = [local(g) for g in (*buckets.forget_grads, *buckets.retain_grads) if g is not None]
+            assert_equal_bits(now, held)
+        buckets.zero_()
+    return found
+
+
+@pytest.mark.parametrize(("layout", "world"), [("fsdp", 2), ("hsdp", 4), ("tp", 2)])
+def test_a_parameter_that_is_reached_on_some_ranks_only_is_an_error_on_all(ranks_of, layout, world):
+    for mixed, lost, *after in ranks_of(world)(reached_on_some_ranks, layout):
+        assert mixed[0] is lost[0] is ValueError
+        assert "`first.weight` should be reached by retain backwards on every rank or on none" in mixed[1]
+        assert "Found that retain backwards reached `first.weight` on some ranks only" in lost[1]
+        assert after == [None, None, []]
 
 
 def with_inf(layout, world):

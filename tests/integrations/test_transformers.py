@@ -1,5 +1,6 @@
 """Trainers with nothing but the mixin added, against the reference on the same micro-batches by hand."""
 
+import copy
 import gc
 import subprocess
 import sys
@@ -720,6 +721,48 @@ def test_fp16_with_a_gradient_scaler(rule, tmp_path, monkeypatch):
         torch.testing.assert_close(
             steps_of(trainer)[-1][name], reports[-1][name], rtol=10 * DRIFT, atol=DRIFT
         )
+
+
+class OfArguments(GradDiff):
+    """A trainer that reads a weight from elsewhere, and cannot set it."""
+
+    gamma = property(lambda self: GAMMA)
+
+    def __init__(self, gamma, alpha, **options):
+        transformers.Trainer.__init__(self, **options)
+        self.alpha, self.ref_model = alpha, None
+
+
+def test_a_weight_that_is_a_property_needs_compute_losses(tmp_path):
+    trainer = make(with_mixin(OfArguments), tmp_path, data=Pairs(4))
+    with pytest.raises(ValueError, match=r"`self\.gamma` should be an attribute.*property.*compute_losses"):
+        trainer.train()
+    assert_unmoved(trainer)
+
+    class WithLosses(with_mixin(OfArguments)):
+        def compute_losses(self, model, inputs):
+            return graddiff_losses(model, None, inputs)
+
+    trainer = make(WithLosses, tmp_path, data=Pairs(4))
+    trainer.train()
+    expected = llama()
+    by_hand(expected, graddiff_losses, windows(trainer.data_collator.batches, 1))
+    assert_trained_alike(trainer.model, expected)
+
+
+def test_a_trainer_is_copied_between_trainings_and_refuses_it_within(tmp_path):
+    trainer, refused = make(with_mixin(GradDiff), tmp_path, data=Pairs(2)), []
+
+    def look():
+        with pytest.raises(TypeError, match="GradientBuckets should not be copied"):
+            copy.deepcopy(trainer)
+        refused.append(True)
+
+    copy.deepcopy(trainer).train()
+    trainer.add_callback(Looking(look))
+    trainer.train()
+    assert refused
+    assert copy.deepcopy(trainer)._window is None
 
 
 def test_importing_it_imports_no_framework():

@@ -193,6 +193,24 @@ def test_unscale_belongs_between_the_captures_and_the_synthesis():
         end()
 
 
+def test_gradients_that_are_unscaled_already_are_refused():
+    """A scaler for each loss, or one optimizer twice: the second division would be of both sides."""
+    f, r = ([t.float()] for t in inputs.pair(6))
+    (p,), buckets = fresh(ANY, f, r)
+    optimizer, scalers = torch.optim.SGD([p], lr=1.0), [scaler_on(ANY), scaler_on(ANY)]
+    for capture, (g,), scaler in zip((buckets.forget, buckets.retain), (f, r), scalers, strict=True):
+        with capture():
+            scaled(scaler, p, g)
+    buckets.unscale_(scalers[0], optimizer)
+    before = [g.clone() for g in (*buckets.forget_grads, *buckets.retain_grads)]
+    for scaler in scalers:
+        with pytest.raises(ValueError, match=r"once a window.*`params\[0\]` are unscaled already"):
+            buckets.unscale_(scaler, optimizer)
+    properties.assert_equal_bits([*buckets.forget_grads, *buckets.retain_grads], before)
+    buckets.synthesize_("sago")
+    properties.assert_equal_bits(grads([p]), bucketed(ANY, f, r, "sago")[0])
+
+
 class Wrapper(torch.optim.Optimizer):
     """As accelerate wraps an optimizer, whose own is what the scaler steps."""
 

@@ -1,6 +1,8 @@
 """Plans: checked once, run as often as the gradients are renewed."""
 
 import gc
+import pickle
+from copy import deepcopy
 
 import pytest
 import torch
@@ -228,3 +230,10 @@ def test_the_host_never_waits(rule):
     with no_sync():
         for weight in (1.0, gamma, 0.0):
             plan.synthesize_(weight)
+
+
+@pytest.mark.parametrize("copied", [deepcopy, pickle.dumps])
+def test_a_plan_is_not_copied(copied):
+    plan = sago.Plan(torch.ones(3), torch.ones(3))
+    with pytest.raises(TypeError, match=r"sago\.Plan should not be copied or pickled.*make a new plan"):
+        copied(plan)

@@ -3,8 +3,11 @@
 Sums to 1e-6 of the magnitudes that are added up, cosines and norms as they follow from the sums.
 """
 
+import copy
+import io
 import itertools
 import math
+import pickle
 
 import pytest
 import torch
@@ -209,3 +212,44 @@ def test_numel(backend):
         _, report = backend([tensor(1.0, 2.0), tensor(1.0)], [tensor(1.0, 2.0), None], rule, stats=stats)
         assert report.numel.tolist() == [2, 1]
         assert report.numel.dtype == torch.int64
+
+
+def saved(report):
+    file = io.BytesIO()
+    torch.save(report, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = [copy.copy, copy.deepcopy, lambda report: pickle.loads(pickle.dumps(report)), saved]
+
+
+@pytest.mark.parametrize("stats", [True, False])
+@pytest.mark.parametrize("copied", COPIES, ids=["copy", "deepcopy", "pickle", "torch.save"])
+def test_a_copy_has_the_same_numbers(copied, stats):
+    forget, retain = inputs.IN_RANGE["scale_1"](FP32, FP32)
+    report = sago.synthesize(forget, retain, "pcgrad", stats=stats)[1]
+    found = copied(report)
+    assert type(found) is type(report)
+    assert (found.rule, found.groups, found.absent) == (report.rule, report.groups, report.absent)
+    properties.assert_equal_bits([found.numel], [report.numel])
+    for name in (*FIELDS, "total_norm"):
+        properties.assert_equal_bits([getattr(found, name)], [getattr(report, name)])
+    assert found.table() == report.table()
+
+
+@pytest.mark.parametrize("copied", COPIES, ids=["copy", "deepcopy", "pickle", "torch.save"])
+def test_a_copy_waits_for_sums_and_shares_no_memory(copied):
+    """The sums of shards may be on their way, and a plan writes its next sums in the same table."""
+    table, waited = tensor(1.0, 2.0), []
+
+    def columns():
+        waited.append(table.fill_(5.0))
+        return {"ff": table, "rr": table}
+
+    found = copied(sago.SynthesisReport("sago", ("a", "b"), [3, 4], columns))
+    assert len(waited) == 1
+    table.fill_(7.0)
+    assert found.to_dict()["norm_forget"] == [5.0**0.5] * 2
+    assert found.numel.tolist() == [3, 4]
+    assert len(waited) == 1

@@ -1,14 +1,21 @@
 """`GradientBuckets` where something around it is unusual: ranks, names, interruptions, default devices."""
 
+import copy
+import gc
+import io
+import pickle
+import weakref
+from contextlib import suppress
 from unittest import mock
 
 import pytest
 import torch
+from torch.optim import optimizer as optimizers
 
 import sago
 from sago import compiled
 from tests.properties import assert_equal_bits
-from tests.windows import ANY, BF16, FP32, backward, fresh, window
+from tests.windows import ANY, BF16, FP32, backward, fresh, losses, model_of, window
 
 
 def leaves(*sizes, dtype=FP32):
@@ -133,3 +140,179 @@ def test_a_default_device_that_is_not_that_of_the_gradients(rule):
     finally:
         torch.set_default_device(None)
     assert all(p.grad.isfinite().all() for p in params)
+
+
+def body_and_head():
+    return torch.nn.ModuleDict({"body": torch.nn.Linear(3, 4), "head": torch.nn.Linear(4, 2)})
+
+
+def loss_of(model):
+    return model["head"](model["body"](torch.ones(2, 3))).sum()
+
+
+@pytest.mark.parametrize("given", ["list", "submodule"])
+@pytest.mark.parametrize("before", [None, 2.0])
+def test_a_trained_parameter_that_was_not_given_is_an_error_where_a_backward_reaches_it(given, before):
+    """Its gradient would be the sum of both sides, in every window more of it."""
+    model = body_and_head()
+    params, others = list(model["head"].parameters()), list(model["body"].parameters())
+    buckets = sago.GradientBuckets(model["head"] if given == "submodule" else params)
+    own = [None if before is None else torch.full_like(p, before) for p in others]
+    for p, g in zip(others, own, strict=True):
+        p.grad = g
+
+    def run(side):
+        with getattr(buckets, side)():
+            loss_of(model).backward()
+
+    def assert_kept():
+        assert all(p.grad is g for p, g in zip(others, own, strict=True))
+        assert all(g is None or (g == before).all() for g in own)
+
+    for side in ("forget", "retain"):
+        with buckets.forget():
+            sum(p.sum() for p in params).backward()  # does not reach the others
+        with pytest.raises(ValueError, match=rf"`body\.(weight|bias)` should be given.*{side}\(\) reaches"):
+            run(side)
+        assert_kept()
+        with pytest.raises(ValueError, match=r"should be whole.*`body\.(weight|bias)`.*do not have"):
+            buckets.synthesize_()
+        buckets.zero_()
+    model["body"].requires_grad_(False)
+    buckets = sago.GradientBuckets(params)
+    run("forget")
+    run("retain")
+    buckets.synthesize_("sum")
+    assert_kept()
+    assert (params[1].grad == 4.0).all()
+    buckets.zero_()
+    model["body"].requires_grad_()  # later, and reached in a capture within another
+    with pytest.raises(ValueError, match="should be given"), buckets.forget():
+        run("retain")
+    assert_kept()
+
+
+def test_a_gradient_of_a_parameter_that_was_not_given_goes_with_a_capture_that_fails():
+    model = body_and_head()
+    buckets = sago.GradientBuckets(model["head"].parameters())
+    with suppress(ZeroDivisionError), buckets.forget():
+        loss_of(model).backward()
+        raise ZeroDivisionError
+    assert model["body"].weight.grad is None
+
+
+def test_modules_whose_init_has_not_run_are_passed_over():
+    model, raw = body_and_head().requires_grad_(False), torch.nn.Linear.__new__(torch.nn.Linear)
+    buckets = sago.GradientBuckets(list(model["head"].requires_grad_().parameters()))
+    with buckets.forget():
+        loss_of(model).backward()
+    assert isinstance(raw, torch.nn.Module)
+
+
+class Wrapper(torch.Tensor):
+    """A tensor around another one, as those of quantised weights are."""
+
+    def __new__(cls, inner):
+        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        found = func(*(a.inner if isinstance(a, cls) else a for a in args), **(kwargs or {}))
+        return cls(found) if func is torch.ops.aten.detach.default else found
+
+
+def test_parameters_that_wrap_other_tensors_are_refused():
+    p = torch.nn.Parameter(Wrapper(torch.ones(3)))
+    assert type(p) is Wrapper
+    with pytest.raises(TypeError, match=r"`w` should be a plain tensor or a DTensor of one\. Found Wrapper"):
+        sago.GradientBuckets([("w", p), ("v", torch.nn.Parameter(torch.ones(3)))])
+    sago.GradientBuckets(leaves(0, 3))
+
+
+def saved(thing):
+    file = io.BytesIO()
+    torch.save(thing, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps, saved])
+def test_buckets_are_not_copied(copied):
+    """By EMA and SWA, for example, which copy a module with all that is in it."""
+    model = model_of(FP32, "cpu")
+    model.buckets = sago.GradientBuckets(model)
+    for thing in (model.buckets,) if copied is copy.copy else (model.buckets, model):
+        with pytest.raises(TypeError, match=r"beside the module, not inside of it"):
+            copied(thing)
+
+
+@pytest.mark.parametrize("accumulate_dtype", [None, torch.float64])
+@pytest.mark.parametrize("copied", [copy.deepcopy, saved])
+def test_a_model_can_be_copied_at_any_time(copied, accumulate_dtype):
+    def run(model, look=lambda: None):
+        buckets = sago.GradientBuckets(model, accumulate_dtype=accumulate_dtype)
+        look()
+        for capture, loss in zip((buckets.forget, buckets.retain), losses(model), strict=True):
+            with capture():
+                loss.backward()
+                look()
+            look()
+        buckets.synthesize_()
+        look()
+        return [p.grad for p in model.parameters()]
+
+    model, copies = model_of(FP32, "cpu"), []
+    update = [g.clone() for g in run(model, lambda: copies.append(copied(model)))]
+    assert len(copies) == 6
+    for other in copies:
+        for p in other.parameters():
+            assert p.grad is None
+            assert not p._backward_hooks
+            assert not p._post_accumulate_grad_hooks
+        assert all(torch.equal(g, u) for g, u in zip(run(other), update, strict=True))
+    assert all(torch.equal(p.grad, u) for p, u in zip(model.parameters(), update, strict=True))
+
+
+def test_a_step_ahead_of_the_synthesis_is_warned_of_once():
+    params = leaves(3, 4)
+    buckets, gradients = sago.GradientBuckets(params), [torch.ones(3), torch.ones(4)]
+    step = torch.optim.SGD(params[1:], lr=1.0).step
+    step()  # no window, and any warning is an error here
+    window(buckets, params, gradients, gradients)
+    torch.optim.SGD(leaves(2), lr=1.0).step()  # of other parameters
+    buckets.synthesize_("sum")
+    step()
+    buckets.zero_()
+    with buckets.forget():
+        backward(params, gradients)
+    buckets.zero_()  # drops the window on purpose
+    step()
+    with buckets.forget():
+        backward(params, gradients)
+    with pytest.warns(RuntimeWarning, match="should come after synthesize_") as seen:
+        step()
+    assert seen[0].filename == __file__
+    step()
+    buckets.zero_()
+    window(buckets, params, gradients, gradients)
+    step()
+
+
+def test_the_hook_on_optimizers_is_there_in_windows_only_and_keeps_nothing_alive():
+    hooks = optimizers._global_optimizer_pre_hooks
+    before, params, gradients = len(hooks), leaves(3), [torch.ones(3)]
+    buckets = sago.GradientBuckets(params)
+    for end in (lambda b: b.synthesize_(), lambda b: b.zero_()):
+        window(buckets, params, gradients, gradients)
+        assert len(hooks) == before + 1
+        end(buckets)
+        assert len(hooks) == before
+        buckets.zero_()
+    window(buckets, params, gradients, gradients)
+    ref = weakref.ref(buckets)
+    del buckets
+    gc.collect()
+    assert ref() is None
+    assert len(hooks) == before

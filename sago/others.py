@@ -1,0 +1,67 @@
+"""Parameters that are trained beside the captured ones, and their gradients within captures."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sago import fsdp
+
+
+class Others:
+    """The parameters that were not given, of the living modules that hold any of the given ones.
+
+    Within captures the gradients of those that require grad are put aside, so that a gradient that a backward
+    gives them is noticed and dropped. Without arguments there are no such parameters.
+
+    Args:
+        params: The captured parameters.
+        sharded: The modules of FSDP2 that the parameters are in.
+    """
+
+    def __init__(self, params: Sequence[Tensor] = (), sharded: Sequence[torch.nn.Module] = ()) -> None:
+        registered = any(isinstance(p, torch.nn.Parameter) for p in params)
+        self._named = _beside(params, sharded) if registered else []
+        self._aside: list[tuple[str, Any, Tensor | None]] = []
+
+    def put_aside(self) -> None:
+        """A capture has begun."""
+        for name, ref in self._named:
+            p = ref()
+            if p is not None and p.requires_grad:
+                self._aside.append((name, p, p.grad))
+                p.grad = None
+
+    def put_back(self) -> str | None:
+        """The capture has ended. Returns the name of the first parameter that was given a gradient in it."""
+        reached = None
+        for name, p, grad in self._aside:
+            if p.grad is not None and reached is None:
+                reached = name
+            p.grad = grad
+        self._aside = []
+        return reached
+
+
+def _beside(params: Sequence[Tensor], sharded: Sequence[torch.nn.Module]) -> list[tuple[str, Any]]:
+    """Names and weak references."""
+    given = {id(p) for p in params}
+    shards = fsdp.sharded_parameters(sharded)
+    found: dict[int, tuple[str, Any]] = {}
+    # A parameter does not know its modules, so the living ones are looked through.
+    for module in [o for o in gc.get_objects() if issubclass(type(o), torch.nn.Module)]:
+        try:
+            listed = [(name, shards.get(id(p), p)) for name, p in module.named_parameters()]
+        except AttributeError:  # the module's own __init__ has not run
+            continue
+        if any(id(p) in given for _, p in listed):
+            for name, p in listed:
+                known, _ = found.get(id(p), ("", None))
+                if id(p) not in given and len(name) > len(known):  # the name in the outermost module
+                    found[id(p)] = name, weakref.ref(p)
+    return list(found.values())
