@@ -331,6 +331,28 @@ def test_a_parameter_that_is_reached_on_some_ranks_only_is_an_error_on_all(ranks
         assert after == [None, None, []]
 
 
+def part_of_a_sharded_model():
+    """The first capture comes after the forward, when FSDP2 has whole parameters in its modules."""
+    model = Halves()
+    model.forward = lambda x: model.second(model.first(x))
+    fully_shard(model, mesh=mesh_of(shard=2))
+    buckets = sago.GradientBuckets(list(model.first.parameters()))
+    loss = model(torch.ones(2, 4, dtype=torch.float64)).sum()
+
+    def capture():
+        with buckets.forget():
+            loss.backward()
+
+    return error_of(capture), [name for name, p in model.named_parameters() if p.grad is not None]
+
+
+def test_a_sharded_parameter_that_was_not_given_is_an_error(ranks2):
+    for (error, text), left in ranks2(part_of_a_sharded_model):
+        assert error is ValueError
+        assert "`second.weight` should be given to the buckets" in text
+        assert left == []
+
+
 def with_inf(layout, world):
     """An inf in the part of one gradient that one rank alone holds."""
     found = []
