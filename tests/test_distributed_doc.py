@@ -25,7 +25,7 @@ LOOP = "Engines"
 def examples():
     """Code by the heading above it."""
     found = {}
-    for section in re.split(r"^#+ ", PAGE.read_text(), flags=re.MULTILINE)[1:]:
+    for section in re.split(r"^#+ ", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
         code = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
         if code:
             (found[section.splitlines()[0]],) = code

@@ -48,7 +48,7 @@ def blocks_of(text, file):
     ]
 
 
-BLOCKS = {path: blocks_of(path.read_text(), str(path.relative_to(ROOT))) for path in FILES}
+BLOCKS = {path: blocks_of(path.read_text(encoding="utf-8"), str(path.relative_to(ROOT))) for path in FILES}
 WITH_CODE = [
     path
     for path in FILES
@@ -75,14 +75,14 @@ def test_a_block_is_not_run_for_a_reason(block):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_block_and_no_marker_is_missed(path):
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     assert len(BLOCKS[path]) == len(re.findall(r"^ *```(?:python|py)\b", text, re.MULTILINE))
     assert sum(block.reason is not None for block in BLOCKS[path]) == text.count("<!-- not run")
 
 
 @pytest.mark.parametrize("page", ELSEWHERE)
 def test_a_page_with_a_test_of_its_own(page):
-    test = (ROOT / ELSEWHERE[page]).read_text()
+    test = (ROOT / ELSEWHERE[page]).read_text(encoding="utf-8")
     assert page in test
     assert "exec(" in test
 

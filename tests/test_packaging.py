@@ -46,7 +46,7 @@ def test_the_distribution_is_named_sago_kernels_everywhere():
     assert metadata.version("sago-kernels") == sago.__version__
     texts = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "pyproject.toml", ROOT / "Makefile"]
     for file in texts:
-        for line in file.read_text().splitlines():
+        for line in file.read_text(encoding="utf-8").splitlines():
             for wrong in ("install sago ", "install 'sago", "sago[", 'name = "sago"'):
                 assert wrong not in f"{line} ".replace("sago-kernels", ""), f"{file.name}: {line}"
 
@@ -78,7 +78,7 @@ def test_python_m_sago_notices_that_another_sago_is_imported(tmp_path):
     distribution(tmp_path, "sago", "9.9")
     (tmp_path / "sago").mkdir()
     (tmp_path / "sago/__init__.py").write_text("")
-    (tmp_path / "sago/__main__.py").write_text(Path(sago.__main__.__file__).read_text())
+    (tmp_path / "sago/__main__.py").write_text(Path(sago.__main__.__file__).read_text(encoding="utf-8"))
     found = python(
         f"import runpy; sys_path_0 = {str(tmp_path)!r}; import sys; sys.path[0] = sys_path_0; "
         "runpy.run_module('sago', run_name='__main__')",

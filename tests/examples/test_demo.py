@@ -156,7 +156,7 @@ def test_the_readme_shows_the_committed_record():
     for entry in entries(record, LEVELS[0]):
         mean, deviation = entry.recovery["retain"]
         rows.setdefault(entry.objective, []).append(f"{100 * mean:.1f} ± {100 * deviation:.1f} %")
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for objective, cells in rows.items():
         assert f"| {objective} | {' | '.join(cells)} |\n" in readme
 
@@ -164,7 +164,7 @@ def test_the_readme_shows_the_committed_record():
 def test_the_docs_show_the_committed_record_of_a_smaller_weight():
     record = json.loads(RECORD.with_name("demo_gamma_0.3.json").read_text())
     assert record["setup"] == {**json.loads(RECORD.read_text())["setup"], "gamma": 0.3}
-    docs = (ROOT / "docs" / "experiment.md").read_text()
+    docs = (ROOT / "docs" / "experiment.md").read_text(encoding="utf-8")
     for text in (tell.recovery_told(record, LEVELS[0]), tell.rates_told(record, LEVELS[0])):
         assert f"```\n{text}\n```" in docs, f"docs/experiment.md should hold\n{text}"
 
@@ -172,7 +172,7 @@ def test_the_docs_show_the_committed_record_of_a_smaller_weight():
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_docs_show_the_committed_record(level):
     record = json.loads(RECORD.read_text())
-    docs = (ROOT / "docs" / "experiment.md").read_text()
+    docs = (ROOT / "docs" / "experiment.md").read_text(encoding="utf-8")
     for text in (
         tell.models_told(record["models"]),
         tell.cosines_told(record),

@@ -104,4 +104,4 @@ def test_the_loops_differ_in_a_few_lines():
 
 
 def test_the_readme_shows_the_difference():
-    assert block() in README.read_text(), f"README.md should hold this block:\n{block()}"
+    assert block() in README.read_text(encoding="utf-8"), f"README.md should hold this block:\n{block()}"

@@ -15,7 +15,7 @@ from tests.oracle import rounding_error
 # Raised inside of torch when torch.compile is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 
-DOCS = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+DOCS = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
 STEPS = 4
 
 
