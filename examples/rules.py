@@ -19,14 +19,18 @@ from sago.rules import ratio, where
 
 
 def opposed(product, square):
-    """`product / square` where that is negative, 0 where it is not; NaN where a sum overflowed."""
-    k = ratio(product, square)
-    return where(k > 0.0, 0.0, k)
+    """`product / square` where the product is negative, 0 where it is not."""
+    return where(product < 0.0, ratio(product, square), 0.0)
 
 
 def clipped(x):
-    """`x` between 0 and 1; NaN stays."""
+    """`x` between 0 and 1."""
     return where(x < 0.0, 0.0, where(x > 1.0, 1.0, x))
+
+
+def positive(x):
+    """`x`, or 0 where rounding made a square negative; NaN, of products that overflowed, stays."""
+    return where(x < 0.0, 0.0, x)
 
 
 def cosine(ff, fr, rr):
@@ -96,7 +100,7 @@ def mgda(ff, fr, rr, gamma, alpha):
     Desideri 2012; for two gradients Sener and Koltun 2018, arXiv 1810.04650, algorithm 1.
     """
     ff, fr, rr = gamma * gamma * ff, gamma * alpha * fr, alpha * alpha * rr
-    x = clipped(ratio(rr - fr, ff + rr - 2.0 * fr))
+    x = clipped(ratio(rr - fr, positive(ff + rr - 2.0 * fr)))
     return gamma * x, alpha * (1.0 - x)
 
 
@@ -146,8 +150,8 @@ def aligned_mtl(ff, fr, rr, gamma, alpha):
     matrices `sqrt(G) = (G + d)/t`, `d = sqrt(det G)`, `t = sqrt(trace G + 2d)`, so that nothing is inverted.
     """
     trace = ff + rr
-    d = torch.sqrt(torch.clamp(ff * rr - fr * fr, min=0.0))
-    largest = 0.5 * (trace + torch.sqrt(torch.clamp(trace * trace - 4.0 * d * d, min=0.0)))
+    d = torch.sqrt(positive(ff * rr - fr * fr))
+    largest = 0.5 * (trace + torch.sqrt(positive(trace * trace - 4.0 * d * d)))
     scale = ratio(1.0, torch.sqrt((trace + 2.0 * d) * largest))
     return scale * ((rr + d) * gamma - fr * alpha), scale * ((ff + d) * alpha - fr * gamma)
 
@@ -161,14 +165,14 @@ def cagrad(radius):
     def cagrad(ff, fr, rr, gamma, alpha):
         ff, fr, rr = gamma * gamma * ff, gamma * alpha * fr, alpha * alpha * rr
         # Minimise <g, mean> + k*|g| over g = x*f + (1-x)*r: stationary at x, or at an end of [0, 1].
-        spread, offset, slope = ff + rr - 2.0 * fr, fr - rr, 0.5 * (ff - rr)
-        k = 0.5 * radius * torch.sqrt(ff + rr + 2.0 * fr)
-        det = torch.clamp(ff * rr - fr * fr, min=0.0)
+        spread, offset, slope = positive(ff + rr - 2.0 * fr), fr - rr, 0.5 * (ff - rr)
+        k = 0.5 * radius * torch.sqrt(positive(ff + rr + 2.0 * fr))
+        det = positive(ff * rr - fr * fr)
         inside = k * k * spread - slope * slope
-        x = ratio(-slope * torch.sqrt(ratio(det, inside)) - offset, spread)
+        x = ratio(-slope * torch.sqrt(ratio(det, positive(inside))) - offset, spread)
         x = where(inside > 0.0, clipped(x), where(slope > 0.0, 0.0, 1.0))
-        length = torch.sqrt(x * x * ff + 2.0 * x * (1.0 - x) * fr + (1.0 - x) * (1.0 - x) * rr)
-        step = ratio(k, length)
+        square = x * x * ff + 2.0 * x * (1.0 - x) * fr + (1.0 - x) * (1.0 - x) * rr
+        step = ratio(k, torch.sqrt(positive(square)))
         return gamma * (0.5 + step * x), alpha * (0.5 + step * (1.0 - x))
 
     return cagrad

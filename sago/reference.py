@@ -14,6 +14,7 @@ elsewhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from math import isfinite, nan
 from typing import Any
 
 import torch
@@ -215,10 +216,17 @@ def _listed(tensors: Any) -> list[Any]:
 
 
 def _plain(rule: Any) -> Callable[..., Coefficients]:
-    """The coefficient function of a `sago.Rule` on floats, with both branches spelled out."""
+    """The coefficient function of a `sago.Rule` on floats, with both branches spelled out.
+
+    A coefficient is NaN if a sum that it reads is not finite.
+    """
 
     def coefficients(*numbers: float) -> Coefficients:
+        *sums, gamma, alpha = numbers
+        lost = {name for name, x in zip(("ff", "fr", "rr"), sums, strict=True) if not isfinite(x)}
         values = [float(x) for x in rule.coefficients(*torch.tensor(numbers, dtype=torch.float64))]
+        read = rule.reads[gamma == 0, alpha == 0]
+        values = [nan if lost & names else x for x, names in zip(values, read, strict=True)]
         return tuple(values) if rule.gated else (*values, *values)  # type: ignore[return-value]
 
     return coefficients

@@ -17,13 +17,15 @@ kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from sago.reads import CASES, SUMS, Names, Reads, reads
 
 Scope = Literal["element", "tensor", "global"]
 Term = Literal["zero", "nonzero", "any"]
@@ -35,10 +37,10 @@ def where(condition, x, y):
 
 
 def ratio(numerator, denominator):
-    """`numerator / denominator`; 0 where the denominator underflowed to 0, NaN where a sum overflowed."""
-    # x / inf would be a silent 0: the last term turns any overflow into NaN and is 0 otherwise.
+    """`numerator / denominator`; 0 where the denominator is 0, NaN where either is not finite."""
+    # x / inf would be a silent 0: `overflow` is NaN where either is not finite, and 0 elsewhere.
     overflow = 0.0 * numerator + 0.0 * denominator
-    return where(denominator > 0.0, numerator / denominator, 0.0) + overflow
+    return overflow + where(denominator == 0.0, 0.0, numerator / denominator)
 
 
 def scaled(weight, coefficient):
@@ -77,16 +79,23 @@ class Rule:
         coefficients: A pure function `(ff, fr, rr, gamma, alpha)` of five fp64 values (tensors of shape
             `[groups]`, or scalars inside the kernel) that returns `(a_c, b_c, a, b)` for a gated rule,
             `(a, b)` for an ungated one. A coefficient that is exactly 0 switches its gradient off: not
-            even a NaN or inf of it reaches the update.
+            even a NaN or inf of it reaches the update. The library makes a coefficient NaN where an inner
+            product that it depends on is not finite, also if the function only compares that product.
         scope: What the inner products run over: `"tensor"` (each tensor, or each of `groups`) or
-            `"global"` (all tensors). `"element"` says that the rule uses no inner products; `ff`, `fr`
-            and `rr` are then 0.
+            `"global"` (all tensors). `"element"` says that the rule uses no inner products; a function
+            that reads one is then refused.
         gated: Whether coordinates in conflict take a branch of their own.
         formula: One line for tables and documentation.
 
+    Attributes:
+        reads: The names of the inner products that each coefficient depends on, by
+            `(gamma == 0, alpha == 0)`: `scaled` leaves its coefficient out where its weight is 0. A function
+            for which this cannot be determined, for example because of `.item()`, counts as reading all.
+
     Example:
+        >>> from sago.rules import ratio, where
         >>> def a_gem(ff, fr, rr, gamma, alpha):  # arXiv 1812.00420
-        ...     return gamma, -gamma * sago.rules.where(fr < 0.0, sago.rules.ratio(fr, rr), 0.0)
+        ...     return gamma, -gamma * where(fr < 0.0, ratio(fr, rr), 0.0)
         >>> sago.synthesize_(forget, retain, rule=sago.Rule("a_gem", a_gem, scope="global"))
     """
 
@@ -95,6 +104,7 @@ class Rule:
     scope: Scope
     gated: bool = False
     formula: str = ""
+    reads: Reads = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not callable(self.coefficients):
@@ -124,6 +134,14 @@ class Rule:
             raise ValueError(
                 f"Parameter `coefficients` should return a tuple of {expected} numbers, because the rule is "
                 f"{'gated' if self.gated else 'not gated'}. Found {found!r}."
+            )
+        object.__setattr__(self, "reads", reads(self.coefficients))
+        read = sorted(frozenset().union(*(names for case in self.reads.values() for names in case)))
+        if self.scope == "element" and read:
+            raise ValueError(
+                "Parameter `scope` should be 'tensor' or 'global' for coefficients that depend on inner "
+                f"products. Found 'element' for the rule {self.name!r}, which reads "
+                f"{', '.join(f'`{name}`' for name in read)}."
             )
 
 
@@ -176,12 +194,34 @@ def evaluate(
     zero = torch.zeros(1, dtype=torch.float64, device=device)
     ff, fr, rr = (zero, zero, zero) if gram is None else gram.unbind(1)[:3]
     weights = [_as_double(w, device).view(()) for w in (gamma, alpha)]
-    values = rule.coefficients(ff + eps, fr, rr + eps, *weights)
+    sums = dict(zip(SUMS, (ff + eps, fr, rr + eps), strict=True))
+    values = rule.coefficients(*sums.values(), *weights)
     # A literal, and a weight that is a float and passed through as it is, are known on the host.
     known = (gamma if v is weights[0] else alpha if v is weights[1] else v for v in values)
-    terms = tuple(_term(v) for v in known)
-    columns = [torch.broadcast_to(_as_double(v, device), ff.shape) for v in values]
-    return Coefficients(torch.stack(columns, dim=1), terms)  # type: ignore[arg-type]
+    terms: list[Term] = [_term(v) for v in known]
+    columns = [_as_double(v, device) for v in values]
+    for i, by_case in enumerate(zip(*(rule.reads[case] for case in CASES), strict=True)):
+        if any(by_case):
+            columns[i] = columns[i] - _overflow(by_case, sums, gamma, alpha)  # keeps a -0
+            terms[i] = "any"
+    columns = [torch.broadcast_to(column, ff.shape) for column in columns]
+    return Coefficients(torch.stack(columns, dim=1), tuple(terms))
+
+
+def _overflow(
+    by_case: Sequence[Names], sums: dict[str, Tensor], gamma: float | Tensor, alpha: float | Tensor
+) -> Any:
+    """0, or NaN where a sum that a coefficient reads is not finite."""
+    # x - x is 0 for a finite x and NaN for NaN and inf.
+    found = {names: sum(sums[name] - sums[name] for name in SUMS if name in names) for names in set(by_case)}
+    a, b, c, d = (found[names] for names in by_case)
+    return _by_weight(gamma, _by_weight(alpha, a, b), _by_weight(alpha, c, d))
+
+
+def _by_weight(weight: float | Tensor, nonzero: Any, zero: Any) -> Any:
+    if isinstance(weight, Tensor):
+        return nonzero if nonzero is zero else torch.where(weight == 0.0, zero, nonzero)
+    return zero if weight == 0.0 else nonzero
 
 
 def _term(value: float | Tensor) -> Term:

@@ -15,7 +15,7 @@ import torch
 import sago
 from sago import buckets, compiled, pipeline, reference, seen, synthesis
 from sago.cache import Cache
-from sago.rules import Rule
+from sago.rules import Rule, where
 from tests import inputs, oracle, properties, repeats
 from tests.backends import INTERPRETED, Backend
 from tests.kernels.traffic import assert_floor, counted
@@ -26,8 +26,8 @@ if not INTERPRETED:
 kernels = pytest.importorskip("sago.kernels", reason="needs Triton")
 
 # The names of the package are taken by its functions.
-stream, combine, gram, batch = (
-    sys.modules[f"sago.kernels.{name}"] for name in ("stream", "combine", "gram", "batch")
+stream, combine, gram, batch, formula = (
+    sys.modules[f"sago.kernels.{name}"] for name in ("stream", "combine", "gram", "batch", "formula")
 )
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 WEIGHTS = {"gamma": 0.75, "alpha": 1.5}
@@ -153,6 +153,17 @@ def switched_off(run):
     forget, retain = ([t.float()] for t in inputs.pair(20))
     for rule, weight in (("sum", "gamma"), ("sum", "alpha"), ("pcgrad", "gamma")):
         properties.assert_switched_off(run, forget, retain, rule, weight)
+
+
+def compared(ff, fr, rr, gamma, alpha):
+    return gamma, where(fr < 0.0, alpha, 0.0)
+
+
+def overflow(run):
+    """A comparison with NaN is false: the update looks like one without conflict."""
+    forget, retain = [torch.tensor([1e20, 1e20, 1.0])], [torch.tensor([1e20, -1e20, 1.0])]
+    (update,), _ = run(forget, retain, Rule("compared", compared, "tensor"), stats=False)
+    assert update.isnan().all()
 
 
 def gated(run):
@@ -340,14 +351,15 @@ KERNELS = {
     (combine, "_combine_kernel"): {
         "swapped weights": ("        a, b = FORMULA", "        b, a = FORMULA", missing),
         "weights in fp32": (
-            "b = zero + b\n    ",
-            "b = (zero + b).to(tl.float32).to(tl.float64)\n    ",
+            "READS >> 36) + b",
+            "READS >> 36) + b.to(tl.float32).to(tl.float64)",
             weights,
         ),
         "coefficients of the first group": (ROW, ROW + " * 0", groups),
         "eps added to fr": ("gram_stride + 1)", "gram_stride + 1) + _weight(eps, False)", products),
         "eps left out of rr": ("+ 2) + _weight(eps, False)", "+ 2)", products),
         "eps left out of ff": ("row * gram_stride) + _weight(eps, False)", "row * gram_stride)", products),
+        "reads of another coefficient": ("READS >> 36", "READS >> 24", overflow),
         "given a for a_c": ("coefficients + row * 4)", "coefficients + row * 4 + 2)", clipping),
         "given b_c for b": ("coefficients + row * 4 + 3)", "coefficients + row * 4 + 1)", clipping),
         "given to the first group": (
@@ -355,6 +367,16 @@ KERNELS = {
             "b = tl.load(coefficients",
             clipping,
         ),
+    },
+    (formula, "overflow"): {
+        "reads what a weight of 0 leaves out": (
+            "gamma == 0.0, zero, nonzero",
+            "gamma == 0.0, nonzero, nonzero",
+            switched_off,
+        ),
+    },
+    (formula, "_of_sums"): {
+        "reads of another sum": ("READS & 2", "READS & 1", overflow),
     },
     (stream, "weighted"): {
         "retain without its weight": ("y = b * r", "y = r", specials),
@@ -571,7 +593,7 @@ def mutate(monkeypatch, tmp_path):
         exec(compile(path.read_text(), str(path), "exec"), vars(mutant.module), namespace)
         users = [
             m
-            for m in (stream, gram, combine, batch, compiled, pipeline, seen, synthesis)
+            for m in (stream, gram, combine, batch, formula, compiled, pipeline, seen, synthesis)
             if vars(m).get(name) is original
         ]
         for user in users or [owner]:

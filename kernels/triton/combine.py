@@ -12,7 +12,7 @@ import triton.language as tl
 from sago.rules import Coefficients, Rule, evaluate
 
 from .batch import BLOCK, CHUNK, TRITON_DTYPES, Batch, Part, compute_dtype, options, vector
-from .formula import on_device
+from .formula import on_device, overflow, read_bits
 from .launch import bits, launch
 from .stream import finish, locate, stream
 
@@ -39,15 +39,17 @@ def _combine_kernel(
     gamma: tl.int64, alpha: tl.int64, eps: tl.int64, slots: tl.int32, gram_stride: tl.int32,
     GAMMA_IN_MEMORY: tl.constexpr, ALPHA_IN_MEMORY: tl.constexpr,
     FORGET: tl.constexpr, RETAIN: tl.constexpr, OUT: tl.constexpr, COMPUTE: tl.constexpr,
-    FORMULA: tl.constexpr, GATED: tl.constexpr, PROPAGATE: tl.constexpr, GRAM: tl.constexpr,
-    SUMS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr,
+    FORMULA: tl.constexpr, READS: tl.constexpr, GATED: tl.constexpr, PROPAGATE: tl.constexpr,
+    GRAM: tl.constexpr, SUMS: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """out_i = a_c * f_i + b_c * r_i if GATED and f_i, r_i in conflict else a * f_i + b * r_i, with
 
         a_c, b_c, a, b = FORMULA(ff + eps, fr, rr + eps, gamma, alpha)
 
-    on fp64 scalars, ff, fr, rr from the row of `gram` (0 unless GRAM). FORMULA None: the four are read
-    from `coefficients`. PROPAGATE: out_i = NaN where f_i or r_i is NaN or inf. SUMS = 0: no sums are taken.
+    on fp64 scalars, ff, fr, rr from the row of `gram` (0 unless GRAM). A coefficient is NaN if one of its
+    READS is not finite. FORMULA None: the four are read from `coefficients`. PROPAGATE: out_i = NaN where f_i
+    or r_i is NaN or inf. SUMS = 0: no sums are taken.
     """
     forget, retain, out, aligned, start, size, shape = locate(addresses, shapes, owner, CHUNK)
     row = tl.load(shape + 3)
@@ -57,7 +59,6 @@ def _combine_kernel(
         a = tl.load(coefficients + row * 4 + 2)
         b = tl.load(coefficients + row * 4 + 3)
     else:
-        # Added to what the formula gives, to make an fp64 scalar of a literal.
         zero = tl.full((), 0.0, tl.float64)
         ff, fr, rr = zero, zero, zero
         if GRAM:
@@ -68,15 +69,15 @@ def _combine_kernel(
         alpha = _weight(alpha, ALPHA_IN_MEMORY)
         if GATED:
             a_c, b_c, a, b = FORMULA(ff, fr, rr, gamma, alpha)
-            a_c = zero + a_c
-            b_c = zero + b_c
         else:
             a, b = FORMULA(ff, fr, rr, gamma, alpha)
-        a = zero + a
-        b = zero + b
-        if not GATED:
             a_c = a
             b_c = b
+        # The addition also makes an fp64 scalar of a literal.
+        a_c = overflow(ff, fr, rr, gamma, alpha, READS) + a_c
+        b_c = overflow(ff, fr, rr, gamma, alpha, READS >> 12) + b_c
+        a = overflow(ff, fr, rr, gamma, alpha, READS >> 24) + a
+        b = overflow(ff, fr, rr, gamma, alpha, READS >> 36) + b
     sums = stream(
         forget, retain, out, aligned, start, size,
         a_c.to(COMPUTE), b_c.to(COMPUTE), a.to(COMPUTE), b.to(COMPUTE),
@@ -129,6 +130,7 @@ def combine(
             "OUT": TRITON_DTYPES[out],
             "COMPUTE": compute_dtype(part.dtypes),
             "FORMULA": formula,
+            "READS": read_bits(rule),
             "GATED": rule.gated,
             "PROPAGATE": propagate,
             "GRAM": gram is not None,

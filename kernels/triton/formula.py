@@ -12,6 +12,7 @@ from typing import Any
 import triton
 import triton.language as tl
 from sago import rules
+from sago.reads import CASES, SUMS
 
 # What means the same on tensors and on Triton scalars.
 _PLAIN = (
@@ -22,6 +23,40 @@ _PLAIN = (
 
 
 _NUMBERED: list[FunctionType] = []
+
+
+@triton.jit
+def overflow(ff, fr, rr, gamma, alpha, READS: tl.constexpr):
+    """0, or NaN if a sum that a coefficient reads is not finite.
+
+    READS has a bit for each of `ff, fr, rr`, and three more for alpha = 0, for gamma = 0 and for both 0.
+    """
+    nonzero = tl.where(alpha == 0.0, _of_sums(ff, fr, rr, READS >> 3), _of_sums(ff, fr, rr, READS))
+    zero = tl.where(alpha == 0.0, _of_sums(ff, fr, rr, READS >> 9), _of_sums(ff, fr, rr, READS >> 6))
+    return tl.where(gamma == 0.0, zero, nonzero)
+
+
+@triton.jit
+def _of_sums(ff, fr, rr, READS: tl.constexpr):
+    # x - x is 0 for a finite x and NaN for NaN and inf.
+    found = tl.full((), 0.0, tl.float64)
+    if READS & 1:
+        found += ff - ff
+    if READS & 2:
+        found += fr - fr
+    if READS & 4:
+        found += rr - rr
+    return found
+
+
+def read_bits(rule: rules.Rule) -> int:
+    """What `a_c, b_c, a, b` read, as bits: twelve for each, as `overflow` takes them."""
+    bits = 0
+    for k, case in enumerate(CASES):
+        both = rule.reads[case] if rule.gated else 2 * rule.reads[case]
+        for i, names in enumerate(both):
+            bits |= sum(1 << 12 * i + 3 * k + SUMS.index(name) for name in names)
+    return bits
 
 
 @triton.jit

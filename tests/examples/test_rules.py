@@ -10,6 +10,7 @@ import sago
 import sago.reference
 from examples import rules
 from examples.rules import RULES
+from sago.rules import evaluate
 from tests import inputs
 from tests.conftest import needs_triton
 
@@ -294,3 +295,30 @@ def test_zero_and_parallel_gradients_are_finite(rule):
     f, r = pair(40)
     for first, second in ((0.0 * f, r), (f, 0.0 * r), (0.0 * f, 0.0 * r), (f, f), (f, 3.0 * f), (f, -f)):
         assert np.isfinite(update(rule, first, second)).all()
+
+
+# f and r equal, antiparallel, and one of them 0: squares such as |f - r|^2 are exactly 0.
+DEGENERATE = {"equal": (1, 1, 1), "opposite": (1, -1, 1), "f is 0": (0, 0, 1), "r is 0": (1, 0, 0)}
+
+
+@pytest.mark.parametrize("rule", [name for name in RULES if RULES[name].scope == "global"])
+@pytest.mark.parametrize("sums", DEGENERATE.values(), ids=DEGENERATE)
+def test_squares_that_rounding_makes_negative(rule, sums):
+    """Each sum is off by the rounding of fp32 arithmetic."""
+    noise = 1.0 + 1e-7 * np.random.default_rng(0).standard_normal((1000, 3))
+    gram = torch.from_numpy(np.array(sums) * noise)
+    coefficients = evaluate(RULES[rule], gram, 1.0, 1.0, 0.0, gram.device).values
+    assert coefficients.isfinite().all()
+    if rule == "nash_mtl" and sums == DEGENERATE["opposite"]:
+        return  # its norm grows without bound towards opposite gradients
+    ff, fr, rr = sums
+    a, b = coefficients.unbind(1)
+    lengths = (a * a * ff + 2.0 * a * b * fr + b * b * rr).clamp(min=0.0).sqrt()
+    assert (lengths <= 2.0 + 1e-6).all()
+
+
+@pytest.mark.parametrize("fr", [1.0, 1.0 + 1e-9])
+def test_mgda_of_equal_gradients(fr):
+    """`|f - r|^2` counts as 0 where rounding made it negative: all of the weight goes to retain."""
+    gram = torch.tensor([[1.0, fr, 1.0]], dtype=DOUBLE)
+    assert evaluate(RULES["mgda"], gram, 1.0, 1.0, 0.0, gram.device).values.tolist() == [[0.0, 1.0]]

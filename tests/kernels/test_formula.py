@@ -147,7 +147,12 @@ class Object:
 namespace: dict = {}
 exec("def from_a_string(ff, fr, rr, gamma, alpha):\n    return gamma, alpha * 2.0", namespace)
 
-COMPILED = [arithmetic, with_where, with_plain_helpers, literals, nested()]
+
+def a_gem(ff, fr, rr, gamma, alpha):
+    return gamma, -gamma * where(fr < 0.0, ratio(fr, rr), 0.0)
+
+
+COMPILED = [a_gem, arithmetic, with_where, with_plain_helpers, literals, nested()]
 FALLBACKS = {
     **{f.__name__: f for f in (power, floor, method, torch_function, builtin, masks, global_number)},
     **{
@@ -208,6 +213,26 @@ def test_formula_and_torch_give_the_same_bits(fast_backend, rule):
     by_torch = Rule(rule.name, lambda *numbers: rule.coefficients(*numbers), rule.scope, rule.gated)
     options = {"gamma": 0.75, "alpha": 1.5, "eps": 0.25}
     properties.assert_equal_bits(*(fast_backend(FORGET, RETAIN, x, **options)[0] for x in (rule, by_torch)))
+
+
+@pytest.mark.parametrize("function", [a_gem, with_where, with_plain_helpers])
+@pytest.mark.parametrize(
+    "f", [[1e20, 1e20, 1.0], [1e20, 1.0, 1.0], [1e-30, 1.0, -2.0], [torch.nan, 1.0, 1.0]]
+)
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_formula_and_torch_agree_on_what_is_not_finite(fast_backend, function, f, as_tensor):
+    f, r = [torch.tensor(f)], [torch.tensor([1e20, -1e20, 1.0])]
+    gamma, alpha = 0.0, 1.5
+    if as_tensor:
+        gamma, alpha = (
+            torch.tensor(x, dtype=torch.float64, device=fast_backend.device) for x in (gamma, alpha)
+        )
+    for g in (gamma, 0.5 + gamma):
+        found, expected = (
+            fast_backend(f, r, Rule("mine", x, "tensor"), gamma=g, alpha=alpha)[0]
+            for x in (function, lambda *numbers: function(*numbers))
+        )
+        properties.assert_equal_bits(found, expected)
 
 
 def test_a_global_number_is_read_at_every_call(fast_backend, monkeypatch):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import sago
-from sago.rules import RULES, evaluate, ratio
+import sago.reference
+from sago.rules import RULES, evaluate, ratio, scaled, where
 from tests import backends, inputs, oracle, properties
 
 DOUBLE = torch.float64
@@ -89,13 +90,112 @@ def test_a_sum_that_overflows_is_seen(backend, rule, large):
     assert update.isnan().all()
 
 
-def test_no_projection_with_weight_zero_even_of_nan(backend):
+@pytest.mark.parametrize("zero", [0.0, torch.zeros((), dtype=DOUBLE)], ids=["number", "tensor"])
+def test_no_projection_with_weight_zero_even_of_nan(backend, zero):
+    if isinstance(zero, torch.Tensor):
+        zero = zero.to(backend.device)
     f, r = torch.tensor([torch.nan, torch.inf]), torch.tensor([1.0, -2.0])
     for rule in ("sum", "sago_prefer_retain", "pcgrad", "pcgrad_global"):
-        (update,), _ = backend([f], [r], rule, gamma=0.0)
+        (update,), _ = backend([f], [r], rule, gamma=zero)
         assert torch.equal(update, r)
-    (update,), _ = backend([r], [f], "blur", alpha=0.0)
+    (update,), _ = backend([r], [f], "blur", alpha=zero)
     assert torch.equal(update, r)
+
+
+# Ways to read a sum in a comparison, where a NaN would be lost.
+
+
+def a_gem(ff, fr, rr, gamma, alpha):
+    """The example of the README, of `sago.Rule` and of the gallery."""
+    return gamma, -gamma * where(fr < 0.0, ratio(fr, rr), 0.0)
+
+
+def of_the_quotient(ff, fr, rr, gamma, alpha):
+    k = ratio(fr, rr)
+    return gamma, -gamma * where(k < 0.0, k, 0.0)
+
+
+def only_compared(ff, fr, rr, gamma, alpha):
+    return where(fr < 0.0, 0.0, gamma), 0.0
+
+
+def weight_or_literal(ff, fr, rr, gamma, alpha):
+    return where(rr > ff, alpha, 1), where(fr < 0.0, 1, 0)
+
+
+def scaled_quotient(ff, fr, rr, gamma, alpha):
+    return gamma, alpha - scaled(gamma, ratio(fr, rr))
+
+
+COMPARING = (a_gem, of_the_quotient, only_compared, weight_or_literal)
+
+
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+@pytest.mark.parametrize("function", COMPARING)
+@pytest.mark.parametrize("by_torch", [False, True], ids=["compiled if it can be", "by torch"])
+def test_a_comparison_hides_no_overflow(backend, function, scope, by_torch):
+    rule = sago.Rule("mine", (lambda *x: function(*x)) if by_torch else function, scope)
+    f, r = tensors([1e200, 1e200, 1.0], [1.0, 2.0]), tensors([1e200, -1e200, 1.0], [1.0, -1.0])
+    updates, report = backend(f, r, rule)
+    assert report.fr[0].isnan()
+    assert updates[0].isnan().all()
+    assert updates[1].isnan().all() if scope == "global" else updates[1].isfinite().all()
+    assert report.uu.isnan().tolist() == [True] if scope == "global" else [True, False]
+
+
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+@pytest.mark.parametrize("function", COMPARING)
+def test_a_comparison_hides_no_overflow_of_fp32(fast_backend, function, scope):
+    f, r = torch.tensor([1e20, 1e20, 1.0]), torch.tensor([1e20, -1e20, 1.0])
+    (update,), _ = fast_backend([f], [r], sago.Rule("mine", function, scope))
+    assert update.isnan().all()
+
+
+@pytest.mark.parametrize("function", COMPARING)
+def test_a_comparison_hides_no_overflow_in_the_reference(function):
+    f, r = tensors([1e200, 1e200, 1.0], [1.0, 2.0]), tensors([1e200, -1e200, 1.0], [1.0, -1.0])
+    updates, report = sago.reference.synthesize(f, r, sago.Rule("mine", function, "tensor"))
+    assert updates[0].isnan().all()
+    assert updates[1].isfinite().all()
+    assert report.uu.isnan().tolist() == [True, False]
+    nothing, _ = sago.reference.synthesize(f, r, sago.Rule("mine", scaled_quotient, "tensor"), gamma=0.0)
+    assert torch.equal(nothing[0], r[0])
+
+
+@pytest.mark.parametrize("rule", ["pcgrad", "pcgrad_global", sago.Rule("a_gem", a_gem, "tensor")])
+def test_an_overflow_that_the_rule_does_not_read(backend, rule):
+    (update,), report = backend(tensors([1e200, 1.0]), tensors([-1e-200, 1.0]), rule, gamma=0.0)
+    assert report.ff.isinf().all()
+    assert update.isfinite().all()
+    (update,), _ = backend(tensors([1e200, 1.0]), tensors([-1e-100, 1.0]), rule)
+    assert update.isfinite().all()
+
+
+def test_an_overflow_reaches_only_the_branch_that_reads_it(backend):
+    rule = sago.Rule(
+        "mine", lambda ff, fr, rr, gamma, alpha: (0.0, alpha, where(ff > rr, gamma, 1.0), 0.0), "tensor", True
+    )
+    (update,), _ = backend(tensors([1e200, 1.0, 0.0]), tensors([-1.0, 1.0, 1.0]), rule, alpha=2.0)
+    torch.testing.assert_close(
+        update, tensors([-2.0, torch.nan, torch.nan])[0], equal_nan=True, rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "expected"),
+    [
+        (3.0, 2.0, 1.5),
+        (3.0, -2.0, -1.5),
+        (3.0, 0.0, 0.0),
+        (3.0, -0.0, 0.0),
+        (3.0, torch.inf, torch.nan),
+        (torch.inf, 2.0, torch.nan),
+        (torch.nan, 0.0, torch.nan),
+    ],
+)
+def test_ratio(x, y, expected):
+    (x,), (y,), (expected,) = tensors([x]), tensors([y]), tensors([expected])
+    torch.testing.assert_close(ratio(x, y), expected, equal_nan=True, rtol=0, atol=0)
 
 
 def test_eps_is_added_to_the_squares(backend):
@@ -107,9 +207,6 @@ def test_eps_is_added_to_the_squares(backend):
 
 
 def test_a_rule_of_ones_own():
-    def a_gem(ff, fr, rr, gamma, alpha):
-        return gamma, -gamma * sago.rules.where(fr < 0.0, ratio(fr, rr), 0.0)
-
     rule = sago.Rule("a_gem", a_gem, scope="global", formula="f - min(0, fr/rr) r")
     updates, report = sago.synthesize(tensors([1.0, 0.0]), tensors([-1.0, 1.0]), rule)
     assert updates[0].tolist() == [0.5, 0.5]
@@ -152,6 +249,12 @@ def test_what_is_known_of_coefficients():
     assert terms == ("zero", "nonzero", "any", "zero")
     _, terms = evaluate(RULES["sum"], None, 1e-50, 1.0, 0.0, cpu)  # 0 in fp32
     assert terms == ("any", "nonzero")
+    gram = torch.ones(1, 3, dtype=DOUBLE)
+    _, terms = evaluate(RULES["pcgrad"], gram, 2.0, 1.0, 0.0, cpu)  # a is a weight, b reads sums
+    assert terms == ("nonzero", "any")
+    by_item = sago.Rule("mine", lambda *x: (0.0 if x[1][0].item() < 0.0 else 1.0, x[4]), "tensor")
+    _, terms = evaluate(by_item, gram, 2.0, 1.0, 0.0, cpu)
+    assert terms == ("any", "any")
 
 
 @pytest.mark.parametrize("rule", backends.GRAM)

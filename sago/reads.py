@@ -1,0 +1,127 @@
+"""Determines which inner products each coefficient of a rule reads, by runs of its function on CPU tensors.
+
+Values alone do not tell: a comparison with NaN is false, so it can hide that a sum decides on a coefficient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+Names = frozenset[str]
+# What each coefficient reads, by whether gamma and whether alpha is 0.
+Reads = dict[tuple[bool, bool], tuple[Names, ...]]
+
+SUMS = ("ff", "fr", "rr")
+CASES = ((False, False), (False, True), (True, False), (True, True))
+_ALL, _CONSTANT = frozenset(SUMS), frozenset({"constant"})
+
+# Functions that take no value from their arguments, and those that take none from the first.
+_METADATA = {
+    *("shape", "dtype", "device", "layout", "ndim", "size", "dim", "numel", "__len__"),
+    *("is_floating_point", "is_cuda", "requires_grad"),
+}
+_LIKE = {
+    *("zeros_like", "ones_like", "full_like", "empty_like"),
+    *("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"),
+}
+
+
+def reads(coefficients: Callable[..., Any]) -> Reads:
+    """The names of the sums that each coefficient depends on.
+
+    A coefficient reads all sums if this cannot be determined, for example after `.item()`.
+    """
+    found: Reads = {}
+    constants = None
+    # The first run only collects the tensors that the function holds.
+    for zero in (CASES[0], *CASES):
+        numbers = [torch.ones(2, dtype=torch.float64, device="cpu") for _ in SUMS]
+        numbers += [torch.full((), 0.0 if z else 1.0, dtype=torch.float64, device="cpu") for z in zero]
+        zeros = frozenset(name for name, z in zip(("gamma", "alpha"), zero, strict=True) if z)
+        tracker = _Tracker(numbers, zeros, constants)
+        with tracker:
+            values = coefficients(*numbers)
+        found[zero] = tuple(tracker.names(v) & _ALL for v in values)
+        if tracker.unknown:
+            return dict.fromkeys(CASES, (_ALL,) * len(values))
+        if constants is None:
+            constants = tracker.strangers
+    return found
+
+
+class _Tracker(TorchFunctionMode):
+    """Keeps the names of the arguments that each tensor was computed from.
+
+    Attributes:
+        unknown: Whether a value left the tensors, so that anything may depend on it.
+        strangers: Tensors that no tracked function returned.
+    """
+
+    def __init__(self, numbers: Sequence[Tensor], zeros: Names, constants: Sequence[Tensor] | None) -> None:
+        super().__init__()
+        self.unknown = False
+        self.strangers: list[Tensor] = []
+        self._zeros, self._constants = zeros, constants
+        # The tensors are kept alive, so that each identity stays unique.
+        self._known = {
+            id(t): (t, frozenset({name})) for t, name in zip(numbers, (*SUMS, "gamma", "alpha"), strict=True)
+        }
+
+    def names(self, value: Any) -> Names:
+        """The names behind all tensors in `value`."""
+        return frozenset().union(*(self._of(t) for t in _tensors(value)))
+
+    def _of(self, t: Tensor) -> Names:
+        if id(t) not in self._known:
+            self.strangers.append(t)
+            # A tensor that the function holds is the same one in each run. The origin of others is unknown.
+            constant = self._constants is None or any(t is other for other in self._constants)
+            self._known[id(t)] = t, _CONSTANT if constant else _ALL
+        return self._known[id(t)][1]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        names = self._read(func, args, kwargs)
+        found = func(*args, **kwargs)
+        made = list(_tensors(found))
+        if not made and names - self._zeros:
+            self.unknown = True
+        for t in made:
+            known = self._known.get(id(t))
+            if known is not None and names - known[1]:  # written in place, and views of it may exist
+                self.unknown = True
+            self._known[id(t)] = t, names
+        return found
+
+    def _read(self, func: Any, args: Any, kwargs: Any) -> Names:
+        name = getattr(func, "__name__", "")
+        if name == "__get__":  # of a property
+            name = getattr(func.__self__, "__name__", "")
+        if name in _METADATA:
+            return frozenset()
+        if name in _LIKE:
+            return self.names((args[1:], kwargs))
+        if func is torch.where and len(args) == 3:
+            condition, *branches = args
+            of_condition = self.names(condition)
+            if of_condition and of_condition <= self._zeros:  # the weights that are 0 decide alone
+                taken = [
+                    x
+                    for x, flag in zip(branches, (condition.any(), not condition.all()), strict=True)
+                    if flag
+                ]
+                return of_condition | self.names(taken)
+        return self.names((args, kwargs))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
