@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
+from importlib import import_module
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
 import sago
+from sago.arguments import triton_version
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 RULES = ("sum", "sago", "sago_prefer_retain", "pcgrad", "pcgrad_global", "blur")
@@ -21,7 +23,14 @@ _FENCE = 64  # elements on both sides of an output; a multiple of 16 bytes in ev
 
 
 def has_triton() -> bool:
-    return find_spec("triton") is not None
+    return triton_version() is not None
+
+
+def import_with_triton(name: str) -> Any:
+    """The module of that name. Skips the tests of the importing file where Triton is missing or too old."""
+    if not has_triton():
+        pytest.skip("needs Triton 3.4 or newer", allow_module_level=True)
+    return import_module(name)
 
 
 class Backend(NamedTuple):

@@ -1,5 +1,4 @@
 import os
-import sys
 import tempfile
 from contextlib import nullcontext
 from getpass import getuser
@@ -23,11 +22,6 @@ os.environ.setdefault(
 )
 
 from sago import compiled
-from sago.arguments import triton_version
-
-if triton_version() is None:  # one that is too old for the kernels counts as none
-    sys.modules["triton"] = None
-
 from tests.backends import INTERPRETED, Backend, has_triton
 
 settings.register_profile("default", deadline=None, max_examples=40)

@@ -17,13 +17,13 @@ from sago import buckets, compiled, pipeline, reference, seen, synthesis
 from sago.cache import Cache
 from sago.rules import Rule, where
 from tests import inputs, oracle, properties, repeats
-from tests.backends import INTERPRETED, Backend
+from tests.backends import INTERPRETED, Backend, import_with_triton
 from tests.kernels.traffic import assert_floor, counted
 from tests.windows import averaged, bucketed, clipped, mean, with_nan
 
 if not INTERPRETED:
     pytest.skip("mutants are interpreted", allow_module_level=True)
-kernels = pytest.importorskip("sago.kernels", reason="needs Triton")
+kernels = import_with_triton("sago.kernels")
 
 # The names of the package are taken by its functions.
 stream, combine, gram, batch, formula = (

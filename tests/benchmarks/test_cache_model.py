@@ -2,7 +2,9 @@
 
 import pytest
 
-pytest.importorskip("triton")
+from tests.backends import import_with_triton
+
+import_with_triton("triton")
 cache = pytest.importorskip("benchmarks.experiments.cache")
 
 CHUNK, PIECE = cache.CHUNK, cache.PIECE

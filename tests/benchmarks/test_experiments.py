@@ -9,9 +9,9 @@ import torch
 import sago.reference
 from sago.rules import RULES, Rule
 from tests import inputs, properties
-from tests.backends import DTYPES, on_device
+from tests.backends import DTYPES, import_with_triton, on_device
 
-kernels = pytest.importorskip("benchmarks.experiments.kernels", reason="needs Triton")
+kernels = import_with_triton("benchmarks.experiments.kernels")
 timing = pytest.importorskip("benchmarks.experiments.timing", reason="needs Triton")
 main = importlib.import_module("benchmarks.experiments.__main__").main
 

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="needs Triton")
+from tests.backends import import_with_triton
+
+import_with_triton("triton")
 if find_spec("triton.backends.nvidia") is None:
     pytest.skip("needs Triton's CUDA backend", allow_module_level=True)
 if shutil.which("gcc") is None or not Path(sysconfig.get_path("include"), "Python.h").exists():

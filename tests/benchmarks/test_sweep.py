@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+from tests.backends import import_with_triton
+
+import_with_triton("triton")
 sweep = pytest.importorskip("benchmarks.experiments.sweep")
 
 ROOT = Path(__file__).resolve().parents[2]

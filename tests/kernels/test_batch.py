@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-batch = pytest.importorskip("sago.kernels.batch", reason="needs Triton")
+from tests.backends import import_with_triton
+
+batch = import_with_triton("sago.kernels.batch")
 
 CPU = torch.device("cpu")
 CHUNK = batch.CHUNK

@@ -6,9 +6,9 @@ import torch
 import sago.reference
 from sago.rules import RULES, Coefficients, Rule
 from tests import inputs, properties
-from tests.backends import DTYPES, on_device, poisoned
+from tests.backends import DTYPES, import_with_triton, on_device, poisoned
 
-kernels = pytest.importorskip("sago.kernels", reason="needs Triton")
+kernels = import_with_triton("sago.kernels")
 
 BF16, FP16, FP32, FP64 = DTYPES
 

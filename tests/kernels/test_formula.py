@@ -9,9 +9,9 @@ import torch
 from sago import rules
 from sago.rules import RULES, Rule, ratio, where
 from tests import inputs, oracle, properties
-from tests.backends import Backend
+from tests.backends import Backend, import_with_triton
 
-formula = pytest.importorskip("sago.kernels.formula", reason="needs Triton")
+formula = import_with_triton("sago.kernels.formula")
 
 REFERENCE = Backend("reference", "cpu")
 FORGET = [inputs.normal(20, seed).float() for seed in (0, 1)]

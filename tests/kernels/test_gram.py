@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from tests import inputs, oracle
-from tests.backends import DTYPES, on_device
+from tests.backends import DTYPES, import_with_triton, on_device
 
-kernels = pytest.importorskip("sago.kernels", reason="needs Triton")
+kernels = import_with_triton("sago.kernels")
 
 BF16, FP16, FP32, FP64 = DTYPES
 PRODUCTS, COUNTS = ("ff", "fr", "rr"), ("conflicts", "nonfinite_forget", "nonfinite_retain")

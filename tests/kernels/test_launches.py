@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import sago
+from tests.backends import import_with_triton
 from tests.conftest import DEVICES
 
-pytest.importorskip("triton", reason="needs Triton")
+import_with_triton("triton")
 
 
 def count_launches(monkeypatch):

@@ -6,11 +6,11 @@ import torch
 
 import sago
 from tests import inputs
-from tests.backends import DTYPES, ELEMENTWISE, GRAM, INTERPRETED, Backend
+from tests.backends import DTYPES, ELEMENTWISE, GRAM, INTERPRETED, Backend, import_with_triton
 from tests.kernels.traffic import assert_floor, counted
 from tests.windows import backward, fresh, window
 
-triton = pytest.importorskip("triton", reason="needs Triton")
+triton = import_with_triton("triton")
 
 if not INTERPRETED:
     pytest.skip("accesses are counted where kernels are interpreted", allow_module_level=True)
