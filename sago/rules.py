@@ -17,7 +17,7 @@ kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Literal, NamedTuple
@@ -198,19 +198,18 @@ def evaluate(
     values = rule.coefficients(*sums.values(), *weights)
     # A literal, and a weight that is a float and passed through as it is, are known on the host.
     known = (gamma if v is weights[0] else alpha if v is weights[1] else v for v in values)
-    terms, columns = [], []
-    for i, (value, host_value) in enumerate(zip(values, known, strict=True)):
-        by_case = [rule.reads[case][i] for case in CASES]
-        column, term = _as_double(value, device), _term(host_value)
+    terms: list[Term] = [_term(v) for v in known]
+    columns = [_as_double(v, device) for v in values]
+    for i, by_case in enumerate(zip(*(rule.reads[case] for case in CASES), strict=True)):
         if any(by_case):
-            column, term = column + _overflow(by_case, sums, gamma, alpha), "any"
-        columns.append(torch.broadcast_to(column, ff.shape))
-        terms.append(term)
+            columns[i] = columns[i] - _overflow(by_case, sums, gamma, alpha)  # keeps a -0
+            terms[i] = "any"
+    columns = [torch.broadcast_to(column, ff.shape) for column in columns]
     return Coefficients(torch.stack(columns, dim=1), tuple(terms))
 
 
 def _overflow(
-    by_case: list[Names], sums: dict[str, Tensor], gamma: float | Tensor, alpha: float | Tensor
+    by_case: Sequence[Names], sums: dict[str, Tensor], gamma: float | Tensor, alpha: float | Tensor
 ) -> Any:
     """0, or NaN where a sum that a coefficient reads is not finite."""
     # x - x is 0 for a finite x and NaN for NaN and inf.

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import sago
-from sago.rules import RULES, evaluate, ratio, where
+import sago.reference
+from sago.rules import RULES, evaluate, ratio, scaled, where
 from tests import backends, inputs, properties
 
 DOUBLE = torch.float64
@@ -120,6 +121,10 @@ def weight_or_literal(ff, fr, rr, gamma, alpha):
     return where(rr > ff, alpha, 1), where(fr < 0.0, 1, 0)
 
 
+def scaled_quotient(ff, fr, rr, gamma, alpha):
+    return gamma, alpha - scaled(gamma, ratio(fr, rr))
+
+
 COMPARING = (a_gem, of_the_quotient, only_compared, weight_or_literal)
 
 
@@ -142,6 +147,17 @@ def test_a_comparison_hides_no_overflow_of_fp32(fast_backend, function, scope):
     f, r = torch.tensor([1e20, 1e20, 1.0]), torch.tensor([1e20, -1e20, 1.0])
     (update,), _ = fast_backend([f], [r], sago.Rule("mine", function, scope))
     assert update.isnan().all()
+
+
+@pytest.mark.parametrize("function", COMPARING)
+def test_a_comparison_hides_no_overflow_in_the_reference(function):
+    f, r = tensors([1e200, 1e200, 1.0], [1.0, 2.0]), tensors([1e200, -1e200, 1.0], [1.0, -1.0])
+    updates, report = sago.reference.synthesize(f, r, sago.Rule("mine", function, "tensor"))
+    assert updates[0].isnan().all()
+    assert updates[1].isfinite().all()
+    assert report.uu.isnan().tolist() == [True, False]
+    nothing, _ = sago.reference.synthesize(f, r, sago.Rule("mine", scaled_quotient, "tensor"), gamma=0.0)
+    assert torch.equal(nothing[0], r[0])
 
 
 @pytest.mark.parametrize("rule", ["pcgrad", "pcgrad_global", sago.Rule("a_gem", a_gem, "tensor")])
