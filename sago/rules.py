@@ -38,9 +38,9 @@ def where(condition, x, y):
 
 def ratio(numerator, denominator):
     """`numerator / denominator`; 0 where the denominator is 0, NaN where either is not finite."""
-    # x / inf would be a silent 0: `overflow` is NaN where either is not finite, and 0 elsewhere.
+    # x / inf would be a silent 0: the last term is NaN where either is not finite, and 0 elsewhere.
     overflow = 0.0 * numerator + 0.0 * denominator
-    return overflow + where(denominator == 0.0, 0.0, numerator / denominator)
+    return where(denominator == 0.0, 0.0, numerator / denominator) + overflow
 
 
 def scaled(weight, coefficient):
