@@ -11,7 +11,7 @@ demo: .venv/ready
 
 # A process a core, each with one thread: more threads would wait for each other.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 test-matrix: $(MATRIX:%=.venv-transformers-%/ready)
 	@for version in $(MATRIX); do \

@@ -495,7 +495,7 @@ ON_THE_CPU = {
     (compiled, "_products"): {
         "products rounded to bf16": ("f * r,", "(f * r).bfloat16().to(f.dtype),", products_of_bf16),
     },
-    (compiled, "_block_sums"): {
+    (compiled, "_summands"): {
         "products of both branches": ("torch.where(conflict, 0.0, r)", "r", report),
     },
     (compiled, "_count_nonfinite"): {
