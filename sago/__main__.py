@@ -34,7 +34,7 @@ def lines() -> list[tuple[str, str]]:
     found.append(
         (
             "cpu backend",
-            "compiled" if has_compiler() else "compiled, run eagerly: torch cannot compile for the CPU",
+            "compiled" if has_compiler() else "compiled, run eagerly: torch does not compile here",
         )
     )
     for i in range(torch.cuda.device_count()):

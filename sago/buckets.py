@@ -89,15 +89,18 @@ class GradientBuckets:
     captures it does nothing, because the backward of accelerate calls it.
 
     Freeze the trained parameters of the same modules that are not given: a backward in a capture that reaches
-    one is an error, because its own gradient would be the sum of both sides. The living modules are looked
-    through for them once, before the first capture; parameters in no living module are not found.
+    one is an error, because its own gradient would be the sum of both sides. Parameters that other buckets
+    capture at the same time are exempt. Before the first capture, all live modules are searched once for such
+    parameters. Those that belong to no module, or to one that `gc.freeze` hides, are not found.
 
     Where DTensors are sharded, the ranks compare once a window which parameters were reached, and raise where
     one was reached on some ranks only. The host waits for that.
 
-    An optimizer that holds a captured parameter and steps between a capture and `synthesize_` is warned of
-    once (RuntimeWarning), because the step finds no gradients. Buckets cannot be copied or pickled: keep them
-    beside the module, not inside of it, as an optimizer is kept.
+    A step of an optimizer that holds a captured parameter is an error within a capture, where `p.grad` is the
+    gradient of one side. Between a capture and `synthesize_` it finds no gradients, and a RuntimeWarning says
+    so once.
+
+    Buckets cannot be copied or pickled: keep them beside the module, not inside of it, as an optimizer is.
 
     A parameter that is frozen later has no gradient from then on. One that is unfrozen, moved, cast or
     resized, and, if a module is given, one that is added to it, is an error in the next window: make new
@@ -194,8 +197,9 @@ class GradientBuckets:
     ) -> SynthesisReport:
         """`p.grad = u` for every parameter, `u` as `sago.synthesize_` writes it into the retain gradient.
 
-        Nothing is read back from the device, and checks of memory and layout were done when the buckets were
-        made. The window ends: both gradients are used up.
+        Nothing is read back from the device, except that the ranks of sharded DTensors compare which
+        parameters they reached (not while a CUDA graph is captured). Checks of memory and layout were done
+        when the buckets were made. The window ends: both gradients are used up.
 
         Args:
             rule, gamma, alpha, eps, stats, reduce_gram: As in `sago.synthesize_`.
@@ -349,8 +353,8 @@ class GradientBuckets:
         """Forgets both gradients and the update: `p.grad` is None, the accumulators are zero.
 
         Also the way out of a window whose backward failed. After `optimizer.zero_grad(set_to_none=True)`
-        in its place the accumulators are cleared by the next captures. A window that was not synthesized is
-        dropped without a word: `forget_grads` and `retain_grads` may have been all that was wanted of it.
+        in its place the accumulators are cleared by the next captures. `zero_` does not warn about a window
+        that was not synthesized, because the caller may have needed only its gradients.
         """
         self._extraction.zero_()
 
@@ -379,7 +383,7 @@ class GradientBuckets:
         self._looked = True
 
     def _meet(self) -> None:
-        """Once a window, what the ranks have to do together before the synthesis."""
+        """Compares and averages over the ranks, once a window, before the synthesis."""
         if self._shards is not None and self._engine is None:
             self._check_agreed(self._shards)
         self._average()

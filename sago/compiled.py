@@ -4,8 +4,8 @@ The sums and the update are separate graphs: in one graph they do not fuse, and 
 slower. `make_fx` traces each graph once, with a symbolic size, and TorchInductor compiles it once for each
 combination of dtypes. TorchDynamo takes no part, so none of its limits and none of its guards on global state
 (threads, grad mode, autocast, default dtype, deterministic mode) apply. The same code also runs uncompiled,
-with the same bits: for small tensors, until so many elements were processed that the seconds of a compilation
-pay, and where the compilation fails.
+with the same bits: for small tensors, until a compilation would have paid for itself, while another thread
+compiles, and where the compilation fails.
 
 Sums are taken over a fixed tree that does not depend on the number of threads: 128 elements a lane, one after
 another, in fp32 (fp64 for fp64 gradients), the lanes of a block pairwise in fp64, then 1024 blocks at a time,
@@ -15,6 +15,7 @@ in slices of 2 Mi elements (1 Mi in fp64), then the slices.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import warnings
 from collections import Counter
@@ -31,7 +32,7 @@ Known = tuple[tuple[Term, ...], bool]  # about the coefficients; whether NaN and
 
 COMPILE_FROM = 1 << 15  # elements of the smallest tensor for which a call of compiled code pays
 COMPILE_AT_ONCE = 1 << 20  # elements of a tensor that is not run uncompiled first
-COMPILE_AFTER = 1 << 30  # elements that run uncompiled, about as long as the compilation takes
+COMPILE_AFTER = 1 << 27  # elements that run uncompiled first: some seconds, as a compilation takes
 _LINE = 64  # bytes: a lane an element of a cache line, so that memory is read in order
 _DEPTH = 128  # elements a lane adds: that many squares of 1e18 stay in the range of fp32
 _FAN_IN = 1024
@@ -259,22 +260,37 @@ def _found(graph: Any, constant: Any, tensors: Sequence[Tensor]) -> Callable[...
     if numel < COMPILE_FROM or not all(t.is_contiguous() for t in tensors):
         return None
     key = graph, constant, *(t.dtype for t in tensors)
-    if key not in _wanted and numel < COMPILE_AT_ONCE:
+    if key in _compiled:
+        return _compiled[key]
+    if numel < COMPILE_AT_ONCE:
         _uncompiled[key] += numel
         if _uncompiled[key] <= COMPILE_AFTER:
             return None
-    _wanted.add(key)
-    with _lock:
-        return _compiled(*key)
+    if os.environ.get("TORCH_COMPILE_DISABLE") == "1" or not _lock.acquire(blocking=False):
+        return None
+    try:
+        if key not in _compiled:
+            _compiled[key] = _compile(*key)
+    finally:
+        _lock.release()
+    return _compiled[key]
 
 
+_compiled: dict[Any, Callable[..., Any] | None] = {}  # None where the compilation failed
+_uncompiled: Counter[Any] = Counter()  # elements that were processed uncompiled, by the same keys
 _lock = threading.Lock()  # two compilations at a time would share the state of the compiler
-_uncompiled: Counter[Any] = Counter()  # elements that were processed uncompiled, by key of `_compiled`
-_wanted: set[Any] = set()  # the keys for which a compilation pays
 
 
-@cache
-def _compiled(graph: Any, constant: Any, *dtypes: torch.dtype) -> Callable[..., Any] | None:
+def _new_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)  # another thread of the parent may have held it
+
+
+def _compile(graph: Any, constant: Any, *dtypes: torch.dtype) -> Callable[..., Any] | None:
     """`graph(..., constant)` for 1-D tensors of these dtypes and any size; None if it cannot be compiled."""
     _announce()
     try:
@@ -326,6 +342,6 @@ def _warn_uncompiled(reason: str) -> None:
 
 
 def has_compiler() -> bool:
-    """Whether torch can compile code for the CPU here. The first call compiles some to find out."""
-    with _lock:
-        return _compiled(_combine, (("nonzero", "nonzero"), False), *[torch.float32] * 3) is not None
+    """Whether torch can compile code for the CPU here. Compiles some to find out."""
+    example = torch.empty(COMPILE_AT_ONCE, dtype=torch.float32, device="cpu")
+    return _found(_combine, (("nonzero", "nonzero"), False), [example] * 3) is not None

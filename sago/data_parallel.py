@@ -41,9 +41,9 @@ class DataParallel:
         for ddp in self._modules:
             if ddp._join_config.enable:
                 raise ValueError(
-                    "DistributedDataParallel should be without join(), which counts on the reduction that is "
-                    "switched off. Found join() in force: give every rank the same number of batches, and "
-                    "call `join(enable=False)` to end it."
+                    "join() of DistributedDataParallel should not be active, because it relies on DDP's own "
+                    "reduction, which the buckets switch off. Found it active: give every rank the same "
+                    "number of batches, and call `join(enable=False)` to end it."
                 )
 
     def check_reached(self, sides: Sequence[Side], names: Sequence[str], trained: Sequence[bool]) -> None:

@@ -214,8 +214,10 @@ class Extraction:
         self._open.append(capture)
         self.agreed = False
         try:
+            if self._step_watch is None:
+                self._watch_steps()
             if len(self._open) == 1:
-                self.others.put_aside()
+                self.others.put_aside(self.params)
             self._install(capture)
             self._watch(capture, arrived)
         except BaseException as error:
@@ -278,24 +280,33 @@ class Extraction:
             side.probed = [a or b for a, b in zip(side.probed, side.touched, strict=True)]
             if self._open:
                 self._open[-1].nested = True
-            if capture.reached and self._step_watch is None and not self._warned:
-                self._watch_steps()
 
     def _watch_steps(self) -> None:
-        """Until the window ends, an optimizer that steps finds no gradient, and nobody would say so."""
+        """Until the window ends, notices optimizers that step on the captured parameters."""
         ref = weakref.ref(self)
 
-        def warn(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        def check(optimizer: torch.optim.Optimizer, *_: object) -> None:
             extraction = ref()
             if extraction is not None:
-                extraction._warn_of_step(optimizer)
+                extraction._check_step(optimizer)
 
         # The hook is global, so it goes when the buckets die in the middle of a window.
-        self._step_watch = weakref.finalize(self, register_optimizer_step_pre_hook(warn).remove)
+        self._step_watch = weakref.finalize(self, register_optimizer_step_pre_hook(check).remove)
 
-    def _warn_of_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def _check_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raises within a capture, where `p.grad` is the gradient of one side. Warns once behind one."""
         captured = {id(p) for p in self.params}
-        if self._warned or not any(id(p) in captured for g in optimizer.param_groups for p in g["params"]):
+        if not any(id(p) in captured for g in optimizer.param_groups for p in g["params"]):
+            return
+        if self._open:
+            if not self._open[-1].alone:
+                name = self._open[-1].side.name
+                raise ValueError(
+                    f"optimizer.step() should come after synthesize_. Found one within {name}(), where "
+                    f"`p.grad` is the {name} gradient alone."
+                )
+            return
+        if self._warned or not (self.forget.captures or self.retain.captures):
             return
         self._warned = True
         warnings.warn(

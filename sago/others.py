@@ -29,16 +29,19 @@ class Others:
         self._named = _beside(params, sharded) if registered else []
         self._aside: list[tuple[str, Any, Tensor | None]] = []
 
-    def put_aside(self) -> None:
-        """A capture has begun."""
+    def put_aside(self, captured: Sequence[Tensor]) -> None:
+        """A capture of these parameters has begun."""
+        _capturing[self] = {id(p) for p in captured}
+        elsewhere = set().union(*_capturing.values())  # other buckets capture these right now
         for name, ref in self._named:
             p = ref()
-            if p is not None and p.requires_grad:
+            if p is not None and p.requires_grad and id(p) not in elsewhere:
                 self._aside.append((name, p, p.grad))
                 p.grad = None
 
     def put_back(self) -> str | None:
         """The capture has ended. Returns the name of the first parameter that was given a gradient in it."""
+        _capturing.pop(self, None)
         reached = None
         for name, p, grad in self._aside:
             if p.grad is not None and reached is None:
@@ -46,6 +49,10 @@ class Others:
             p.grad = grad
         self._aside = []
         return reached
+
+
+# The ids of the parameters of open captures.
+_capturing: weakref.WeakKeyDictionary[Others, set[int]] = weakref.WeakKeyDictionary()
 
 
 def _beside(params: Sequence[Tensor], sharded: Sequence[torch.nn.Module]) -> list[tuple[str, Any]]:
@@ -56,7 +63,9 @@ def _beside(params: Sequence[Tensor], sharded: Sequence[torch.nn.Module]) -> lis
     # A parameter does not know its modules, so the living ones are looked through.
     for module in [o for o in gc.get_objects() if issubclass(type(o), torch.nn.Module)]:
         try:
-            listed = [(name, shards.get(id(p), p)) for name, p in module.named_parameters()]
+            # The method of the base class: that of a subclass may do anything.
+            named = torch.nn.Module.named_parameters(module)
+            listed = [(name, shards.get(id(p), p)) for name, p in named]
         except AttributeError:  # the module's own __init__ has not run
             continue
         if any(id(p) in given for _, p in listed):

@@ -20,11 +20,10 @@ SUMS = ("ff", "fr", "rr")
 CASES = ((False, False), (False, True), (True, False), (True, True))
 _ALL, _CONSTANT = frozenset(SUMS), frozenset({"constant"})
 
-# Functions that take no value from their arguments, and those that take none from the first.
-_METADATA = {
-    *("shape", "dtype", "device", "layout", "ndim", "size", "dim", "numel", "__len__"),
-    *("is_floating_point", "is_cuda", "requires_grad"),
-}
+# Functions that take no value from their arguments; those that take only a size, which depends on no value
+# where the tensor is an argument of the rule; and those that take only a size from their first argument.
+_METADATA = {"dtype", "device", "layout", "ndim", "dim", "is_floating_point", "is_cuda", "requires_grad"}
+_SIZES = {"shape", "size", "numel", "__len__"}
 _LIKE = {
     *("zeros_like", "ones_like", "full_like", "empty_like"),
     *("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"),
@@ -67,6 +66,7 @@ class _Tracker(TorchFunctionMode):
         self.unknown = False
         self.strangers: list[Tensor] = []
         self._zeros, self._constants = zeros, constants
+        self._arguments = {id(t) for t in numbers}
         # The tensors are kept alive, so that each identity stays unique.
         self._known = {
             id(t): (t, frozenset({name})) for t, name in zip(numbers, (*SUMS, "gamma", "alpha"), strict=True)
@@ -102,9 +102,9 @@ class _Tracker(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__get__":  # of a property
             name = getattr(func.__self__, "__name__", "")
-        if name in _METADATA:
+        if name in _METADATA or (name in _SIZES and id(args[0]) in self._arguments):
             return frozenset()
-        if name in _LIKE:
+        if name in _LIKE and id(args[0]) in self._arguments:
             return self.names((args[1:], kwargs))
         if func is torch.where and len(args) == 3:
             condition, *branches = args

@@ -6,9 +6,9 @@ from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
-import triton.language as tl
 from sago.cache import Cache, is_capturing
 from sago.upload import upload
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from sago.rules import Coefficients, Rule, evaluate
 
 from .batch import BLOCK, CHUNK, TRITON_DTYPES, Batch, Part, compute_dtype, options, vector

@@ -11,6 +11,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
+
 from sago import rules
 from sago.reads import CASES, SUMS
 

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .batch import BLOCK, CHUNK, TRITON_DTYPES, Batch, Part, compute_dtype, options, vector
 from .launch import launch

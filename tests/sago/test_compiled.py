@@ -32,11 +32,9 @@ def uncompiled(monkeypatch):
 def nothing_compiled(monkeypatch):
     """As in a new process: nothing is compiled, counted or said yet."""
     monkeypatch.setattr(compiled, "_uncompiled", Counter())
-    monkeypatch.setattr(compiled, "_wanted", set())
-    for function in (compiled._compiled, compiled._announce, compiled._warn_uncompiled):
+    monkeypatch.setattr(compiled, "_compiled", {})
+    for function in (compiled._announce, compiled._warn_uncompiled):
         function.cache_clear()
-    yield
-    compiled._compiled.cache_clear()  # what a test has broken
 
 
 @pytest.fixture
@@ -170,14 +168,14 @@ def test_global_state_costs_no_compilation():
                 found = [update, *(getattr(report, name) for name in properties.FIELDS)]
             expected = found if expected is None else expected
             properties.assert_equal_bits(found, expected)
-    assert compiled._compiled.cache_info().misses == 2  # the sums and the update
+    assert len(compiled._compiled) == 2  # the sums and the update
 
 
 @pytest.mark.usefixtures("nothing_compiled")
 def test_a_failed_compilation_leaves_the_same_bits_and_says_so_once(monkeypatch):
     forget, retain = ([t.float()] for t in inputs.pair(compiled.COMPILE_FROM))
     expected = results(forget, retain, "pcgrad")
-    compiled._compiled.cache_clear()
+    compiled._compiled.clear()
 
     def refused(*args, **options):
         raise torch._dynamo.exc.BackendCompilerFailed(refused, AssertionError("no"))
@@ -195,16 +193,39 @@ def test_small_work_is_not_compiled(monkeypatch, caplog):
     monkeypatch.setattr(compiled, "COMPILE_AT_ONCE", 1 << 20)
     monkeypatch.setattr(compiled, "COMPILE_AFTER", 5 * compiled.COMPILE_FROM)
     f, r = torch.ones(compiled.COMPILE_FROM), torch.ones(compiled.COMPILE_FROM)
-    misses = []
+    compilations = []
     for _ in range(7):
         sago.synthesize_(f, r, "sum", stats=False)
-        misses.append(compiled._compiled.cache_info().misses)
-    assert misses == [0, 0, 0, 0, 0, 1, 1]
+        compilations.append(len(compiled._compiled))
+    assert compilations == [0, 0, 0, 0, 0, 1, 1]
     (said,) = [record.getMessage() for record in caplog.records if record.name == "sago"]
     assert "compiling code for gradients on the CPU" in said
     large = torch.ones(1 << 20, dtype=BF16)
     sago.synthesize_(large, large.clone(), "sum", stats=False)
-    assert compiled._compiled.cache_info().misses == 2
+    assert len(compiled._compiled) == 2
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+def test_compilation_can_be_switched_off(monkeypatch):
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    f, r = torch.ones(compiled.COMPILE_FROM), -torch.ones(compiled.COMPILE_FROM)
+    sago.synthesize_(f, r, alpha=2.0)
+    assert torch.equal(r, torch.full_like(r, -2.0))
+    assert not compiled._compiled
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+def test_a_thread_that_compiles_holds_up_no_other():
+    """The other one runs uncompiled, and so does a child process that was forked meanwhile."""
+    f, r = torch.ones(compiled.COMPILE_FROM), -torch.ones(compiled.COMPILE_FROM)
+    with compiled._lock:
+        sago.synthesize_(f, r, alpha=2.0)
+        assert not compiled._compiled
+        before = compiled._lock
+        compiled._new_lock()  # as in a child process
+        assert not compiled._lock.locked()
+        compiled._lock = before
+    assert torch.equal(r, torch.full_like(r, -2.0))
 
 
 @pytest.mark.parametrize("family", ["tails", "unaligned"])
@@ -236,7 +257,7 @@ def test_large_tensors_in_every_layout():
 
 
 def test_large_views_of_one_buffer_in_place():
-    """Tensors that share a storage are no matter to compiled code."""
+    """Compiled code works on tensors that share a storage."""
     size = compiled.COMPILE_FROM + 7
     buffer = inputs.normal(4 * size, 0).float()
     forget, retain = list(buffer[: 2 * size].split(size)), list(buffer[2 * size :].split(size))

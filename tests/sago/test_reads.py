@@ -32,6 +32,14 @@ def item(ff, fr, rr, gamma, alpha):
     return gamma, 2.0 if fr[0].item() < 0.0 else 1.0
 
 
+def size_of_a_selection(ff, fr, rr, gamma, alpha):
+    return gamma, alpha * float(fr[fr < 0.0].shape[0])
+
+
+def ones_like_a_selection(ff, fr, rr, gamma, alpha):
+    return gamma, torch.ones_like(fr[fr < 0.0]).sum() * alpha
+
+
 def in_place(ff, fr, rr, gamma, alpha):
     out = torch.zeros_like(ff)
     out[:].add_(fr)
@@ -68,8 +76,10 @@ EXPECTED = {
     held: (NOTHING, NOTHING),
     views: ({"ff", "fr"}, {"rr"}),
     autograd_function: ({"rr"}, NOTHING),
+    ones_like_a_selection: (NOTHING, {"fr"}),
     # Where it cannot be determined.
     item: (ALL, ALL),
+    size_of_a_selection: (ALL, ALL),
     in_place: (ALL, ALL),
     assigned: (ALL, ALL),
     through_numpy: (ALL, ALL),

@@ -300,6 +300,46 @@ def test_a_step_ahead_of_the_synthesis_is_warned_of_once():
     step()
 
 
+@pytest.mark.parametrize("side", ["forget", "retain"])
+def test_a_step_within_a_capture_is_refused(side):
+    """`p.grad` is the gradient of that side alone there."""
+    params = leaves(3)
+    buckets = sago.GradientBuckets(params)
+    with buckets.forget():
+        backward(params, [torch.ones(3)])
+
+    def step_within():
+        with getattr(buckets, side)():
+            backward(params, [torch.ones(3)])
+            torch.optim.SGD(leaves(2), lr=1.0).step()  # of other parameters
+            torch.optim.SGD(params, lr=1.0).step()
+
+    with pytest.raises(ValueError, match=rf"should come after synthesize_.*within {side}\(\)"):
+        step_within()
+    assert torch.equal(params[0], torch.ones(3))
+    with pytest.raises(ValueError, match=r"should be whole.*zero_"):
+        buckets.synthesize_()
+
+
+@pytest.mark.parametrize("order", [("head", "body"), ("body", "head")])
+def test_two_buckets_capture_two_halves_of_a_module(order):
+    """One backward reaches both, and each has the gradients of its half."""
+    model = body_and_head()
+    halves = [sago.GradientBuckets(model[name]) for name in order]
+    expected = {}
+    for side, sign in (("forget", -1.0), ("retain", 2.0)):
+        with getattr(halves[0], side)(), getattr(halves[1], side)():
+            (sign * loss_of(model)).backward()
+        grads = torch.autograd.grad(sign * loss_of(model), list(model.parameters()))
+        expected[side] = dict(zip(model.parameters(), grads, strict=True))
+    for buckets, name in zip(halves, order, strict=True):
+        for side, found in (("forget", buckets.forget_grads), ("retain", buckets.retain_grads)):
+            assert_equal_bits(found, [expected[side][p] for p in model[name].parameters()])
+        buckets.synthesize_("sum")
+        for p in model[name].parameters():
+            assert torch.equal(p.grad, expected["forget"][p] + expected["retain"][p])
+
+
 def test_the_hook_on_optimizers_is_there_in_windows_only_and_keeps_nothing_alive():
     hooks = optimizers._global_optimizer_pre_hooks
     before, params, gradients = len(hooks), leaves(3), [torch.ones(3)]
