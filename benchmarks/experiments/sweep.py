@@ -169,7 +169,11 @@ def run(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs or os.cpu_count(), context) as pool:
         rows = list(tqdm(pool.map(_inspect, tasks), total=len(tasks), desc="sweep"))
-    return {"triton": triton.__version__, "source": source_hash("kernels", "sago/rules.py", "sago/reads.py"), "rows": rows}
+    return {
+        "triton": triton.__version__,
+        "source": source_hash("kernels", "sago/rules.py", "sago/reads.py"),
+        "rows": rows,
+    }
 
 
 def shown(row: dict[str, Any]) -> dict[str, Any]:
