@@ -39,7 +39,7 @@ _FAN_IN = 1024
 # Elements at a time, which bounds what is allocated: partial sums below 1 MiB where the code is
 # compiled, a few MiB of temporaries where it is not.
 _SUMMED = {torch.float32: 1 << 21, torch.float64: 1 << 20}
-_EAGER = 1 << 16
+_EAGER = 1 << 15
 
 _log = logging.getLogger("sago")
 

@@ -336,7 +336,7 @@ def test_uneven_inputs_are_refused(ranks2):
     for *found, after in ranks2(joined):
         for error, text in found:
             assert error is ValueError
-            assert "without join()" in text
+            assert "join() of DistributedDataParallel should not be active" in text
         assert after is None
 
 
