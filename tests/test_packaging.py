@@ -15,7 +15,7 @@ WITHOUT_TRITON = "import sys; sys.modules['triton'] = None\n"  # `import triton`
 
 
 def python(program, path, *options):
-    """Runs a program in a process of its own, with `path` ahead of all other places of modules."""
+    """Runs a program in a new process, with `path` first on `sys.path`."""
     environment = {**os.environ, "PYTHONPATH": str(path), "TRITON_INTERPRET": "0"}
     command = [sys.executable, *options, *(["-c", program] if program else [])]
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)

@@ -51,7 +51,7 @@ def _of_sums(ff, fr, rr, READS: tl.constexpr):
 
 
 def read_bits(rule: rules.Rule) -> int:
-    """What `a_c, b_c, a, b` read, as bits: twelve for each, as `overflow` takes them."""
+    """Encodes the sums that `a_c, b_c, a, b` read: twelve bits each, in the form that `overflow` takes."""
     bits = 0
     for k, case in enumerate(CASES):
         both = rule.reads[case] if rule.gated else 2 * rule.reads[case]

@@ -30,7 +30,7 @@ def uncompiled(monkeypatch):
 
 @pytest.fixture
 def nothing_compiled(monkeypatch):
-    """As in a new process: nothing is compiled, counted or said yet."""
+    """Resets the module to the state of a new process."""
     monkeypatch.setattr(compiled, "_uncompiled", Counter())
     monkeypatch.setattr(compiled, "_compiled", {})
     for function in (compiled._announce, compiled._warn_uncompiled):
@@ -104,7 +104,7 @@ def results(forget, retain, rule):
 @pytest.mark.parametrize("dtypes", [(BF16, BF16), (FP32, FP32), (torch.float64, FP32)], ids=str)
 @pytest.mark.parametrize("rule", ["sum", "sago", "pcgrad"])
 def test_compiled_and_uncompiled_bits(monkeypatch, dtypes, rule):
-    """Of updates, with all that a dtype can hold, and of all sums, over slices, blocks and a tail."""
+    """Updates and sums are equal, for special values and for several slices, blocks and a tail."""
     specials = [t[0].repeat(1 + compiled.COMPILE_FROM // t[0].numel()) for t in inputs.specials(*dtypes)]
     pair = [t.to(d) for t, d in zip(inputs.pair((1 << 22) + 12345), dtypes, strict=True)]
     for f, r in (specials, pair):
