@@ -9,9 +9,10 @@ MATRIX = 4.45.2 4.51.3 5.24.0
 demo: .venv/ready
 	$(BIN)/python -m examples.demo
 
-# A process a core, each with one thread: more threads would wait for each other.
+# A process a core, each with one thread: more threads would wait for each other. A file stays in one process,
+# so that what its tests share is made once.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-matrix: $(MATRIX:%=.venv-transformers-%/ready)
 	@for version in $(MATRIX); do \
