@@ -232,8 +232,10 @@ def _fused(assembly: str) -> int:
     """The fused multiply-adds, and in PTX what the assembler would still be free to fuse."""
     ptx = re.findall(r"\bfma\.|\b(?:mul|add|sub)(?:\.ftz)?\.f(?:32|64)", assembly)
     amd = re.findall(r"\bv_(?:pk_)?(?:fma|fmac|mad|mac)\w*_b?f(?:16|32|64)\w* .*", assembly)
-    # Of fp16 operands, a product is written as one with the addend -0, a sum as one with the factor 1.
-    fused = sum("neg(0)" not in line and ", 1.0," not in line for line in amd)
+    # Of fp16 operands, a product is written as one with the addend -0, a sum as one with the factor 1 and a
+    # difference as one with the factor -1: each has a single rounding.
+    single = ("neg(0)", ", 1.0,", ", -1.0,")
+    fused = sum(not any(operand in line for operand in single) for line in amd)
     # The division of two fp64 scalars is spelled out: five of them and one v_div_fmas.
     return len(ptx) + fused - 5 * len(re.findall(r"\bv_div_fmas_f64", assembly))
 
