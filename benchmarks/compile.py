@@ -276,7 +276,7 @@ def run(archs: Sequence[str] = ARCHS, quick: bool = False, jobs: int | None = No
         rows = list(tqdm(pool.map(_inspect, tasks), total=len(tasks), desc="compile"))
     return {
         "triton": triton.__version__,
-        "source": source_hash("kernels", "sago/rules.py", "sago/reads.py"),
+        "source": source_hash("kernels", "sago/rules"),
         "archs": list(archs),
         "rows": rows,
     }

@@ -22,7 +22,7 @@ from benchmarks.contenders import Contender, compiled_peer, others, ours, peer
 from benchmarks.gradients import ALPHA, GAMMA, Gradients
 from benchmarks.measure import origin
 from benchmarks.speed import first
-from sago import compiled
+from sago.backends import compiled
 
 COLUMNS = (
     "dtype", "contender", "in_place", "ms", "p20", "p80",

@@ -12,6 +12,7 @@ from torch import Tensor
 import sago
 from benchmarks.workloads import Shapes
 from sago import reference
+from sago.rules import REFERENCES, RULES
 
 GAMMA, ALPHA = 0.75, 1.25
 POOL = 1 << 22
@@ -112,7 +113,7 @@ class Gradients:
     def _coefficients(self, rule: str) -> list[reference.Coefficients]:
         if rule == "add":
             return [(1.0, 1.0, 1.0, 1.0)] * len(self.numels)
-        function, scope = reference.RULES[rule]
+        function, scope = REFERENCES[rule], RULES[rule].scope
         if scope == "element":
             return [function(0.0, 0.0, 0.0, GAMMA, ALPHA)] * len(self.numels)
         gram = self._gram

@@ -36,7 +36,7 @@ def run(pairs: Sequence[int] = (291,), repeats: int = 300) -> dict[str, Any]:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         driver = StubDriver(Path(folder))
-        names = ("sago.arguments.choose_backend", "sago.buckets.choose_backend")
+        names = ("sago.core.checks.choose_backend", "sago.capture.buckets.choose_backend")
         with mock.patch(names[0], _triton), mock.patch(names[1], _triton):
             for count in pairs:
                 for entry, rule, stats, prepare, call in _entries(count):

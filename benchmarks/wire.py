@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 import sago
 from benchmarks.workloads import LLAMA_3_8B, WORKLOADS, Shapes, elements
-from sago.flat import flatten
+from sago.capture.flat import flatten
 from sago.rules import RULES
 
 MIB = 2**20

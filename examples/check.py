@@ -34,7 +34,7 @@ from examples.learn import Batch
 from examples.objectives import Objective, grad_diff, nll
 from examples.unlearn import answers, answers_before
 from examples.world import World, make_world, pairs, teach
-from sago.arguments import triton_version
+from sago.backends.choose import triton_version
 
 Case = str | tuple[str, bool]
 

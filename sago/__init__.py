@@ -1,11 +1,10 @@
 """Gradient synthesis for LLM unlearning: one update from the forget and the retain gradient, retain first."""
 
 from sago import distributed, reference
-from sago.buckets import GradientBuckets
-from sago.plan import Plan
-from sago.report import SynthesisReport
+from sago.capture.buckets import GradientBuckets
+from sago.core.report import SynthesisReport
 from sago.rules import Rule, list_rules
-from sago.synthesis import synthesize, synthesize_
+from sago.synthesis import Plan, synthesize, synthesize_
 
 __version__ = "0.1.0"
 

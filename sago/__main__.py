@@ -16,8 +16,8 @@ OTHER = "sago"  # an unrelated distribution on the package index, with the same 
 
 def lines() -> list[tuple[str, str]]:
     import sago
-    from sago.arguments import triton_version
-    from sago.compiled import has_compiler
+    from sago.backends.choose import triton_version
+    from sago.backends.compiled import has_compiler
 
     found = [
         (DISTRIBUTION, f"{sago.__version__}, imported from {Path(sago.__file__).parent}"),

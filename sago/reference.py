@@ -1,14 +1,13 @@
-"""The rules in plain torch, to be read beside the paper (arXiv 2604.14808) and to test against.
+"""`sago.synthesize` in plain torch, to be read beside the paper (arXiv 2604.14808) and to test against.
 
-Autograd-free, and no code shared with the fast paths. Arithmetic on elements is done in fp32 (fp64
-where a gradient is fp64) and rounded once at the end, as the kernels do, so that the elementwise rules
-can be compared bit for bit. Inner products are summed in float64.
+It is free of autograd and shares no code with the fast backends. Elements are computed in fp32 (fp64 where a
+gradient is fp64) and rounded once at the end, as in the kernels, so that the elementwise rules can be
+compared bit for bit. Inner products are summed in fp64. Called directly, it checks little of what
+`sago.synthesize_` checks.
 
-Called directly, it checks little of what `sago.synthesize_` checks.
-
-`f` is the gradient of the forget loss as minimised, `r` the gradient of the retain loss. Each rule
-below returns `(a_c, b_c, a, b)`: the update is `a_c*f + b_c*r` where the two conflict, `a*f + b*r`
-elsewhere.
+`f` is the gradient of the forget loss as minimised, `r` the gradient of the retain loss. Each rule has a
+function here, defined in its file under `sago.rules`, that returns `(a_c, b_c, a, b)`: the update is
+`a_c*f + b_c*r` where the two conflict and `a*f + b*r` elsewhere.
 """
 
 from __future__ import annotations
@@ -20,110 +19,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sago.report import SynthesisReport
+from sago import rules
+from sago.backends.reference import conflict, update, weighted, with_zeros, write
+from sago.backends.reference import sums_of as sums
+from sago.core.report import SynthesisReport
+from sago.rules import REFERENCES
+
+__all__ = [
+    "blur",
+    "conflict",
+    "pcgrad",
+    "sago",
+    "sago_prefer_retain",
+    "sum",
+    "sums",
+    "synthesize",
+    "synthesize_",
+    "update",
+    "weighted",
+    "with_zeros",
+    "write",
+]
 
 Gradients = Tensor | Sequence[Tensor | None]
-Coefficients = tuple[float, float, float, float]
+Coefficients = tuple[float, ...]  # a_c, b_c, a, b
 
-
-def sum(ff: float, fr: float, rr: float, gamma: float, alpha: float) -> Coefficients:
-    """`gamma*f + alpha*r`: the weighted sum of the losses."""
-    return gamma, alpha, gamma, alpha
-
-
-def sago(ff: float, fr: float, rr: float, gamma: float, alpha: float) -> Coefficients:
-    """`where(conflict, alpha*r, gamma*f)`: the forget gradient, replaced by retain where it opposes it."""
-    return 0.0, alpha, gamma, 0.0
-
-
-def sago_prefer_retain(ff: float, fr: float, rr: float, gamma: float, alpha: float) -> Coefficients:
-    """`where(conflict, alpha*r, gamma*f + alpha*r)`: the sum, less the forget gradient where it opposes."""
-    return 0.0, alpha, gamma, alpha
-
-
-def pcgrad(ff: float, fr: float, rr: float, gamma: float, alpha: float) -> Coefficients:
-    """`gamma*(f - k*r) + alpha*r`, `k = fr/rr` if `fr < 0` else 0: forget loses its part against retain.
-
-    Algorithm 1 of arXiv 2001.06782 with retain never projected. `pcgrad` takes the inner products a
-    tensor ("module-wise"), `pcgrad_global` takes them over all tensors.
-    """
-    k = projection(fr, rr)
-    if k > 0 or gamma == 0:
-        k = 0.0
-    return gamma, alpha - gamma * k, gamma, alpha - gamma * k
-
-
-def blur(ff: float, fr: float, rr: float, gamma: float, alpha: float) -> Coefficients:
-    """`gamma*f + alpha*(r - k*f)`, `k = fr/ff`: retain, made orthogonal to forget."""
-    k = 0.0 if alpha == 0 else projection(fr, ff)
-    return gamma - alpha * k, alpha, gamma - alpha * k, alpha
-
-
-RULES: dict[str, tuple[Callable[..., Coefficients], str]] = {
-    "sum": (sum, "element"),
-    "sago": (sago, "element"),
-    "sago_prefer_retain": (sago_prefer_retain, "element"),
-    "pcgrad": (pcgrad, "tensor"),
-    "pcgrad_global": (pcgrad, "global"),
-    "blur": (blur, "global"),
-}
-
-
-def projection(product: float, square: float) -> float:
-    """`product / square`; 0 where the square is 0, NaN where either is not finite."""
-    if not (abs(product) < float("inf") and abs(square) < float("inf")):
-        return float("nan")
-    return product / square if square > 0 else 0.0
-
-
-def conflict(f: Tensor, r: Tensor) -> Tensor:
-    """True where `f` and `r` have strictly opposite signs. Zeros and NaN do not conflict.
-
-    The signs are compared, not the product's: `f * r` underflows to 0 for small gradients.
-    """
-    return ((f > 0) & (r < 0)) | ((f < 0) & (r > 0))
-
-
-def weighted(a: float, f: Tensor, b: float, r: Tensor) -> Tensor:
-    """`a*f + b*r`, where a gradient whose coefficient is 0 is left out, be it NaN or inf."""
-    if a == 0 and b == 0:
-        return torch.zeros_like(f)
-    if a == 0:
-        return b * r
-    if b == 0:
-        return a * f
-    return a * f + b * r
-
-
-def update(f: Tensor, r: Tensor, coefficients: Coefficients) -> Tensor:
-    """The update of one pair, in fp32 (fp64 if either is fp64)."""
-    dtype = torch.float64 if torch.float64 in (f.dtype, r.dtype) else torch.float32
-    f, r = f.to(dtype), r.to(dtype)
-    a_c, b_c, a, b = torch.tensor(coefficients, dtype=torch.float64).to(dtype).tolist()
-    return torch.where(conflict(f, r), weighted(a_c, f, b_c, r), weighted(a, f, b, r))
-
-
-def write(u: Tensor, out: Tensor) -> None:
-    """`out.copy_(u)`, fp64 to 16 bits through fp32 as in the kernels."""
-    out.copy_(u.float() if out.dtype.itemsize == 2 else u)
-
-
-def sums(f: Tensor, r: Tensor) -> Tensor:
-    """The sums of one pair, fp64 `[9]`.
-
-    ff, fr, rr out of conflict, the number of conflicts, of NaN and inf in f and in r, ff, fr, rr in conflict.
-    """
-    f, r = f.double(), r.double()
-    c = conflict(f, r)
-    outside, inside = ((f.where(part, 0.0), r.where(part, 0.0)) for part in (~c, c))
-    values = [*_products(*outside), c, ~f.isfinite(), ~r.isfinite(), *_products(*inside)]
-    return torch.stack([v.sum(dtype=torch.float64) for v in values])
-
-
-def with_zeros(f: Tensor | None, r: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The pair, of which one may be None, with zeros for it."""
-    zeros = torch.zeros_like(next(t for t in (f, r) if t is not None))
-    return zeros if f is None else f, zeros if r is None else r
+sum, sago, sago_prefer_retain, pcgrad, blur = (
+    REFERENCES[name] for name in ("sum", "sago", "sago_prefer_retain", "pcgrad", "blur")
+)
 
 
 def synthesize(
@@ -171,9 +94,8 @@ def synthesize_(
     if isinstance(out, str) and out != "forget":
         raise ValueError(f"Parameter `out` should be None, 'forget' or tensors. Found {out!r}.")
     if isinstance(rule, str):
-        if rule not in RULES:
-            raise ValueError(f"Parameter `rule` should be one of {', '.join(RULES)}. Found {rule!r}.")
-        name, (coefficients, scope) = rule, RULES[rule]
+        scope = rules.resolve(rule).scope
+        name, coefficients = rule, REFERENCES[rule]
     else:
         name, coefficients, scope = rule.name, _plain(rule), rule.scope
 
@@ -222,18 +144,14 @@ def _plain(rule: Any) -> Callable[..., Coefficients]:
     """
 
     def coefficients(*numbers: float) -> Coefficients:
-        *sums, gamma, alpha = numbers
-        lost = {name for name, x in zip(("ff", "fr", "rr"), sums, strict=True) if not isfinite(x)}
+        *products, gamma, alpha = numbers
+        lost = {name for name, x in zip(("ff", "fr", "rr"), products, strict=True) if not isfinite(x)}
         values = [float(x) for x in rule.coefficients(*torch.tensor(numbers, dtype=torch.float64))]
         read = rule.reads[gamma == 0, alpha == 0]
         values = [nan if lost & names else x for x, names in zip(values, read, strict=True)]
-        return tuple(values) if rule.gated else (*values, *values)  # type: ignore[return-value]
+        return tuple(values) if rule.gated else (*values, *values)
 
     return coefficients
-
-
-def _products(f: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return f * f, f * r, r * r
 
 
 def _report(

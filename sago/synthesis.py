@@ -1,4 +1,4 @@
-"""Synthesis of lists: what is given is checked, laid out and synthesized."""
+"""`synthesize_`, `synthesize` and `Plan`: lists of gradients in, updates out."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from sago.arguments import NEW, Gradients, ReduceGram, Weight, check_backend, check_call, check_pairs
-from sago.pipeline import Pipeline, count_versions
-from sago.report import SynthesisReport
+from sago.backends.choose import check_backend
+from sago.backends.streams import is_capturing
+from sago.core.checks import NEW, Gradients, ReduceGram, check_call, check_pairs, check_weight
+from sago.core.pairs import Weight
+from sago.core.pipeline import Pipeline, count_versions
+from sago.core.report import SynthesisReport
+from sago.core.seen import find
+from sago.ranks import dtensor
 from sago.rules import Rule, resolve
-from sago.seen import find
 
 
 def synthesize_(
@@ -64,8 +68,8 @@ def synthesize_(
     """
     rule = resolve(rule)
     check_backend(backend)
-    pipeline, updates = find(forget, retain, rule, out, groups, reduce_gram, backend)
-    devices = [part.device for part in pipeline.parts]
+    pipeline, updates = find(forget, retain, rule, out, groups, reduce_gram, backend, dtensor)
+    devices = [there.device for there in pipeline.devices]
     report = pipeline.synthesize(check_call(rule, gamma, alpha, eps, stats, reduce_gram, devices))
     count_versions(updates)
     return report
@@ -90,8 +94,79 @@ def synthesize(
         if `forget` and `retain` are tensors, else a list. And the report.
     """
     rule = resolve(rule)
-    pairs = check_pairs(forget, retain, rule, NEW, groups, reduce_gram, backend)
+    pairs = check_pairs(forget, retain, rule, NEW, groups, reduce_gram, backend, dtensor)
     call = check_call(rule, gamma, alpha, eps, stats, reduce_gram, pairs.backends)
     report = Pipeline(pairs, pairs.numel()).synthesize(call)
     single = isinstance(forget, Tensor) and isinstance(retain, Tensor)
     return (pairs.updates[0] if single else pairs.updates), report
+
+
+class Plan:
+    """`sago.synthesize_` of the same tensors, again and again: nothing is checked or rebuilt between calls.
+
+        plan = sago.Plan(forget_grads, retain_grads, rule="pcgrad")
+        for batch in batches:
+            ...  # writes new gradients into the same tensors
+            report = plan.synthesize_(gamma=1.0, alpha=1.0)
+
+    A call can be captured in a CUDA graph. A replay works on what is then in the gradients, and in `gamma`
+    and `alpha` if they are tensors on the device. It needs the plan alive. A report has the numbers of the
+    replay before it was first read.
+
+    Args:
+        forget, retain, rule, out, groups, eps, stats, reduce_gram, backend: As in `sago.synthesize_`. The
+            memory that the tensors have now is kept alive and worked on: make a new plan when one is resized
+            or its `data` replaced.
+
+    Calls are for one thread and one stream at a time. They do not count as a version of the outputs, so
+    autograd does not notice that a tensor it saved was overwritten. `sago.synthesize_` takes care of both.
+    A plan cannot be copied or pickled.
+
+    Raises:
+        ValueError, TypeError: As `sago.synthesize_`, when the plan is made; also if it is made in the capture
+            of a CUDA graph.
+    """
+
+    def __init__(
+        self,
+        forget: Gradients,
+        retain: Gradients,
+        rule: str | Rule = "sago",
+        out: Gradients | str | None = None,
+        groups: Sequence[Hashable] | None = None,
+        eps: float = 0.0,
+        stats: bool = True,
+        reduce_gram: ReduceGram | None = None,
+        backend: str | None = None,
+    ) -> None:
+        rule = resolve(rule)
+        self._pairs = check_pairs(forget, retain, rule, out, groups, reduce_gram, backend, dtensor)
+        self._call = check_call(rule, 1.0, 1.0, eps, stats, reduce_gram, self._pairs.backends)
+        if is_capturing(self._pairs.backends):
+            raise ValueError("A plan should be made before the capture of a CUDA graph. Found a capture.")
+        # Views keep the memory, also when somebody replaces the data of a tensor.
+        pairs = self._pairs
+        pairs.forget, pairs.retain, pairs.out = map(_views, (pairs.forget, pairs.retain, pairs.out))
+        self._pipeline = Pipeline(self._pairs, self._pairs.numel())
+
+    def synthesize_(self, gamma: Weight = 1.0, alpha: Weight = 1.0) -> SynthesisReport:
+        """Writes the update of what is in the gradients now; `gamma` and `alpha` as in `sago.synthesize_`."""
+        devices = self._pairs.backends
+        call = self._call._replace(
+            gamma=check_weight("gamma", gamma, devices), alpha=check_weight("alpha", alpha, devices)
+        )
+        return self._pipeline.synthesize(call)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "A sago.Plan should not be copied or pickled, because it works on the memory of the tensors that "
+            "it was made for: keep it outside of what is copied, and make a new plan for other tensors."
+        )
+
+    def __repr__(self) -> str:
+        count = sum(o is not None for o in self._pairs.out)
+        return f"Plan({count} tensors, rule {self._call.rule.name!r})"
+
+
+def _views(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else t.detach() for t in tensors]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import sago
-from sago.arguments import triton_version
+from sago.backends.choose import triton_version
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 RULES = ("sum", "sago", "sago_prefer_retain", "pcgrad", "pcgrad_global", "blur")

@@ -21,7 +21,7 @@ os.environ.setdefault(
     ),
 )
 
-from sago import compiled
+from sago.backends import compiled
 from tests.backends import INTERPRETED, Backend, has_triton
 
 settings.register_profile("default", deadline=None, max_examples=40)

@@ -1,6 +1,7 @@
 """Calls in place on memory that was synthesized before, with something else about them.
 
-Each is about one thing by which `sago.seen` tells lists apart: by less, the wrong elements would be written.
+Each is about one thing by which `sago.core.seen` tells lists apart: by less, the wrong elements would be
+written.
 """
 
 from __future__ import annotations

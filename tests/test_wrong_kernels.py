@@ -13,8 +13,11 @@ import pytest
 import torch
 
 import sago
-from sago import buckets, compiled, pipeline, reference, seen, synthesis
-from sago.cache import Cache
+from sago import reference, synthesis
+from sago.backends import compiled
+from sago.backends.streams import Cache
+from sago.capture import buckets
+from sago.core import pipeline, seen
 from sago.rules import Rule, where
 from tests import inputs, oracle, properties, repeats
 from tests.backends import INTERPRETED, Backend, import_with_triton

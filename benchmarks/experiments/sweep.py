@@ -171,7 +171,7 @@ def run(
         rows = list(tqdm(pool.map(_inspect, tasks), total=len(tasks), desc="sweep"))
     return {
         "triton": triton.__version__,
-        "source": source_hash("kernels", "sago/rules.py", "sago/reads.py"),
+        "source": source_hash("kernels", "sago/rules"),
         "rows": rows,
     }
 

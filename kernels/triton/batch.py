@@ -9,8 +9,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from sago.cache import Cache, is_capturing
-from sago.upload import upload
+from sago.backends.streams import Cache, is_capturing
+from sago.backends.upload import upload
 
 # CHUNK, BLOCK and THREADS fix the order of every sum: changing one changes the last bits of results.
 # A lane of the sums adds at most CHUNK / THREADS squares in fp32, so magnitudes up to 1e18 stay in range.
@@ -191,9 +191,10 @@ class Batch:
             self._counters = None if capturing else counters
         return partials, counters
 
-    def release(self) -> None:
-        """Leaves it to the caller to keep the tensors alive."""
+    def release(self) -> bool:
+        """Drops the references to the tensors. The kernels work by their addresses."""
         self._tensors = None
+        return True
 
     def discard_counters(self) -> None:
         """After a failure, which may have left them in the middle."""

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from sago import rules
-from sago.reads import CASES, SUMS
+from sago.rules.reads import CASES, SUMS
 
 # What means the same on tensors and on Triton scalars.
 _PLAIN = (

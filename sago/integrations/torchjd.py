@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torchjd.aggregation import Aggregator, Weighting
 
-from sago.arguments import Weight
-from sago.report import SynthesisReport
+from sago.core.pairs import Weight
+from sago.core.report import SynthesisReport
 from sago.rules import Rule, evaluate, resolve
 from sago.synthesis import synthesize_
 

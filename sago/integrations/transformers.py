@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from sago.buckets import GradientBuckets
-from sago.report import SynthesisReport
+from sago.capture.buckets import GradientBuckets
+from sago.core.report import SynthesisReport
 from sago.rules import Rule, resolve
 
 if TYPE_CHECKING:

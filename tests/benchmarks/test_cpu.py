@@ -10,8 +10,11 @@ from benchmarks.__main__ import main
 from benchmarks.contenders import EXACT, ROUNDING, STEPWISE, peer
 from benchmarks.gradients import WrongResult
 
-# Raised inside of torch when torch.compile is first used.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+# Raised inside of torch when torch.compile is first used, the second one by torch 2.6.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Skipping serialization:UserWarning"),
+]
 
 ELEMENTS = 4096 * 3
 

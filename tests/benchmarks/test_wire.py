@@ -12,6 +12,7 @@ import sago
 from benchmarks import shards, wire
 from benchmarks.workloads import WORKLOADS, elements
 from tests.oracle import rounding_error
+from tests.ranks import FSDP2_ON_CPU, NO_FSDP2
 
 RANKS = (1, 2, 3, 7, 8, 16)
 
@@ -152,6 +153,7 @@ def forwards_first(loss):
         x.backward()
 
 
+@pytest.mark.skipif(not FSDP2_ON_CPU, reason=NO_FSDP2)
 @pytest.mark.parametrize("reduce_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize(("step", "backwards"), [(one_backward, 1), (alternating, 2), (forwards_first, 2)])

@@ -316,7 +316,7 @@ def refused():
     yield error_of(sago.GradientBuckets, [p for p in ddp.parameters() if p.ndim > 1])
     ddp = replicated()
     yield error_of(sago.GradientBuckets, [*ddp.parameters(), nn.Parameter(torch.ones(3))])
-    with mock.patch("sago.opening.flatten", side_effect=MemoryError):
+    with mock.patch("sago.capture.opening.flatten", side_effect=MemoryError):
         error_of(sago.GradientBuckets, ddp)
     yield ddp.require_backward_grad_sync  # as it was
 

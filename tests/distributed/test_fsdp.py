@@ -17,8 +17,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.utils.checkpoint import checkpoint
 
 import sago
+from sago.capture.flat import ALIGNMENT
 from sago.distributed import SumOver
-from sago.flat import ALIGNMENT
 from tests import inputs
 from tests.distributed.by_hand import ByHand
 from tests.distributed.collectives import Collectives, all_reduces
@@ -53,7 +53,7 @@ from tests.distributed.training import (
     window,
 )
 from tests.properties import assert_equal_bits, assert_updates
-from tests.ranks import error_of
+from tests.ranks import FSDP2_ON_CPU, NO_FSDP2, error_of
 from tests.windows import ALONE
 
 # How a model is laid out, on how many ranks, and whether there are replicas.
@@ -602,6 +602,7 @@ def beside_sharded():
     return error, error_of(sago.GradientBuckets, model)
 
 
+@pytest.mark.skipif(not FSDP2_ON_CPU, reason=NO_FSDP2)
 def test_a_trained_parameter_that_is_not_sharded_is_refused(ranks2):
     for (error, text), frozen in ranks2(beside_sharded):
         assert error is ValueError

@@ -60,7 +60,7 @@ def reference(forget, retain, coefficients, dtype=None):
 @pytest.mark.parametrize("by_table", [False, True], ids=["formula", "table"])
 def test_elementwise_bits(device, name, by_table):
     rule = torch_rule(RULES[name]) if by_table else RULES[name]
-    numbers = sago.reference.RULES[name][0](0, 0, 0, 0.75, 1.5)
+    numbers = sago.rules.REFERENCES[name](0, 0, 0, 0.75, 1.5)
     for family in ("specials", "unaligned", "tails", "missing"):
         forget, retain = inputs.FAMILIES[family](BF16, FP32)
         both = [(f, r) for f, r in zip(forget, retain, strict=True) if f is not None or r is not None]
@@ -161,7 +161,7 @@ def test_nan_and_inf_propagate(device, name, by_table):
         (f,), (r,) = inputs.specials(*dtypes)
         forget, retain = [f, f[1:], None, f[:15]], [r, r[1:], r, None]
         for gamma, alpha in ((0.75, 1.5), (0.0, 1.0)):
-            numbers = sago.reference.RULES[name][0](0, 0, 0, gamma, alpha)
+            numbers = sago.rules.REFERENCES[name](0, 0, 0, gamma, alpha)
             # What takes the place of None has its dtype.
             sides = [f, f[1:], torch.zeros_like(r), f[:15]], [r, r[1:], r, torch.zeros_like(f[:15])]
             expected = with_nan(reference(*sides, [numbers] * 4), forget, retain)

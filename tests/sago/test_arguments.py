@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import sago
-from sago import arguments
+from sago.core import checks as arguments
 from tests.properties import equal_bits
 
 

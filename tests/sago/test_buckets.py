@@ -384,7 +384,7 @@ def plans(monkeypatch):
             super().__init__(*arguments)
             made.append(weakref.ref(self))
 
-    monkeypatch.setattr("sago.buckets.Pipeline", Counted)
+    monkeypatch.setattr("sago.capture.buckets.Pipeline", Counted)
     return made
 
 

@@ -7,10 +7,10 @@ from unittest import mock
 
 import torch
 
-from sago import cache as cache_module
-from sago.cache import Cache
+from sago.backends import streams as cache_module
+from sago.backends.streams import Cache
 
-upload_module = importlib.import_module("sago.upload")  # its function has the same name
+upload_module = importlib.import_module("sago.backends.upload")  # its function has the same name
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sago
-from sago.compiled import has_compiler
+from sago.backends.compiled import has_compiler
 from tests.backends import RULES
 from tests.captures import BF16, FORMS, FP32, FP64, SIDES, Window
 from tests.conftest import needs_interpreter, needs_triton

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import sago
-from sago import compiled
+from sago.backends import compiled
 from tests import inputs, oracle, properties
 from tests.backends import Backend
 
@@ -161,7 +161,7 @@ def test_global_state_costs_no_compilation():
     """Each graph is compiled once, whatever the threads, the modes and the limits of TorchDynamo are."""
     f, r = (t.to(BF16) for t in inputs.pair(compiled.COMPILE_FROM + 5))
     expected = None
-    with torch._dynamo.config.patch(recompile_limit=1):
+    with torch._dynamo.config.patch(cache_size_limit=1):  # the name that torch 2.6 has, too
         for name, value in STATES:
             with global_state(name, value):
                 update, report = sago.synthesize(f, r, "sago", backend="compiled")

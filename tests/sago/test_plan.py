@@ -166,7 +166,7 @@ def test_the_memory_is_kept_when_data_is_replaced(backend):
 
 
 def test_none_is_made_in_a_capture(monkeypatch):
-    monkeypatch.setattr("sago.plan.is_capturing", lambda devices: True)
+    monkeypatch.setattr("sago.synthesis.is_capturing", lambda devices: True)
     with pytest.raises(ValueError, match="before the capture"):
         sago.Plan(*inputs.pair(20))
 
@@ -175,7 +175,7 @@ def test_what_a_capture_uploads_is_not_used_outside(monkeypatch):
     f, r = inputs.pair(20)
     plan = sago.Plan(f, r, reduce_gram=lambda table: None)
     with monkeypatch.context() as capturing:
-        capturing.setattr("sago.pipeline.is_capturing", lambda devices: True)
+        capturing.setattr("sago.core.pipeline.is_capturing", lambda devices: True)
         plan.synthesize_()
     assert plan._pipeline._elements is None
     plan.synthesize_()

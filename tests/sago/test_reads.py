@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import sago
-from sago.reads import CASES, SUMS, reads
 from sago.rules import RULES, ratio, scaled, where
+from sago.rules.reads import CASES, SUMS, reads
 
 NOTHING, ALL = set(), set(SUMS)
 HELD = torch.tensor(0.5)

@@ -46,7 +46,7 @@ def test_rules_by_hand():
         "pcgrad": (2, 5 + 2 * 0.75, 2, 5 + 2 * 0.75),
         "blur": (2 + 5 * 1.5, 5, 2 + 5 * 1.5, 5),
     }.items():
-        function, _ = sago.reference.RULES[rule]
+        function = sago.rules.REFERENCES[rule]
         assert function(2.0, -3.0, 4.0, 2.0, 5.0) == expected
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import sago
-from sago import arguments, seen
-from sago.cache import Cache
+from sago.backends.streams import Cache
+from sago.core import checks as arguments
+from sago.core import seen
 from tests import inputs, repeats
 from tests.conftest import KERNEL_BACKENDS
 
@@ -41,7 +42,7 @@ def test_calls_on_the_same_memory(run, calls):
 
 @pytest.mark.parametrize("calls", repeats.ALL, ids=lambda calls: calls.__name__)
 def test_without_torchs_guards(run, calls, monkeypatch):
-    monkeypatch.setattr("sago.guards.TensorGuards", None)
+    monkeypatch.setattr("sago.core.guards.TensorGuards", None)
     calls(run)
 
 

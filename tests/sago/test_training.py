@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import sago
-from sago.compiled import has_compiler
+from sago.backends.compiled import has_compiler
 from tests.backends import ELEMENTWISE, RULES
 from tests.captures import FORMS, SIDES, added
 from tests.oracle import SUM_ERROR

@@ -21,11 +21,14 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sago.backends.protocol import Batch
+from sago.backends.sums import Sums
+from sago.backends.sums import table as make_table
 from sago.rules import Coefficients, Rule, Term, evaluate
 
 Known = tuple[tuple[Term, ...], bool]  # about the coefficients; whether NaN and inf propagate
@@ -44,19 +47,8 @@ _EAGER = 1 << 15
 _log = logging.getLogger("sago")
 
 
-class Batch(NamedTuple):
-    """Gradient pairs on one device and where their update goes; see `sago.kernels.Batch`."""
-
-    device: torch.device
-    forget: Sequence[Tensor | None]
-    retain: Sequence[Tensor | None]
-    out: Sequence[Tensor]
-    rows: Sequence[int]
-    row_count: int
-
-
 def gram(batch: Batch, sums: int) -> Tensor:
-    """The sums of every row, fp64 `[rows, sums]`, with the columns of `sago.kernels.gram`."""
+    """The table of these sums, fp64 `[rows, sums]`."""
     return _table(batch, sums)
 
 
@@ -65,9 +57,11 @@ def _table(batch: Batch, sums: int) -> Tensor:
     members: list[list[Tensor]] = [[] for _ in range(batch.row_count)]
     for pair, row in zip(pairs, batch.rows, strict=True):
         members[row].append(_pair_sums(*pair, sums))
-    zero = torch.zeros(3 if sums == 3 else sums - 2, dtype=torch.float64, device=batch.device)
+    # Everything but the two counts of non-finite elements.
+    columns = sums if sums == Sums.PRODUCTS else sums - 2
+    zero = torch.zeros(columns, dtype=torch.float64, device=batch.device)
     table = torch.stack([_total(row) if row else zero for row in members])
-    if sums == 3:
+    if sums == Sums.PRODUCTS:
         return table
     # An inf or NaN shows in ff or rr: elements are looked at only in rows with a sum that is not finite.
     nonfinite = torch.zeros(batch.row_count, 2, dtype=torch.float64, device=batch.device)
@@ -75,7 +69,9 @@ def _table(batch: Batch, sums: int) -> Tensor:
     for pair, row in zip(pairs, batch.rows, strict=True):
         if row in suspects:
             nonfinite[row] += torch.stack([_count_nonfinite(t) for t in pair])
-    return torch.cat([table[:, :4], nonfinite, table[:, 4:]], dim=1)
+    products, conflicts, inside = table[:, :3], table[:, 3:4], table[:, 4:]
+    counts = torch.cat([conflicts, nonfinite], dim=1)
+    return make_table(products, counts, inside if sums == Sums.SPLIT else None)
 
 
 def _count_nonfinite(t: Tensor) -> Tensor:
@@ -93,7 +89,7 @@ def combine(
     coefficients: Coefficients | None = None,
     propagate: bool = False,
 ) -> Tensor | None:
-    """Writes the update of every pair to `out`; see `sago.kernels.combine`. Sums take a pass of their own."""
+    """Writes the update of every pair to `out`; see `sago.backends.protocol`. Sums take their own pass."""
     table = _table(batch, sums) if sums else None
     values, terms = coefficients or evaluate(rule, gram, gamma, alpha, eps, batch.device)
     rows = {t: values.to(t).expand(batch.row_count, -1).unbind(0) for t in (torch.float32, torch.float64)}
@@ -180,10 +176,10 @@ def _summands(f: Tensor, r: Tensor, sums: int) -> list[Tensor]:
     """The terms of each sum, `[blocks, _DEPTH, lanes]`."""
     shape, dtype = (-1, _DEPTH, _lanes(f, r)), _compute_dtype(f, r)
     f, r = f.to(dtype).view(shape), r.to(dtype).view(shape)
-    if sums == 3:
+    if sums == Sums.PRODUCTS:
         return _products(f, r)
     conflict = _conflict(f, r)
-    if sums == 6:
+    if sums == Sums.COUNTED:
         return [*_products(f, r), conflict.to(dtype)]
     outside = _products(torch.where(conflict, 0.0, f), torch.where(conflict, 0.0, r))
     inside = _products(torch.where(conflict, f, 0.0), torch.where(conflict, r, 0.0))
@@ -320,7 +316,10 @@ def _build(graph: Any, constant: Any, dtypes: Sequence[torch.dtype]) -> Callable
         traced = make_fx(lambda *args: graph(*args, constant), tracing_mode="symbolic")(*examples)
         inputs = [node.meta["val"] for node in traced.graph.nodes if node.op == "placeholder"]
         # Otherwise the number of threads at this time is part of the code.
-        return compile_graph(traced, inputs, options={"cpp.dynamic_threads": True})
+        options = {"cpp.dynamic_threads": True}
+        if torch.__version__.startswith("2.6."):
+            options["fx_graph_cache"] = False  # a graph that is found there raises without TorchDynamo
+        return compile_graph(traced, inputs, options=options)
 
 
 @cache

@@ -9,29 +9,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sago import data_parallel, engine, shards
-from sago.arguments import (
-    Call,
-    Pairs,
-    ReduceGram,
-    Weight,
-    check_backend,
-    check_call,
-    check_groups,
-    choose_backend,
-    non_negative,
-)
-from sago.cache import Cache, is_capturing
-from sago.extraction import Side
-from sago.flat import flatten
-from sago.in_backward import InBackward, check_exact
-from sago.opening import open_extraction
-from sago.others import Others
-from sago.parameters import choose
-from sago.pipeline import Pipeline, count_versions
-from sago.report import SynthesisReport
+from sago.backends.choose import check_backend, choose_backend
+from sago.backends.streams import Cache, is_capturing
+from sago.capture.flat import flatten
+from sago.capture.opening import open_extraction
+from sago.capture.others import Others
+from sago.capture.parameters import choose
+from sago.capture.streamed import InBackward, check_exact
+from sago.capture.window import Side
+from sago.core.checks import ReduceGram, check_call, check_groups, non_negative
+from sago.core.pairs import Call, Pairs, Weight
+from sago.core.pipeline import Pipeline, count_versions
+from sago.core.report import SynthesisReport
+from sago.integrations import deepspeed as engine
+from sago.ranks import ddp as data_parallel
+from sago.ranks import dtensor as shards
+from sago.ranks.dtensor import Shards
 from sago.rules import Rule
-from sago.shards import Shards
 
 _PATTERNS = 8  # of parameters without a gradient, whose pipelines are kept
 
@@ -461,7 +455,7 @@ class GradientBuckets:
             rows=[rows[i] for i in members],
             keys=keys,
             backends={d: b for d, b in self._backends.items() if d in devices},
-            shards=self._shards,
+            spread=self._shards,
         )
         numel, own = pairs.numel(), pairs.numel(everywhere=False)
         if whole:
@@ -469,8 +463,8 @@ class GradientBuckets:
             pairs.forget = [self._forget.buffers[b] for b in owners]
             pairs.retain = [self._retain.buffers[b] for b in owners]
             pairs.out, pairs.rows = pairs.retain, [0] * len(owners)
-            if pairs.shards is not None:
-                pairs.shards = pairs.shards._replace(counted=[True] * len(owners))
+            if self._shards is not None:
+                pairs.spread = self._shards._replace(counted=[True] * len(owners))
         return Pipeline(pairs, numel, own)
 
     def _check_unscaled(self, call: Call) -> None:

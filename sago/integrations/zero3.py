@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sago.distributed import SumOver
-from sago.engine import PARTITIONS, Engine, Zero0
-from sago.extraction import Arrived, Capture, Side
-from sago.flat import Flat
-from sago.shards import Shards
+from sago.capture.flat import Flat
+from sago.capture.window import Arrived, Capture, Side
+from sago.integrations.deepspeed import PARTITIONS, Engine, Zero0
+from sago.ranks.dtensor import Shards
+from sago.ranks.sum_over import SumOver
 
 
 class Partitions(Side):

@@ -3,100 +3,24 @@
 from __future__ import annotations
 
 import math
-import os
-import warnings
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
-from functools import lru_cache
-from importlib import import_module
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sago import shards
-from sago.overlap import check_overlap
+from sago.backends.choose import check_backend, choose_backend
+from sago.core.overlap import check_overlap
+from sago.core.pairs import Call, Pairs, Placement, Weight
 from sago.rules import Rule, resolve
-from sago.shards import Shards
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-BACKENDS = ("triton", "compiled", "reference")
 
 NEW = object()  # for `out`: new tensors like retain
 
 Gradients = Tensor | Iterable[Tensor | None]
-Weight = float | Tensor
-
-
 ReduceGram = Callable[[Tensor], Tensor | None]
-
-
-@dataclass
-class Pairs:
-    """Gradient pairs, checked.
-
-    Attributes:
-        forget, retain, out: Local tensors; None for a zero gradient; out is None where both are.
-        updates: `out` as the caller knows it, DTensors whole.
-        rows: The report row of each pair.
-        keys: The group a row stands for.
-        backends: For each device in the list, the backend that runs there.
-        shards: What other ranks hold; None where they are of no concern, or a `reduce_gram` takes care of it.
-    """
-
-    forget: list[Tensor | None]
-    retain: list[Tensor | None]
-    out: list[Tensor | None]
-    updates: list[Tensor | None]
-    rows: list[int]
-    keys: list[Hashable]
-    backends: dict[torch.device, str]
-    shards: Shards | None = None
-
-    def numel(self, everywhere: bool = True) -> list[int]:
-        """Elements of each row, on all ranks or as this one counts them."""
-        found = [0] * len(self.keys)
-        for i, (row, o) in enumerate(zip(self.rows, self.out, strict=True)):
-            if o is not None:
-                s = self.shards
-                here = o.numel() if s is None or s.counted[i] else 0
-                found[row] += s.numel[i] if everywhere and s is not None else here
-        return found
-
-
-class Call(NamedTuple):
-    """What is asked of a synthesis besides its gradients, checked.
-
-    Attributes:
-        gamma, alpha: Floats, or 0-d fp64 tensors on the gradients' device.
-        max_norm: What the norm of the update is clipped to; None for no clipping.
-        nonfinite: What NaN and inf in a gradient do to the update: what the rule makes of them (None), NaN
-            where either gradient has them ("propagate"), or no update anywhere ("zero_update").
-        scales: What forget and retain are multiplied by ahead of everything else.
-    """
-
-    rule: Rule
-    gamma: Weight
-    alpha: Weight
-    eps: float
-    stats: bool
-    reduce_gram: Callable[[Tensor], Tensor] | None
-    max_norm: float | None = None
-    nonfinite: str | None = None
-    scales: tuple[float, float] = (1.0, 1.0)
-
-    @property
-    def sums(self) -> int:
-        """How many sums of the gradients are wanted, as in `sago.kernels.gram`; 0 for none."""
-        if self.stats or self.limited:
-            return 9 if self.rule.gated else 6
-        return 0 if self.rule.scope == "element" else 3
-
-    @property
-    def limited(self) -> bool:
-        """Whether sums decide on the size of the update."""
-        return self.max_norm is not None or self.nonfinite == "zero_update"
 
 
 def check_pairs(
@@ -107,6 +31,7 @@ def check_pairs(
     groups: Sequence[Hashable] | None,
     reduce_gram: ReduceGram | None,
     backend: str | None,
+    placement: Placement,
 ) -> Pairs:
     """Raises ValueError or TypeError for gradients that cannot be right. `out` may be `NEW`."""
     check_backend(backend)
@@ -128,12 +53,12 @@ def check_pairs(
         out = [None if t is None else torch.empty_like(t, requires_grad=False) for t in like]
     parts = [forget, retain, out]
     spread = None
-    if any(shards.is_dtensor(t) for side in parts for t in side):
+    if any(placement.is_dtensor(t) for side in parts for t in side):
         for i, tensors in enumerate(zip(forget, retain, out, strict=True)):
-            shards.check_placed(i, tensors)
+            placement.check_placed(i, tensors)
         if reduce_gram is None:
-            spread = shards.read(out, rows)
-        parts = [[shards.local(t) for t in side] for side in parts]
+            spread = placement.read(out, rows)
+        parts = [[placement.local(t) for t in side] for side in parts]
     for name, side in zip(("forget", "retain", "out"), parts, strict=True):
         for i, t in enumerate(side):
             if t is not None and not holds_data(t):
@@ -148,7 +73,7 @@ def check_pairs(
         rows=rows,
         keys=keys,
         backends={device: choose_backend(backend, device) for device in devices},
-        shards=spread,
+        spread=spread,
     )
 
 
@@ -340,52 +265,3 @@ def check_weight(name: str, weight: Any, devices: Collection[torch.device]) -> W
             f"Parameter `{name}` should be a float or a 0-d tensor. Found {type(weight).__name__}."
         )
     return float(weight)
-
-
-def check_backend(backend: str | None) -> None:
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(
-            f"Parameter `backend` should be None or one of {', '.join(BACKENDS)}. Found {backend!r}."
-        )
-
-
-def choose_backend(backend: str | None, device: torch.device) -> str:
-    """The backend that runs on `device`. Raises where the one asked for cannot."""
-    if backend is None:
-        if device.type == "cpu":
-            return "compiled"
-        if device.type == "cuda" and triton_version():
-            return "triton"
-        _warn_without_triton(device)
-        return "reference"
-    if backend == "triton":
-        if not triton_version():
-            raise ValueError("Backend 'triton' should have Triton 3.4 or newer installed. Found none.")
-        if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError(
-                "Backend 'triton' should be given tensors on a GPU. Found tensors on the CPU, where only "
-                "Triton's interpreter runs (TRITON_INTERPRET=1)."
-            )
-    if backend == "compiled" and device.type != "cpu":
-        raise ValueError(f"Backend 'compiled' should be given tensors on the CPU. Found tensors on {device}.")
-    return backend
-
-
-@lru_cache(maxsize=1)
-def triton_version() -> str | None:
-    """The version of the Triton that the kernels can use; None if there is none or it is too old."""
-    try:
-        version: str = import_module("triton").__version__
-    except ImportError:
-        return None
-    major, minor = version.split(".")[:2]
-    return version if (int(major), int(minor)) >= (3, 4) else None
-
-
-@lru_cache(maxsize=1)
-def _warn_without_triton(device: torch.device) -> None:
-    warnings.warn(
-        f"sago: no Triton 3.4 or newer for gradients on {device}; the slow plain torch reference runs.",
-        RuntimeWarning,
-        stacklevel=2,
-    )

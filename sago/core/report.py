@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sago.upload import upload
+from sago.backends.upload import upload
 
 _COUNTS = ("nonfinite_forget", "nonfinite_retain")
 # What can be read, and the columns that it is made of.

@@ -6,10 +6,11 @@ from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
-from sago.arguments import Call
-from sago.extraction import ranks
-from sago.pipeline import Pipeline, Sums, report
-from sago.report import SynthesisReport
+from sago.capture.window import ranks
+from sago.core.pairs import Call
+from sago.core.pipeline import Pipeline
+from sago.core.report import SynthesisReport
+from sago.core.statistics import Statistics, report
 
 
 class InBackward:
@@ -46,7 +47,7 @@ class InBackward:
             if expected[i]:
                 self._waiting[bucket].add(i)
         self._streams: dict[int, set[torch.cuda.Stream]] = {bucket: set() for bucket in owner}
-        self._taken: list[tuple[Sums | None, Sequence[int]]] = []
+        self._taken: list[tuple[Statistics | None, Sequence[int]]] = []
 
     def arrived(self, i: int, device: torch.device) -> None:
         """Called in the backward, on the stream where the gradient of parameter `i` was accumulated."""
@@ -70,8 +71,8 @@ class InBackward:
         for bucket in list(self._waiting):
             self._run(bucket)
         numel = [sum(row) for row in zip(*(numel for _, numel in self._taken), strict=True)]
-        tables = [sums.table for sums, _ in self._taken if sums is not None]
-        total = Sums(torch.stack(tables).sum(0), numel) if tables else None
+        tables = [taken.table for taken, _ in self._taken if taken is not None]
+        total = Statistics(torch.stack(tables).sum(0), numel) if tables else None
         self.report = report(self._call, self._keys, numel, total)
 
     def _run(self, bucket: int) -> None:

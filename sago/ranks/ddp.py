@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sago.distributed import all_reduce
-from sago.shards import is_dtensor
+from sago.ranks.dtensor import is_dtensor
+from sago.ranks.sum_over import all_reduce
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from sago.extraction import Side
+    from sago.capture.window import Side
 
 
 class DataParallel:

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sago.arguments import ReduceGram, check_pairs
-from sago.cache import Cache
-from sago.guards import Guards
-from sago.pipeline import Pipeline
+from sago.backends.streams import Cache
+from sago.core.checks import ReduceGram, check_pairs
+from sago.core.guards import Guards
+from sago.core.pairs import Placement
+from sago.core.pipeline import Pipeline
 from sago.rules import Rule
 
 Updates = Sequence[Tensor | None]
@@ -37,6 +38,7 @@ def find(
     groups: Any,
     reduce_gram: ReduceGram | None,
     backend: str | None,
+    placement: Placement,
 ) -> tuple[Pipeline, Updates]:
     """The pipeline of a call of `sago.synthesize_`, and where its updates go.
 
@@ -49,10 +51,10 @@ def find(
         seen = _seen.find(key, devices)
         if seen is not None and seen.guards.hold(tensors):
             return seen.pipeline, _written(forget, retain, out)
-    pairs = check_pairs(forget, retain, rule, out, groups, reduce_gram, backend)
+    pairs = check_pairs(forget, retain, rule, out, groups, reduce_gram, backend, placement)
     pipeline = Pipeline(pairs, pairs.numel())
     plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-    if key is not None and plain and len(pipeline.parts) == 1 and pipeline.release():
+    if key is not None and plain and len(pipeline.devices) == 1 and pipeline.release():
         _seen.add(key, devices, Seen(pipeline, Guards(tensors)))
     return pipeline, pairs.updates
 

@@ -7,16 +7,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sago import data_parallel, engine, shards
-from sago.arguments import check_groups
-from sago.data_parallel import DataParallel
-from sago.engine import Engine, Zero0
-from sago.extraction import Extraction, Side, ranks
-from sago.flat import flatten
-from sago.parameters import Parameters
+from sago.capture.flat import flatten
+from sago.capture.parameters import Parameters
+from sago.capture.window import Extraction, Side, ranks
+from sago.core.checks import check_groups
+from sago.integrations import deepspeed as engine
+from sago.integrations.deepspeed import Engine, Zero0
+from sago.integrations.zero3 import Zero3
+from sago.ranks import ddp as data_parallel
+from sago.ranks import dtensor as shards
+from sago.ranks.ddp import DataParallel
+from sago.ranks.dtensor import Shards
 from sago.rules import resolve
-from sago.shards import Shards
-from sago.zero3 import Zero3
 
 
 class Opened(NamedTuple):

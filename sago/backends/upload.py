@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sago.cache import is_capturing
+from sago.backends.streams import is_capturing
 
 # Host memory that copies in CUDA graphs read at every replay. Each content is kept once and never freed,
 # because nothing tells when a graph is gone.

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from sago import fsdp
-from sago.flat import Flat, clear
-from sago.guards import Guards
-from sago.others import Others
-from sago.shards import is_dtensor, local_as, wrap
+from sago.capture.flat import Flat, clear
+from sago.capture.others import Others
+from sago.core.guards import Guards
+from sago.ranks import fsdp
+from sago.ranks.dtensor import is_dtensor, local_as, wrap
 
 Arrived = Callable[[int, torch.device], None]
 
@@ -26,7 +26,7 @@ class Side:
     """The accumulators of one of the two gradients, and what is in them.
 
     Attributes:
-        views, owner, buffers: See `sago.flat.Flat`; the views are of what this rank holds.
+        views, owner, buffers: See `sago.capture.flat.Flat`; the views are of what this rank holds.
         grads: The views as `p.grad` takes them.
         touched: Whether a backward of the window reached the parameter.
         captures: Captures of the window that had a backward.

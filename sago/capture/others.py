@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sago import fsdp
+from sago.ranks import fsdp
 
 
 class Others:

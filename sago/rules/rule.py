@@ -25,49 +25,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sago.reads import CASES, SUMS, Names, Reads, reads
+from sago.rules.reads import CASES, SUMS, Names, Reads, reads
 
 Scope = Literal["element", "tensor", "global"]
 Term = Literal["zero", "nonzero", "any"]
-
-
-def where(condition, x, y):
-    """`torch.where`, by a name that a coefficient function can also use inside a kernel."""
-    return torch.where(condition, x, y)
-
-
-def ratio(numerator, denominator):
-    """`numerator / denominator`; 0 where the denominator is 0, NaN where either is not finite."""
-    # x / inf would be a silent 0: the last term is NaN where either is not finite, and 0 elsewhere.
-    overflow = 0.0 * numerator + 0.0 * denominator
-    return where(denominator == 0.0, 0.0, numerator / denominator) + overflow
-
-
-def scaled(weight, coefficient):
-    """`weight * coefficient`; 0 where the weight is 0, which switches its gradient off altogether."""
-    return where(weight == 0.0, 0.0, weight * coefficient)
-
-
-def _sum(ff, fr, rr, gamma, alpha):
-    return gamma, alpha
-
-
-def _sago(ff, fr, rr, gamma, alpha):
-    return 0.0, alpha, gamma, 0.0
-
-
-def _sago_prefer_retain(ff, fr, rr, gamma, alpha):
-    return 0.0, alpha, gamma, alpha
-
-
-def _pcgrad(ff, fr, rr, gamma, alpha):
-    k = ratio(fr, rr)
-    k = where(k > 0.0, 0.0, k)
-    return gamma, alpha - scaled(gamma, k)
-
-
-def _blur(ff, fr, rr, gamma, alpha):
-    return gamma - scaled(alpha, ratio(fr, ff)), alpha
 
 
 @dataclass(frozen=True)
@@ -145,30 +106,6 @@ class Rule:
             )
 
 
-RULES: dict[str, Rule] = {
-    rule.name: rule
-    for rule in (
-        Rule("sum", _sum, "element", formula="gamma*f + alpha*r"),
-        Rule("sago", _sago, "element", gated=True, formula="alpha*r in conflict, else gamma*f"),
-        Rule(
-            "sago_prefer_retain",
-            _sago_prefer_retain,
-            "element",
-            gated=True,
-            formula="alpha*r in conflict, else gamma*f + alpha*r",
-        ),
-        Rule("pcgrad", _pcgrad, "tensor", formula="gamma*(f - min(0, <f,r>/<r,r>)*r) + alpha*r"),
-        Rule("pcgrad_global", _pcgrad, "global", formula="pcgrad, with <f,r> and <r,r> over all tensors"),
-        Rule("blur", _blur, "global", formula="gamma*f + alpha*(r - <f,r>/<f,f>*f), over all tensors"),
-    )
-}
-
-
-def list_rules() -> list[str]:
-    """The names that `rule=` accepts."""
-    return list(RULES)
-
-
 class Coefficients(NamedTuple):
     """`a_c, b_c, a, b` of every row as fp64 `[rows, 4]` (`a, b`, `[rows, 2]`, of an ungated rule).
 
@@ -234,14 +171,3 @@ def _as_double(value: float | Tensor, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         return value.to(torch.float64)
     return torch.full((), value, dtype=torch.float64, device=device)
-
-
-def resolve(rule: str | Rule) -> Rule:
-    """The `Rule` of that name, or the rule itself."""
-    if isinstance(rule, Rule):
-        return rule
-    if not isinstance(rule, str):
-        raise TypeError(f"Parameter `rule` should be a name or a sago.Rule. Found {type(rule).__name__}.")
-    if rule not in RULES:
-        raise ValueError(f"Parameter `rule` should be one of {', '.join(RULES)}. Found {rule!r}.")
-    return RULES[rule]

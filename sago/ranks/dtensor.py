@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
-from sago.distributed import SumOver
+from sago.ranks.sum_over import SumOver
 
 
 class Shards(NamedTuple):

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sago import shards
-from sago.arguments import DTYPES, check_groups, holds_data
+from sago.core.checks import DTYPES, check_groups, holds_data
+from sago.ranks import dtensor as shards
 from sago.rules import resolve
 
 

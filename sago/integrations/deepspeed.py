@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sago.data_parallel import DataParallel, owners
-from sago.extraction import Capture, Extraction
+from sago.capture.window import Capture, Extraction
+from sago.ranks.ddp import DataParallel, owners
 
 # At stage 3, the optimizer's partitions of the gradients, by the `ds_id` of the parameter.
 PARTITIONS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"

@@ -1,0 +1,1 @@
+"""Implementations of the two operations of a synthesis, `gram` and `combine`."""

@@ -1,0 +1,80 @@
+"""What a backend is: a module with `Batch`, `gram` and `combine`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from sago.backends.sums import Sums
+from sago.rules import Coefficients, Rule
+
+
+class Batch(NamedTuple):
+    """Gradient pairs on one device and the tensors that their updates go to.
+
+    Attributes:
+        device: Of all tensors.
+        forget, retain: Tensors or None (a zero gradient), pairwise of one shape and, over dense memory, of
+            one element order. At most one of a pair is None.
+        out: Where `combine` writes; may be forget or retain themselves.
+        rows: The row of the table of sums that each pair belongs to.
+        row_count: Rows of the table. A row without elements is zero.
+    """
+
+    device: torch.device
+    forget: Sequence[Tensor | None]
+    retain: Sequence[Tensor | None]
+    out: Sequence[Tensor]
+    rows: Sequence[int]
+    row_count: int
+
+    def release(self) -> bool:
+        """Whether the batch has dropped its references to the tensors and still works, by their addresses."""
+        return False
+
+
+class Backend(Protocol):
+    """The two operations of a synthesis on one device. Only "reference" waits for the device."""
+
+    def Batch(
+        self,
+        device: torch.device,
+        forget: Sequence[Tensor | None],
+        retain: Sequence[Tensor | None],
+        out: Sequence[Tensor],
+        rows: Sequence[int],
+        row_count: int,
+    ) -> Any:
+        """Lays the pairs out for `gram` and `combine`; see `Batch` above."""
+
+    def gram(self, batch: Any, sums: Sums) -> Tensor:
+        """The table of these sums, fp64 `[rows, sums]`; see `sago.backends.sums`."""
+
+    def combine(
+        self,
+        batch: Any,
+        rule: Rule,
+        gamma: float | Tensor,
+        alpha: float | Tensor,
+        eps: float,
+        gram: Tensor | None,
+        sums: Sums,
+        coefficients: Coefficients | None = None,
+        propagate: bool = False,
+    ) -> Tensor | None:
+        """Writes the update of every pair to `out`; returns the table of `sums`, or None for none.
+
+        Args:
+            batch: The pairs.
+            rule: Gives the coefficients of a row.
+            gamma, alpha: Floats, or 0-d fp64 tensors on the batch's device.
+            eps: Added to `<f,f>` and `<r,r>`.
+            gram: fp64, its first three columns `<f,f>, <f,r>, <r,r>`, one row for each row of the batch. None
+                for rules that read no inner products.
+            sums: The sums of the gradients to take in the same call.
+            coefficients: Used instead of the rule's function of `gram`, `gamma`, `alpha` and `eps`.
+            propagate: Whether NaN or inf in either gradient makes the element of the update NaN.
+        """

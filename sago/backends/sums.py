@@ -1,0 +1,103 @@
+"""The sums that a backend takes over the gradients of a row, and the only place that knows their columns.
+
+A table of sums is fp64 `[rows, columns]`. With `f` the forget and `r` the retain gradient, the columns are
+
+    PRODUCTS   <f,f>  <f,r>  <r,r>
+    COUNTED    <f,f>  <f,r>  <r,r>   conflicts  nonfinite_forget  nonfinite_retain
+    SPLIT      the products out of conflict     the three counts   the products in conflict
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+COUNTS = ("conflicts", "nonfinite_forget", "nonfinite_retain")
+
+
+class Sums(IntEnum):
+    """Which sums are taken. The value is the number of columns."""
+
+    NONE = 0
+    PRODUCTS = 3
+    COUNTED = 6
+    SPLIT = 9
+
+
+def table(products: Tensor, counts: Tensor, inside: Tensor | None = None) -> Tensor:
+    """The table of `[rows, 3]` parts: COUNTED, or SPLIT if `inside` has the products in conflict."""
+    return torch.cat([products, counts] if inside is None else [products, counts, inside], dim=1)
+
+
+def merge(table: Tensor, wanted: Sums) -> Tensor:
+    """The table of `wanted` sums, from one of SPLIT."""
+    return table if wanted == Sums.SPLIT else torch.cat([products(table), table[:, 3:6]], dim=1)[:, :wanted]
+
+
+def products(table: Tensor) -> Tensor:
+    """`<f,f>, <f,r>, <r,r>` over all elements of each row, `[rows, 3]`."""
+    outside, inside = split(table)
+    return outside if inside is None else outside + inside
+
+
+def split(table: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The products out of conflict and in conflict; over all elements and None if they are not split."""
+    columns = table.shape[1]
+    outside = table if columns == Sums.PRODUCTS else table[:, 0:3]
+    return outside, table[:, 6:9] if columns == Sums.SPLIT else None
+
+
+def counts(table: Tensor) -> Tensor | None:
+    """The columns of `COUNTS`, `[rows, 3]`; None if they were not taken."""
+    return table[:, 3:6] if table.shape[1] >= Sums.COUNTED else None
+
+
+def nonfinite(table: Tensor) -> Tensor:
+    """Whether a gradient of each row has a NaN or an inf, `[rows]`. Without counts the squares show it."""
+    counted = counts(table)
+    if counted is None:
+        return ~(table[:, 0] + table[:, 2]).isfinite()
+    return counted[:, 1:].sum(1) != 0
+
+
+def scale(table: Tensor, forget: float, retain: float) -> Tensor:
+    """The table for gradients that are multiplied by these factors."""
+    factors = [forget * forget, forget * retain, retain * retain]
+    outside, inside = split(table)
+    counted = counts(table)
+    parts = [outside, counted, inside]
+    scaled = [
+        part
+        if part is None or part is counted
+        else torch.stack([column * x for column, x in zip(part.unbind(1), factors, strict=True)], dim=1)
+        for part in parts
+    ]
+    return torch.cat([part for part in scaled if part is not None], dim=1)
+
+
+def of_update(table: Tensor, coefficients: Tensor) -> list[Tensor]:
+    """`<u,u>, <u,f>, <u,r>` of every row for the update `u` with these coefficients, `[rows, 2 or 4]`.
+
+    They follow from the products: `<u,u> = a^2 <f,f> + 2ab <f,r> + b^2 <r,r>`, on each side of the gate.
+    """
+    outside, inside = split(table)
+    a, b = coefficients[:, -2:].unbind(1)
+    found = _of_update(a, b, outside)
+    if inside is not None:
+        a_c, b_c = coefficients[:, :2].unbind(1)
+        found = [x + y for x, y in zip(found, _of_update(a_c, b_c, inside), strict=True)]
+    found[0] = found[0].clamp(min=0.0)  # cancellation leaves an error of either sign
+    return found
+
+
+def _of_update(a: Tensor, b: Tensor, products: Tensor) -> list[Tensor]:
+    ff, fr, rr = products.unbind(1)
+
+    def times(coefficient: Tensor, product: Tensor) -> Tensor:
+        # A coefficient of 0 leaves its gradient out.
+        return torch.where(coefficient == 0, 0.0, coefficient * product)
+
+    uu = times(a * a, ff) + times(2 * a * b, fr) + times(b * b, rr)
+    return [uu, times(a, ff) + times(b, fr), times(a, fr) + times(b, rr)]

@@ -1,0 +1,1 @@
+"""Extraction of one gradient for each task."""

@@ -1,0 +1,1 @@
+"""Checks, layout and execution of a synthesis."""

@@ -1,0 +1,51 @@
+"""The coefficients of an update: those of the rule, and what clipping, scales and NaN or inf make of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sago.backends import sums
+from sago.core.pairs import Call
+from sago.rules import Coefficients, Rule, evaluate
+
+
+def gram(rule: Rule, table: Tensor) -> Tensor | None:
+    """The inner products that the rule is given, fp64 `[rows, 3]`; None if it reads none."""
+    if rule.scope == "element":
+        return None
+    found = sums.products(table)
+    if rule.scope == "global" and len(found) > 1:
+        found = found.sum(0, keepdim=True).expand(len(found), -1)
+    return found
+
+
+def limited(call: Call, table: Tensor | None, gram: Tensor | None, device: torch.device) -> Coefficients:
+    """The coefficients for gradients before `call.scales`, with `max_norm` and "zero_update" applied.
+
+    Clipping equals `torch.nn.utils.clip_grad_norm_`, except that a norm that is not finite gives NaN.
+    """
+    values, terms = evaluate(call.rule, gram, call.gamma, call.alpha, call.eps, device)
+    finite = values.isfinite().all()
+    if table is not None and call.max_norm is not None:
+        norm = of_update(call.nonfinite, table, values)[0].sum().sqrt()
+        clip = (call.max_norm / (norm + 1e-6)).clamp(max=1.0)
+        # For a norm of inf the clip is 0, which would hide it: a coefficient of 0 leaves its gradient out.
+        values = values * torch.where(norm.isfinite(), clip, torch.nan)
+        finite = finite & norm.isfinite()
+    if table is not None and call.nonfinite == "zero_update":
+        values = torch.where(finite & ~sums.nonfinite(table).any(), values, 0.0)
+    forget, retain = call.scales
+    values = torch.stack([values[:, 0::2] * forget, values[:, 1::2] * retain], dim=2).flatten(1)
+    # A clip of NaN also reaches coefficients that are literal zeros in the rule.
+    kept = "zero" if call.max_norm is None else None
+    return Coefficients(values, tuple(term if term == kept else "any" for term in terms))
+
+
+def of_update(nonfinite: str | None, table: Tensor, values: Tensor) -> list[Tensor]:
+    """`<u,u>, <u,f>, <u,r>` of every row; NaN where NaN or inf of a gradient propagates."""
+    found = sums.of_update(table, values)
+    if nonfinite == "propagate":
+        lost = sums.nonfinite(table)
+        found = [torch.where(lost, torch.nan, x) for x in found]
+    return found

@@ -1,0 +1,129 @@
+"""A checked call: gradient pairs, and what is asked of their synthesis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from sago.backends.sums import Sums
+from sago.rules import Rule
+
+Weight = float | Tensor
+
+
+class Over(Protocol):
+    """Ranks that hold other shards of the same gradients, and that add up their tables of sums."""
+
+    def check_same(self, layout: Sequence[object], device: torch.device) -> None:
+        """Raises ValueError on every rank where the layouts of the ranks differ."""
+
+    def start(self, table: Tensor) -> Callable[[], None]:
+        """Begins the sum over the ranks, in place. The returned function waits for it."""
+
+
+class Spread(Protocol):
+    """How the gradients of a list are spread over ranks.
+
+    Attributes:
+        counted: For each pair, whether the sums of this rank's shard are counted.
+        numel: The number of elements of each whole gradient.
+        over: The ranks.
+        layout: A description of the list that is the same on every rank.
+    """
+
+    @property
+    def counted(self) -> Sequence[bool]: ...
+    @property
+    def numel(self) -> Sequence[int]: ...
+    @property
+    def over(self) -> Over: ...
+    @property
+    def layout(self) -> Sequence[object]: ...
+
+
+class Placement(Protocol):
+    """The functions on DTensors, which the layers above core provide as a module."""
+
+    def is_dtensor(self, t: Any, /) -> bool:
+        """Whether `t` is a DTensor."""
+
+    def local(self, t: Any, /) -> Any:
+        """The shard of a DTensor that this rank holds; any other tensor itself."""
+
+    def check_placed(self, i: int, tensors: Sequence[Any], /) -> None:
+        """Raises for the tensors of pair `i` unless they are placed alike and reduced."""
+
+    def read(self, gradients: Sequence[Any], rows: Sequence[int], /) -> Spread | None:
+        """How the list is spread over ranks; None if it is not."""
+
+
+@dataclass
+class Pairs:
+    """Gradient pairs, checked.
+
+    Attributes:
+        forget, retain, out: Local tensors; None for a zero gradient; out is None where both are.
+        updates: `out` as the caller knows it, DTensors whole.
+        rows: The report row of each pair.
+        keys: The group a row stands for.
+        backends: For each device in the list, the backend that runs there.
+        spread: How the gradients are spread over ranks; None where they are not, or where a `reduce_gram`
+            takes care of it.
+    """
+
+    forget: list[Tensor | None]
+    retain: list[Tensor | None]
+    out: list[Tensor | None]
+    updates: list[Tensor | None]
+    rows: list[int]
+    keys: list[Hashable]
+    backends: dict[torch.device, str]
+    spread: Spread | None = None
+
+    def numel(self, everywhere: bool = True) -> list[int]:
+        """Elements of each row, on all ranks or as this one counts them."""
+        found = [0] * len(self.keys)
+        for i, (row, o) in enumerate(zip(self.rows, self.out, strict=True)):
+            if o is not None:
+                s = self.spread
+                here = o.numel() if s is None or s.counted[i] else 0
+                found[row] += s.numel[i] if everywhere and s is not None else here
+        return found
+
+
+class Call(NamedTuple):
+    """What is asked of a synthesis besides its gradients, checked.
+
+    Attributes:
+        gamma, alpha: Floats, or 0-d fp64 tensors on the gradients' device.
+        max_norm: What the norm of the update is clipped to; None for no clipping.
+        nonfinite: What NaN and inf in a gradient do to the update: what the rule makes of them (None), NaN
+            where either gradient has them ("propagate"), or no update anywhere ("zero_update").
+        scales: What forget and retain are multiplied by ahead of everything else.
+    """
+
+    rule: Rule
+    gamma: Weight
+    alpha: Weight
+    eps: float
+    stats: bool
+    reduce_gram: Callable[[Tensor], Tensor] | None
+    max_norm: float | None = None
+    nonfinite: str | None = None
+    scales: tuple[float, float] = (1.0, 1.0)
+
+    @property
+    def sums(self) -> Sums:
+        """Which sums of the gradients are taken."""
+        if self.stats or self.limited:
+            return Sums.SPLIT if self.rule.gated else Sums.COUNTED
+        return Sums.NONE if self.rule.scope == "element" else Sums.PRODUCTS
+
+    @property
+    def limited(self) -> bool:
+        """Whether sums decide on the size of the update."""
+        return self.max_norm is not None or self.nonfinite == "zero_update"

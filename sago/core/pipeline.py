@@ -1,0 +1,213 @@
+"""The steps of a synthesis: gram, coefficients, combine, statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sago.backends import choose, sums
+from sago.backends.protocol import Backend
+from sago.backends.streams import is_capturing
+from sago.backends.sums import Sums
+from sago.backends.upload import upload
+from sago.core.coefficients import gram, limited
+from sago.core.overlap import is_dense
+from sago.core.pairs import Call, Pairs
+from sago.core.report import SynthesisReport
+from sago.core.statistics import Statistics, nothing, report
+
+
+class OnDevice(NamedTuple):
+    """The pairs on one device, and the backend that runs there.
+
+    Tensors that are not dense in memory are processed as copies. `before` lists (copy, source) to fill ahead
+    of the synthesis, `after` lists (target, copy) to write back behind it.
+    """
+
+    backend: Backend
+    batch: Any
+    device: torch.device
+    before: list[tuple[Tensor, Tensor]]
+    after: list[tuple[Tensor, Tensor]]
+
+
+class Pipeline:
+    """Gradient pairs, laid out on their devices. Each synthesis works on what is then in their memory.
+
+    Args:
+        pairs: The pairs.
+        numel: The number of elements of each row, on all ranks. Pairs that are flat buffers have more: the
+            gaps between parameters, which hold zeros.
+        own: The elements that this rank counts, where that is fewer.
+
+    Attributes:
+        writing: Whether an update has begun and not ended.
+    """
+
+    def __init__(self, pairs: Pairs, numel: list[int], own: list[int] | None = None) -> None:
+        self.keys: list[Hashable] = pairs.keys
+        self.numel, self._own = numel, own or numel
+        self.writing = False
+        self._elements: Tensor | None = None
+        self._spread = pairs.spread
+        rows, report_rows = pairs.rows, list(range(len(self.keys)))
+        if self._spread is not None:
+            rows = _with_scratch_rows(rows, self._spread.counted, report_rows)
+        self.devices = [
+            _on_device(pairs, rows, len(report_rows), device, backend)
+            for device, backend in pairs.backends.items()
+        ]
+        self._index: Tensor | None = None
+        if len(report_rows) > len(self.keys):
+            self._index = upload(report_rows, torch.int64, self.devices[0].device)
+
+    def release(self) -> bool:
+        """Drops the references to the tensors, which the caller then keeps alive.
+
+        Returns False where a backend, or a copy, needs more than addresses.
+        """
+        return all(not (d.before or d.after) and d.batch.release() for d in self.devices)
+
+    def synthesize(self, call: Call) -> SynthesisReport:
+        """Writes the update of every pair, and reports on it."""
+        return report(call, self.keys, self.numel, self.update(call))
+
+    def update(self, call: Call) -> Statistics | None:
+        """Writes the update of every pair; returns the sums, if any were taken."""
+        rule, wanted = call.rule, call.sums
+        self.writing = False
+        for there in self.devices:
+            if there.before:
+                _copy(there.before)
+        # Sums that the update depends on are taken ahead of it, and so are sums for `reduce_gram`, which may
+        # raise. The sums of DTensors that only the report needs are begun behind the update.
+        ahead = wanted > 0 and (rule.scope != "element" or call.limited or call.reduce_gram is not None)
+        taken = inner = coefficients = None
+        if wanted and self._spread is not None:
+            self._spread.over.check_same(self._spread.layout, self.devices[0].device)
+        if ahead:
+            taken = self._reduced([there.backend.gram(there.batch, wanted) for there in self.devices], call)
+            taken.wait()
+            taken = taken._replace(wait=nothing)
+            inner = gram(rule, taken.table)
+        if call.limited or call.scales != (1.0, 1.0):
+            table = None if taken is None else taken.table
+            coefficients = limited(call, table, inner, self.devices[0].device)
+            coefficients = coefficients._replace(values=self._all_rows(coefficients.values))
+        if inner is not None:
+            inner = self._all_rows(inner)
+        tables = []
+        self.writing = True
+        for there in self.devices:
+            table = there.backend.combine(
+                there.batch,
+                rule,
+                _to(call.gamma, there.device),
+                _to(call.alpha, there.device),
+                call.eps,
+                _to(inner, there.device),
+                Sums.NONE if ahead else wanted,
+                coefficients and coefficients._replace(values=_to(coefficients.values, there.device)),
+                call.nonfinite == "propagate",
+            )
+            if table is not None:
+                tables.append(table)
+            if there.after:
+                _copy(there.after)
+        if tables:
+            taken = self._reduced(tables, call)  # this may fail as well, with the update written
+        self.writing = False
+        return taken
+
+    def _reduced(self, tables: Sequence[Tensor], call: Call) -> Statistics:
+        """The tables of all devices and of all ranks added up."""
+        table = tables[0]
+        for other in tables[1:]:
+            table = table + other.to(table.device)
+        table = table[: len(self.keys)]
+        if call.scales != (1.0, 1.0):
+            table = sums.scale(table, *call.scales)
+        if call.reduce_gram is not None:
+            counts = self._elements
+            if counts is None:
+                counts = upload(self._own, table.dtype, table.device)
+                if not is_capturing([table.device]):  # a captured copy has no values before the first replay
+                    self._elements = counts
+            table = call.reduce_gram(torch.cat([table, counts[:, None]], dim=1))
+            return Statistics(table[:, :-1], table[:, -1])
+        if self._spread is not None:
+            return Statistics(table, self.numel, self._spread.over.start(table))
+        return Statistics(table, self.numel)
+
+    def _all_rows(self, values: Tensor) -> Tensor:
+        """Values of the report's rows for the rows of the batches; one row may stand for all."""
+        return values if self._index is None or len(values) < len(self.keys) else values[self._index]
+
+
+def _with_scratch_rows(rows: Sequence[int], counted: Sequence[bool], report_rows: list[int]) -> list[int]:
+    """Gives pairs that another rank counts scratch rows of their own.
+
+    Appends the report's row of each scratch row to `report_rows`.
+    """
+    scratch: dict[int, int] = {}
+    found = list(rows)
+    for i, row in enumerate(rows):
+        if not counted[i]:
+            if row not in scratch:
+                scratch[row] = len(report_rows)
+                report_rows.append(row)
+            found[i] = scratch[row]
+    return found
+
+
+def _on_device(
+    pairs: Pairs, row_of: Sequence[int], row_count: int, device: torch.device, backend: str
+) -> OnDevice:
+    module = choose.load(backend)
+    forget, retain, out, rows = [], [], [], []
+    before: list[tuple[Tensor, Tensor]] = []
+    after: list[tuple[Tensor, Tensor]] = []
+    for f, r, o, row in zip(pairs.forget, pairs.retain, pairs.out, row_of, strict=True):
+        if o is None or o.device != device or o.numel() == 0:
+            continue
+        tensors = [t for t in (f, r, o) if t is not None]
+        if any(t.stride() != o.stride() or t.is_neg() or not is_dense(t) for t in tensors):
+            f, r = _dense(f, before), _dense(r, before)
+            after.append((o, torch.empty_like(o, memory_format=torch.contiguous_format)))
+            o = after[-1][1]
+        forget.append(f)
+        retain.append(r)
+        out.append(o)
+        rows.append(row)
+    batch = module.Batch(device, forget, retain, out, rows, row_count)
+    return OnDevice(module, batch, device, before, after)
+
+
+def count_versions(updates: Iterable[Tensor | None]) -> None:
+    """Increments the version counters of the updates, so that autograd notices the writes."""
+    written = [t for t in updates if t is not None]
+    try:
+        torch.autograd.graph.increment_version(written)
+    except TypeError:  # early versions of torch take one at a time, with a version
+        for t in written:
+            if not t.is_inference():
+                torch.autograd.graph.increment_version(t)
+
+
+def _copy(copies: list[tuple[Tensor, Tensor]]) -> None:
+    for target, source in copies:
+        target.detach().copy_(source.detach())
+
+
+def _dense(t: Tensor | None, before: list[tuple[Tensor, Tensor]]) -> Tensor | None:
+    if t is None:
+        return None
+    before.append((torch.empty_like(t, memory_format=torch.contiguous_format), t))
+    return before[-1][0]
+
+
+def _to(x: Any, device: torch.device) -> Any:
+    return x.to(device) if isinstance(x, Tensor) else x

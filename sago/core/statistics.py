@@ -1,0 +1,61 @@
+"""The sums that a synthesis took, and the report that is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from sago.backends import sums
+from sago.core.coefficients import gram, of_update
+from sago.core.pairs import Call
+from sago.core.report import SynthesisReport
+from sago.rules import evaluate
+
+
+def nothing() -> None:
+    pass
+
+
+class Statistics(NamedTuple):
+    """The sums over the gradients of every row.
+
+    Attributes:
+        table: See `sago.backends.sums`. Complete, with what other ranks hold, once `wait` was called.
+        elements: The number of elements of each row.
+        wait: Waits for the other ranks, on the current stream.
+    """
+
+    table: Tensor
+    elements: Tensor | Sequence[int]
+    wait: Callable[[], object] = nothing
+
+
+def report(
+    call: Call, keys: Sequence[Hashable], numel: Sequence[int], taken: Statistics | None
+) -> SynthesisReport:
+    """The report of a synthesis; the sums over the update are derived from those over the gradients."""
+    if taken is None:
+        return SynthesisReport(call.rule.name, keys, numel, dict)
+    # A weight on the device may have another value by the time the report is read.
+    gamma, alpha = (w.clone() if isinstance(w, Tensor) else w for w in (call.gamma, call.alpha))
+    then = call._replace(gamma=gamma, alpha=alpha)
+
+    def columns() -> dict[str, Tensor]:
+        taken.wait()
+        return _columns(then, taken.table)
+
+    return SynthesisReport(call.rule.name, keys, taken.elements, columns)
+
+
+def _columns(call: Call, table: Tensor) -> dict[str, Tensor]:
+    columns = dict(zip(("ff", "fr", "rr"), sums.products(table).unbind(1), strict=True))
+    counts = sums.counts(table)
+    if counts is not None:
+        columns.update(zip(sums.COUNTS, counts.unbind(1), strict=True))
+    if not call.rule.gated or sums.split(table)[1] is not None:
+        rule = call.rule
+        values, _ = evaluate(rule, gram(rule, table), call.gamma, call.alpha, call.eps, table.device)
+        columns.update(zip(("uu", "uf", "ur"), of_update(call.nonfinite, table, values), strict=True))
+    return columns

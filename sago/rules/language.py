@@ -1,0 +1,23 @@
+"""The functions that a coefficient function can use besides arithmetic and comparisons.
+
+Each has one meaning on tensors and on the scalars inside a kernel.
+"""
+
+import torch
+
+
+def where(condition, x, y):
+    """`torch.where(condition, x, y)`, which replaces `if` in a coefficient function."""
+    return torch.where(condition, x, y)
+
+
+def ratio(numerator, denominator):
+    """`numerator / denominator`; 0 where the denominator is 0, NaN where either is not finite."""
+    # x / inf would silently be 0. The last term is NaN where either is not finite, and 0 elsewhere.
+    overflow = 0.0 * numerator + 0.0 * denominator
+    return where(denominator == 0.0, 0.0, numerator / denominator) + overflow
+
+
+def scaled(weight, coefficient):
+    """`weight * coefficient`; 0 where the weight is 0, even if the coefficient is NaN or inf."""
+    return where(weight == 0.0, 0.0, weight * coefficient)
