@@ -134,6 +134,7 @@ def _serve(pipe: Any, rank: int, world: int, store: str, timeout: float) -> None
     faulthandler.enable()
     torch.set_num_threads(1)
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "DTensor random operators may not have complete support")  # torch 2.6
     # As launchers set them, for those who look there.
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world)
