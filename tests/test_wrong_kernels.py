@@ -14,10 +14,10 @@ import torch
 
 import sago
 from sago import reference, synthesis
-from sago.backends import compiled
+from sago.backends import compiled, sums
 from sago.backends.streams import Cache
 from sago.capture import buckets
-from sago.core import pipeline, seen
+from sago.core import coefficients, pipeline, seen, statistics
 from sago.rules import Rule, where
 from tests import inputs, oracle, properties, repeats
 from tests.backends import INTERPRETED, Backend, import_with_triton
@@ -484,7 +484,7 @@ ON_THE_CPU = {
         "inf does not propagate": ("(f - f) + (r - r) == 0", "(f == f) & (r == r)", propagated),
         "propagates what the rule takes": ("(f - f) + (r - r) == 0", "u - u == 0", propagated),
     },
-    (pipeline, "_limited"): {
+    (coefficients, "limited"): {
         "zeros hide the norm": ('"zero" if call.max_norm is None else None', '"zero"', clipping_of_inf),
     },
     (compiled, "_weighted"): {
@@ -513,16 +513,31 @@ ON_THE_CPU = {
     },
 }
 ON_BOTH = {
-    (pipeline, "_gram"): {
+    (coefficients, "gram"): {
         "products of a group for a global rule": (".sum(0, keepdim=True).expand(", "[:1].expand(", groups),
-        "products of one branch": ("table[:, 0:3] + table[:, 6:9]", "table[:, 0:3]", gated),
     },
-    (pipeline, "_products_of_update"): {
-        "update of the wrong branch": ("_products(a_c, b_c, table", "_products(a, b, table", report),
-        "norm without the conflicting part": ("table.shape[1] == 9:", "False:", clipping),
+    (sums, "products"): {
+        "products of one branch": ("outside + inside", "outside", gated),
+    },
+    (sums, "of_update"): {
+        "update of the wrong branch": ("_of_update(a_c, b_c, inside)", "_of_update(a, b, inside)", report),
+        "norm without the conflicting part": ("inside is not None", "False", clipping),
+    },
+    (coefficients, "of_update"): {
         "norm without what is left out": ('nonfinite == "propagate"', "False", clipping_of_inf),
     },
-    (pipeline, "_limited"): {
+    (sums, "nonfinite"): {
+        "forget alone makes zero": ("counted[:, 1:]", "counted[:, 1:2]", zero_update),
+        "retain alone makes zero": ("counted[:, 1:]", "counted[:, 2:]", zero_update),
+        "conflicts make zero": ("counted[:, 1:]", "counted", zero_update),
+    },
+    (sums, "scale"): {
+        "scales not squared": ("[forget * forget, ", "[forget, ", means),
+        "fr scaled once": ("forget * forget, forget * retain", "forget * forget, forget", means),
+        "conflicting part not scaled": ("part is counted", "part is not outside", means),
+        "counts scaled": ("part is None or part is counted", "part is None", counts_of_means),
+    },
+    (coefficients, "limited"): {
         "one coefficient clipped": (
             f"values = {FACTOR}",
             f"values = torch.cat([values[:, :-1], ({FACTOR})[:, -1:]], dim=1)",
@@ -541,11 +556,8 @@ ON_BOTH = {
             "clip",
             clipping_of_inf,
         ),
-        "forget alone makes zero": ("table[:, 4:6]", "table[:, 4:5]", zero_update),
-        "retain alone makes zero": ("table[:, 4:6]", "table[:, 5:6]", zero_update),
-        "conflicts make zero": ("table[:, 4:6]", "table[:, 3:6]", zero_update),
-        "one group makes zero": ("table[:, 4:6].sum()", "table[:1, 4:6].sum()", zero_update),
-        "infinite coefficients pass": ("torch.where(finite & (", "torch.where((", zero_update),
+        "one group makes zero": ("sums.nonfinite(table)", "sums.nonfinite(table[:1])", zero_update),
+        "infinite coefficients pass": ("torch.where(finite & ~", "torch.where(~", zero_update),
         "an infinite norm passes": ("finite = finite & norm.isfinite()", "pass", zero_update),
         "scales swapped": ("forget, retain = call.scales", "retain, forget = call.scales", means),
         "scales left out": ("values[:, 1::2] * retain", "values[:, 1::2]", means),
@@ -556,18 +568,14 @@ ON_BOTH = {
         ),
     },
     (pipeline, "Pipeline._reduced"): {
-        "scales swapped": ("f, r = call.scales", "r, f = call.scales", means),
-        "scales not squared": ("[f * f, f * r, r * r, 1.0", "[f, f * r, r, 1.0", means),
-        "fr scaled once": ("[f * f, f * r,", "[f * f, f,", means),
-        "conflicting part not scaled": ("1.0, 1.0, 1.0, f * f, f * r, r * r]", "*[1.0] * 6]", means),
-        "counts scaled": ("1.0, 1.0, 1.0,", "1.0, f * f, r * r,", counts_of_means),
+        "scales swapped": ("*call.scales", "*call.scales[::-1]", means),
     },
     (buckets, "GradientBuckets._scales"): {
         "captures of forget for both": ("1 / retain_captures", "1 / self._forget.captures", means),
         "the sum for the mean": ("if self._mean", "if False", means),
     },
-    (pipeline, "_columns"): {
-        "counts of conflicts for inf": ("table[:, 3:6]", "table[:, 3:4].expand(-1, 3)", counts),
+    (statistics, "_columns"): {
+        "counts of conflicts for inf": ("counts.unbind(1)", "counts[:, :1].expand(-1, 3).unbind(1)", counts),
     },
 }
 MUTANTS = [

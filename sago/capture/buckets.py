@@ -12,16 +12,15 @@ from torch import Tensor
 from sago.backends.choose import check_backend, choose_backend
 from sago.backends.streams import Cache, is_capturing
 from sago.capture.flat import flatten
-from sago.capture.opening import open_extraction
+from sago.capture.opening import find_engine, open_host
 from sago.capture.others import Others
 from sago.capture.parameters import choose
 from sago.capture.streamed import InBackward, check_exact
-from sago.capture.window import Side
+from sago.capture.window import State, Window
 from sago.core.checks import ReduceGram, check_call, check_groups, non_negative
 from sago.core.pairs import Call, Pairs, Weight
 from sago.core.pipeline import Pipeline, count_versions
 from sago.core.report import SynthesisReport
-from sago.integrations import deepspeed as engine
 from sago.ranks import ddp as data_parallel
 from sago.ranks import dtensor as shards
 from sago.ranks.dtensor import Shards
@@ -128,19 +127,20 @@ class GradientBuckets:
             )
         if not non_negative("bucket_cap_mb", bucket_cap_mb, finite=False) > 0.0:
             raise ValueError(f"Parameter `bucket_cap_mb` should be positive. Found {bucket_cap_mb}.")
-        held = engine.find(params)
-        source = params if held is None else held.core.module
-        chosen = choose(source, groups, None if held is None else held.wanted)
+        engine = find_engine(params)
+        source = params if engine is None else engine.module
+        chosen = choose(source, groups, None if engine is None else engine.wanted)
         capacity = bucket_cap_mb * 2**20
-        opened = open_extraction(held, source, chosen, accumulate_dtype, capacity)
+        opened = open_host(engine, source, chosen, accumulate_dtype, capacity)
         self._params, self._keys = chosen.tensors, chosen.keys
         self._grouped = groups is not None
         self._mean = accumulation == "mean"
-        self._extraction, self._ranks, self._shards = opened.extraction, opened.ranks, opened.shards
-        self._looked = held is not None  # for DDP that came later, and for parameters that were not given
+        self._forget, self._retain = opened.forget, opened.retain
+        self._window = Window(chosen.names, self._params, opened.host, self._forget, self._retain)
+        self._ranks, self._shards = opened.ranks, opened.shards
+        self._looked = engine is not None  # for DDP that came later, and for parameters that were not given
         self._sharded = opened.sharded
-        self._engine = held
-        self._forget, self._retain = self._extraction.forget, self._extraction.retain
+        self._engine = engine
         self._updates, self._update_grads = list(self._retain.views), list(self._retain.grads)
         self._backends = {v.device: choose_backend(backend, v.device) for v in self._retain.views}
         apart = [i for i, v in enumerate(self._retain.views) if v.dtype != opened.dtypes[i]]
@@ -161,22 +161,22 @@ class GradientBuckets:
     def forget(self) -> AbstractContextManager[None]:
         """Backwards within `with buckets.forget():` accumulate the forget gradient, as minimised."""
         self._check_around()
-        return self._extraction.capture(self._forget)
+        return self._window.capture(self._forget)
 
     def retain(self) -> AbstractContextManager[None]:
         """Backwards within `with buckets.retain():` accumulate the retain gradient."""
         self._check_around()
-        return self._extraction.capture(self._retain)
+        return self._window.capture(self._retain)
 
     @property
     def forget_grads(self) -> list[Tensor | None]:
         """The sums over the window's closed captures, one a parameter; None where no backward came."""
-        return _touched(self._forget, self._forget.grads)
+        return self._forget.present(self._forget.grads)
 
     @property
     def retain_grads(self) -> list[Tensor | None]:
         """The sums over the window's closed captures, one a parameter; None where no backward came."""
-        return _touched(self._retain, self._retain.grads)
+        return self._retain.present(self._retain.grads)
 
     def synthesize_(
         self,
@@ -215,7 +215,7 @@ class GradientBuckets:
             ValueError, TypeError: For arguments that cannot be right, and unless both sides have been
                 captured, all captures are closed and no backward ran outside of them.
         """
-        self._extraction.check_ready(self._forget, self._retain)
+        self._window.check_ready(self._forget, self._retain)
         call = check_call(
             rule,
             gamma,
@@ -235,7 +235,7 @@ class GradientBuckets:
             found = pipeline.synthesize(call)
         except BaseException as error:
             if pipeline.writing:
-                self._extraction.spoil(f"a synthesis ended in {error!r}")
+                self._window.fail(f"a synthesis ended in {error!r}")
             raise
         self._finish()
         return found
@@ -266,8 +266,8 @@ class GradientBuckets:
                 because gradients are reduced over them after the hook; if a gradient arrives a second time,
                 because of a second backward or of reentrant checkpointing: the window is lost then.
         """
-        extraction, retain = self._extraction, self._retain
-        extraction.check_ready(self._forget)
+        window, retain = self._window, self._retain
+        window.check_ready(self._forget)
         call = check_call(
             rule,
             gamma,
@@ -283,14 +283,14 @@ class GradientBuckets:
         check_exact(call, rows, keys, retain.owner, list(self._backends))
         expected = [p.requires_grad for p in self._params]
         step = InBackward(
-            call, keys, extraction.names, retain.owner, expected, lambda bucket: self._pipeline(call, bucket)
+            call, keys, window.names, retain.owner, expected, lambda bucket: self._pipeline(call, bucket)
         )
-        with extraction.capture(retain, step.arrived):
+        with window.capture(retain, step.arrived):
             yield step
         try:
             step.finish()
         except BaseException as error:
-            extraction.spoil(f"a synthesis ended in {error!r}")
+            window.fail(f"a synthesis ended in {error!r}")
             raise
         self._finish()
 
@@ -307,14 +307,14 @@ class GradientBuckets:
         Both losses have to be scaled by one GradScaler, with one scale: other scales for the two sides are
         other weights, which is not noticed. Gradients that are unscaled already are a ValueError.
         """
-        self._extraction.check_ready(self._forget, self._retain)
+        self._window.check_ready(self._forget, self._retain)
         if self._engine is not None:
             raise ValueError("unscale_ should not be called with DeepSpeed, which unscales in engine.step().")
         while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
             optimizer = inner  # that accelerate wraps, and that scaler.step gets
         index = {id(p): i for i, p in enumerate(self._params)}
         given = (id(p) for group in optimizer.param_groups for p in group["params"])
-        self._extraction.check_scaled(index[key] for key in given if key in index)
+        self._window.check_scaled(index[key] for key in given if key in index)
         self._meet()
         forget, retain = self.forget_grads, self.retain_grads
         found: list[int] = []
@@ -341,7 +341,7 @@ class GradientBuckets:
             scaler.unscale_(optimizer)
         finally:
             optimizer.param_groups = groups
-        self._extraction.note_unscaled(found)
+        self._window.note_unscaled(found)
 
     def zero_(self) -> None:
         """Forgets both gradients and the update: `p.grad` is None, the accumulators are zero.
@@ -350,7 +350,7 @@ class GradientBuckets:
         in its place the accumulators are cleared by the next captures. `zero_` does not warn about a window
         that was not synthesized, because the caller may have needed only its gradients.
         """
-        self._extraction.zero_()
+        self._window.zero_()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
@@ -373,7 +373,7 @@ class GradientBuckets:
             return
         if self._ranks is None:
             data_parallel.check_not_wrapped(self._params)
-        self._extraction.others = Others(self._params, self._sharded)
+        self._window.others = Others(self._params, self._sharded)
         self._looked = True
 
     def _meet(self) -> None:
@@ -385,35 +385,35 @@ class GradientBuckets:
     def _check_agreed(self, spread: Shards) -> None:
         """Raises on every rank where a backward reached a parameter on some ranks only."""
         device = self._retain.views[0].device
-        if self._extraction.agreed or is_capturing(self._backends):
+        if self._window.agreed or is_capturing(self._backends):
             return
         spread.over.check_same(spread.layout, device)
         sides = self._forget, self._retain
         same = spread.over.agree([t for side in sides for t in side.touched], device)
         if not all(same):
             side, i = divmod(same.index(False), len(self._params))
-            name, found = sides[side].name, self._extraction.names[i]
-            self._extraction.spoil(f"{name} backwards reached `{found}` on some ranks only")
+            name, found = sides[side].name, self._window.names[i]
+            self._window.fail(f"{name} backwards reached `{found}` on some ranks only")
             raise ValueError(
                 f"Parameter `{found}` should be reached by {name} backwards on every rank or on none, as "
                 "the ranks reduce their gradients together. Found that some ranks only reached it, so that "
                 "gradients may be mixed: on the other ranks, add 0 times what it computes to the loss."
             )
-        self._extraction.agreed = True
+        self._window.agreed = True
 
     def _average(self) -> None:
         """Over the ranks of DistributedDataParallel."""
-        if self._ranks is None or self._extraction.reduced:
+        if self._ranks is None or self._window.state is not State.CAPTURING:
             return
         sides = self._forget, self._retain
         trained = [p.requires_grad for p in self._params]
-        self._ranks.check_reached(sides, self._extraction.names, trained)
+        self._ranks.check_reached(sides, self._window.names, trained)
         try:
             self._ranks.average(sides, trained)
         except BaseException as error:
-            self._extraction.spoil(f"the average over the ranks ended in {error!r}")
+            self._window.fail(f"the average over the ranks ended in {error!r}")
             raise
-        self._extraction.reduced = True
+        self._window.state = State.REDUCED
 
     def _scales(self, retain_captures: int) -> tuple[float, float]:
         return (1 / self._forget.captures, 1 / retain_captures) if self._mean else (1.0, 1.0)
@@ -442,7 +442,7 @@ class GradientBuckets:
     def _new_pipeline(self, rule: Rule, members: Sequence[int], whole: bool) -> Pipeline:
         rows, keys = self._rows(rule)
         forget, retain = (
-            [_touched(side, side.views)[i] for i in members] for side in (self._forget, self._retain)
+            [side.present(side.views)[i] for i in members] for side in (self._forget, self._retain)
         )
         neither = [f is None and r is None for f, r in zip(forget, retain, strict=True)]
         updates = [None if n else self._updates[i] for i, n in zip(members, neither, strict=True)]
@@ -475,28 +475,24 @@ class GradientBuckets:
                 "unscaled gradients: `gradient_clipping` in its configuration clips the update. Found "
                 f"max_norm={call.max_norm}, eps={call.eps}."
             )
-        unscaled = self._extraction.unscaled
+        unscaled = self._window.unscaled
         if not unscaled or not (call.limited or call.eps or self._grouped or call.rule.scope == "global"):
             return
         for i, (f, r) in enumerate(zip(self._forget.touched, self._retain.touched, strict=True)):
             if (f or r) and i not in unscaled:
                 raise ValueError(
                     "All gradients should be unscaled, or none. Found that those of "
-                    f"`{self._extraction.names[i]}` are not: call unscale_ for each optimizer."
+                    f"`{self._window.names[i]}` are not: call unscale_ for each optimizer."
                 )
 
     def _finish(self) -> None:
         written = [f or r for f, r in zip(self._forget.touched, self._retain.touched, strict=True)]
         count_versions([u for u, w in zip(self._updates, written, strict=True) if w])
         grads = zip(self._update_grads, written, strict=True)
-        self._extraction.finish([u if w else None for u, w in grads])
+        self._window.finish([u if w else None for u, w in grads])
 
 
 def _policy(nonfinite: Any) -> str:
     if nonfinite is None:
         raise ValueError("Parameter `nonfinite` should be 'propagate' or 'zero_update'. Found None.")
     return nonfinite
-
-
-def _touched(side: Side, grads: Sequence[Tensor]) -> list[Tensor | None]:
-    return [g if t else None for g, t in zip(grads, side.touched, strict=True)]

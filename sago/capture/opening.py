@@ -1,38 +1,44 @@
-"""Where the gradients of a model are captured: under `p.grad`, or in the optimizer of an engine."""
+"""Opens the host of a list of parameters: plain torch, or an engine that keeps gradients itself."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from importlib import import_module
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from sago.capture.flat import flatten
+from sago.capture.host import GradHost, Host
 from sago.capture.parameters import Parameters
-from sago.capture.window import Extraction, Side, ranks
+from sago.capture.side import Side
 from sago.core.checks import check_groups
-from sago.integrations import deepspeed as engine
-from sago.integrations.deepspeed import Engine, Zero0
-from sago.integrations.zero3 import Zero3
-from sago.ranks import ddp as data_parallel
-from sago.ranks import dtensor as shards
-from sago.ranks.ddp import DataParallel
+from sago.ranks import ddp, dtensor
+from sago.ranks.ddp import DataParallel, world_size
 from sago.ranks.dtensor import Shards
 from sago.rules import resolve
 
+# For each package whose engines keep gradients themselves: the attribute by which an engine is recognised,
+# and our module with `Engine` and `refuse`, which is imported when the package is in use.
+ENGINES = {"deepspeed": ("zero_optimization_stage", "sago.integrations.deepspeed")}
+
 
 class Opened(NamedTuple):
-    """An extraction, and what the ranks have to do with it.
+    """A host with its accumulators.
 
     Attributes:
-        ranks: Those whose gradients have to be averaged; None where they are not, or an engine does.
-        shards: What this rank holds of the gradients; None for all.
+        host, forget, retain: See `sago.capture.host` and `sago.capture.side`.
+        ranks: The ranks to average the gradients over; None where there are none, or where an engine does it.
+        shards: How the gradients are sharded over ranks; None where they are not.
         sharded: The modules of FSDP2 that the parameters are in.
-        dtypes: Of the updates.
-        padded: Whether the buffers have elements that are no parameter's.
+        dtypes: The dtype of each update.
+        padded: Whether the buffers have elements that belong to no parameter.
     """
 
-    extraction: Extraction
+    host: Host
+    forget: Side
+    retain: Side
     ranks: DataParallel | None
     shards: Shards | None
     sharded: Sequence[torch.nn.Module]
@@ -40,8 +46,42 @@ class Opened(NamedTuple):
     padded: bool
 
 
-def open_extraction(
-    held: Engine | None,
+class Engine(Protocol):
+    """An engine that keeps gradients itself.
+
+    Attributes:
+        module: The module whose parameters are trained.
+        scaled: Whether losses are multiplied by a scale that the engine's step divides by.
+    """
+
+    @property
+    def module(self) -> torch.nn.Module: ...
+    @property
+    def scaled(self) -> bool: ...
+    def wanted(self, p: Any) -> bool:
+        """Whether the optimizer trains the parameter."""
+
+    def open(
+        self,
+        chosen: Parameters,
+        rows: Sequence[int],
+        accumulate_dtype: torch.dtype | None,
+        capacity: float,
+    ) -> Opened:
+        """Allocates the accumulators. Arguments as in `open_grads`."""
+
+
+def find_engine(source: Any) -> Engine | None:
+    """The engine, if `source` is one."""
+    for attribute, module in ENGINES.values():
+        if hasattr(source, attribute):
+            engine: Engine = import_module(module).Engine(source)
+            return engine
+    return None
+
+
+def open_host(
+    engine: Engine | None,
     source: Any,
     chosen: Parameters,
     accumulate_dtype: torch.dtype | None,
@@ -50,53 +90,56 @@ def open_extraction(
     """Allocates the accumulators.
 
     Args:
-        held: The engine that the parameters belong to, if there is one.
+        engine: The engine that the parameters belong to, if there is one.
         source: The module, or what else the parameters were given as.
         chosen: The parameters.
-        accumulate_dtype: Of the accumulators, where it is wider.
-        capacity: Bytes of a buffer.
+        accumulate_dtype: The dtype of the accumulators, where it is wider than that of the parameters.
+        capacity: The size of a buffer in bytes.
+    """
+    rows, _ = check_groups(chosen.keys, len(chosen.tensors), resolve("pcgrad"))  # ranks compare them as well
+    if engine is not None:
+        return engine.open(chosen, rows, accumulate_dtype, capacity)
+    for package, (_, module) in ENGINES.items():
+        if package in sys.modules:
+            import_module(module).refuse(source, chosen.tensors)
+    sharded = ddp.sharded(source, chosen.tensors)
+    plain = [n for n, p in zip(chosen.names, chosen.tensors, strict=True) if not dtensor.is_dtensor(p)]
+    if sharded and plain:
+        raise ValueError(
+            f"Parameter `{plain[0]}` should be sharded by fully_shard as others are, or frozen. Found "
+            "that it is not, so that nothing reduces its gradient over the ranks."
+        )
+    averaged = ddp.take_over(source, chosen.tensors, chosen.names)
+    return open_grads(chosen, rows, accumulate_dtype, capacity, averaged, sharded)
+
+
+def open_grads(
+    chosen: Parameters,
+    rows: Sequence[int],
+    accumulate_dtype: torch.dtype | None,
+    capacity: float,
+    averaged: DataParallel | None,
+    sharded: Sequence[torch.nn.Module] = (),
+) -> Opened:
+    """Allocates accumulators that are mounted under `p.grad`.
+
+    Args:
+        chosen, accumulate_dtype, capacity: As in `open_host`.
+        rows: The row of the table of sums of each parameter.
+        averaged: The ranks that the gradients are averaged over.
+        sharded: The modules of FSDP2 that the parameters are in.
     """
     params = chosen.tensors
-    rows, _ = check_groups(chosen.keys, len(params), resolve("pcgrad"))  # which ranks should agree on, too
-    if held is not None and held.stage == 3:
-        if accumulate_dtype is not None:
-            raise ValueError(
-                "`accumulate_dtype` should be left out at ZeRO stage 3, where DeepSpeed accumulates: set "
-                f"`data_types.grad_accum_dtype` in its configuration. Found {accumulate_dtype}."
-            )
-        zero3 = Zero3(held, chosen.names, params, rows)
-        return Opened(zero3, None, zero3.shards, [], [v.dtype for v in zero3.retain.views], zero3.padded)
-
-    if held is None:
-        engine.refuse(source, params)
-        sharded = data_parallel.sharded(source, params)
-        plain = [n for n, p in zip(chosen.names, params, strict=True) if not shards.is_dtensor(p)]
-        if sharded and plain:
-            raise ValueError(
-                f"Parameter `{plain[0]}` should be sharded by fully_shard as others are, or frozen. Found "
-                "that it is not, so that nothing reduces its gradient over the ranks."
-            )
-        averaged = data_parallel.take_over(source, params, chosen.names)
-    else:
-        sharded, averaged = [], held.average()
-    if accumulate_dtype is not None and ranks() > 1 and averaged is None and not sharded:
+    if accumulate_dtype is not None and world_size() > 1 and averaged is None and not sharded:
         raise ValueError(
             "`accumulate_dtype` should be used with DistributedDataParallel or FSDP2 where "
             "torch.distributed has several ranks: another engine may reduce a gradient behind the hook "
-            f"that widens it. Found {ranks()} ranks."
+            f"that widens it. Found {world_size()} ranks."
         )
-    spread = shards.read(params, rows)
-    local = [shards.local(p.detach()) for p in params]
+    spread = dtensor.read(params, rows)
+    local = [dtensor.local(p.detach()) for p in params]
     narrow = [p.dtype for p in params]
     wide = [d if accumulate_dtype is None else torch.promote_types(d, accumulate_dtype) for d in narrow]
-    parts = (
-        chosen.names,
-        params,
-        chosen.frozen,
-        chosen.module,
-        sharded,
-        Side("forget", flatten(local, wide, capacity), params),
-        Side("retain", flatten(local, wide, capacity), params),
-    )
-    extraction = Extraction(*parts) if held is None else Zero0(held, *parts)
-    return Opened(extraction, averaged, spread, sharded, narrow, padded=False)
+    forget, retain = (Side(name, flatten(local, wide, capacity), params) for name in ("forget", "retain"))
+    host = GradHost(chosen.names, params, chosen.frozen, chosen.module, sharded, retain)
+    return Opened(host, forget, retain, averaged, spread, sharded, narrow, padded=False)

@@ -6,11 +6,11 @@ from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
-from sago.capture.window import ranks
 from sago.core.pairs import Call
 from sago.core.pipeline import Pipeline
 from sago.core.report import SynthesisReport
 from sago.core.statistics import Statistics, report
+from sago.ranks.ddp import world_size
 
 
 class InBackward:
@@ -95,10 +95,10 @@ def check_exact(
             f"Rule `{call.rule.name}` needs inner products over all gradients, which are complete only after "
             f"the backward. {instead}"
         )
-    if ranks() > 1:
+    if world_size() > 1:
         raise ValueError(
             "synthesize_in_backward should be used on one rank, because gradients are reduced over ranks "
-            f"after the hook. Found {ranks()} ranks. {instead}"
+            f"after the hook. Found {world_size()} ranks. {instead}"
         )
     if len(devices) > 1:
         raise ValueError(

@@ -1,15 +1,28 @@
-"""A DeepSpeed engine whose steps and reductions wait for the synthesis."""
+"""The hosts of a DeepSpeed engine, whose steps and reductions wait for the synthesis.
+
+At ZeRO stage 0 the accumulators are mounted under `p.grad`, where the engine's step takes gradients from. At
+stage 3 they are mounted as partitions in the table of its optimizer.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from sago.capture.window import Capture, Extraction
+from sago.capture.flat import Flat
+from sago.capture.host import Arrived, GradHost
+from sago.capture.opening import Opened, open_grads
+from sago.capture.parameters import Parameters
+from sago.capture.side import Capture, Side
 from sago.ranks.ddp import DataParallel, owners
+from sago.ranks.dtensor import Shards
+from sago.ranks.sum_over import SumOver
 
 # At stage 3, the optimizer's partitions of the gradients, by the `ds_id` of the parameter.
 PARTITIONS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
@@ -24,9 +37,9 @@ class Engine:
     says.
 
     Attributes:
-        core: The engine.
-        stage: Of ZeRO, 0 or 3.
-        waiting: Whether there is an update that no step has used.
+        core: The DeepSpeedEngine.
+        stage: The stage of ZeRO, 0 or 3.
+        waiting: Whether an update waits for a step.
     """
 
     def __init__(self, core: Any) -> None:
@@ -35,7 +48,13 @@ class Engine:
         _check(core, self.stage)
         self.waiting = False
         self._held = False
-        self._captures = False
+        self._capturing = False
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The module whose parameters are trained."""
+        found: torch.nn.Module = self.core.module
+        return found
 
     @property
     def scaled(self) -> bool:
@@ -48,31 +67,49 @@ class Engine:
         return any(s is not None for s in scalers) or getattr(optimizer, "loss_scale", 1.0) != 1.0
 
     def wanted(self, p: Any) -> bool:
-        """Whether the optimizer has a gradient of the parameter."""
+        """Whether the optimizer trains the parameter."""
         return self.stage != 3 or getattr(p, "ds_id", None) in getattr(self.core.optimizer, PARTITIONS)
 
-    def average(self) -> DataParallel | None:
-        """What reduces gradients in the engine's place; at stage 3 it does so itself, in every backward."""
-        return None if self.stage == 3 else DataParallel(self.core.seq_data_parallel_group, partial=True)
+    def open(
+        self,
+        chosen: Parameters,
+        rows: Sequence[int],
+        accumulate_dtype: torch.dtype | None,
+        capacity: float,
+    ) -> Opened:
+        """Allocates the accumulators; see `sago.capture.opening`."""
+        if self.stage == 0:
+            # DeepSpeed's own reduction is switched off within a window.
+            averaged = DataParallel(self.core.seq_data_parallel_group, partial=True)
+            opened = open_grads(chosen, rows, accumulate_dtype, capacity, averaged)
+            return opened._replace(host=Zero0Host(self, opened.host))
+        if accumulate_dtype is not None:
+            raise ValueError(
+                "`accumulate_dtype` should be left out at ZeRO stage 3, where DeepSpeed accumulates: set "
+                f"`data_types.grad_accum_dtype` in its configuration. Found {accumulate_dtype}."
+            )
+        host = Zero3Host(self, chosen.names, chosen.tensors, rows)
+        dtypes = [v.dtype for v in host.retain.views]
+        return Opened(host, host.forget, host.retain, None, host.shards, [], dtypes, host.padded)
 
     def hold(self) -> None:
-        """A capture is open."""
+        """Puts the engine's step off: a capture is open."""
         if not self._held:
             self.core.step = self._step
             if self.stage == 0:
                 self.core.allreduce_gradients = _nothing
-        self._held = self._captures = True
+        self._held = self._capturing = True
 
     def pause(self) -> None:
-        """No capture is open."""
-        self._captures = False
+        """Ends the captures; a step is an error until the update is published."""
+        self._capturing = False
 
     def ready(self) -> None:
-        """The next step is that of the window."""
+        """Makes the next step that of the window, because the update is published."""
         self.waiting = True
 
     def release(self) -> None:
-        """The engine is as it was."""
+        """Restores the engine's own `step`."""
         if vars(self.core).get("step") == self._step:
             del self.core.step
             if self.stage == 0:
@@ -81,7 +118,7 @@ class Engine:
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         core, step = self.core, type(self.core).step
-        if self._captures:
+        if self._capturing:
             return None
         if not self.waiting:
             if self._is_boundary():
@@ -107,41 +144,213 @@ class Engine:
         return boundary
 
 
-class Zero0(Extraction):
-    """The accumulators of an engine at stage 0: under `p.grad`, where its step takes gradients from."""
+class Zero0Host:
+    """The host of an engine at stage 0: that of plain torch, and the engine's step waits meanwhile."""
 
-    def __init__(self, engine: Engine, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, engine: Engine, grads: Any) -> None:
         self._engine = engine
+        self._grads: GradHost = grads
+        # What DeepSpeed has no part in.
+        self.watch, self.collect = grads.watch, grads.collect
+        self.check_start, self.check_outside = grads.check_start, grads.check_outside
+        self.check_reduced, self.check_parameters = grads.check_reduced, grads.check_parameters
 
-    def finish(self, updates: Sequence[Tensor | None]) -> None:
-        super().finish(updates)
+    def mount(self, capture: Capture) -> None:
+        self._engine.hold()
+        self._grads.mount(capture)
+
+    def unmount(self) -> None:
+        self._engine.pause()
+        self._grads.unmount()
+
+    def publish(self, updates: Sequence[Tensor | None]) -> None:
+        self._grads.publish(updates)
         self._engine.ready()
 
-    def zero_(self) -> None:
-        super().zero_()
+    def clear(self) -> None:
+        self._engine.pause()
+        self._grads.clear()
         self._engine.release()
 
-    def _install(self, capture: Capture) -> None:
+    def check_used(self) -> None:
+        _check_stepped(self._engine)
+        self._grads.check_used()
+
+
+def _check_stepped(engine: Engine) -> None:
+    if engine.waiting:
+        raise ValueError(
+            "The last update should be used before the next capture: call engine.step(), or "
+            "buckets.zero_() to drop it. Found that it was not used."
+        )
+
+
+class Partitions(Side):
+    """One of the two gradients, in one buffer with the layout of DeepSpeed's own.
+
+    A view holds the elements of the parameter on this rank. The partitions of the last ranks end in padding,
+    which is zero, and their views may be empty.
+
+    Attributes:
+        partitions: The tensors with their padding. Each shares its version counter with its view.
+    """
+
+    def __init__(self, name: str, buffer: Tensor, like: Sequence[Tensor], numel: Sequence[int]) -> None:
+        with torch.inference_mode(False):
+            empty = [buffer.new_empty(0) for _ in like]
+            self.partitions = [
+                t.set_(buffer.untyped_storage(), p.storage_offset(), p.shape, p.stride())
+                for t, p in zip(empty, like, strict=True)
+            ]
+            views = [p[:n] for p, n in zip(self.partitions, numel, strict=True)]
+        super().__init__(name, Flat(views, [0] * len(views), [buffer]), views)
+        self._clean = -1  # version of the buffer that had nothing in it
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the buffer was written as a whole, which no capture does."""
+        return self.buffers[0]._version != self._clean
+
+    def clear(self) -> None:
+        self.written |= self.foreign
+        super().clear()
+        self._clean = self.buffers[0]._version
+
+
+class Zero3Host:
+    """The host of an engine at stage 3: partitions that take turns in the table of the optimizer.
+
+    DeepSpeed reduces and scatters the gradients of a backward and adds them to the partition that it finds in
+    the table. The retain gradient is DeepSpeed's own buffer, where `engine.step` takes its gradients from.
+
+    Attributes:
+        forget, retain: The accumulators.
+        shards: How the gradients lie on the ranks.
+        padded: Whether the buffers have elements that belong to no parameter.
+    """
+
+    def __init__(
+        self, engine: Engine, names: Sequence[str], params: Sequence[Any], rows: Sequence[int]
+    ) -> None:
+        self._engine, self._names, self._params = engine, names, params
+        self._optimizer: Any = engine.core.optimizer
+        self._ids = [p.ds_id for p in params]
+        self._own = [self._table[key] for key in self._ids]
+        self._mounted: Capture | None = None
+        group = self._optimizer.dp_process_group
+        rank = dist.get_rank(group)
+        numel = [
+            min(max(p.ds_numel - rank * own.numel(), 0), own.numel())
+            for p, own in zip(params, self._own, strict=True)
+        ]
+        buffer: Tensor = self._optimizer.grad_partitions_flat_buffer
+        other = torch.empty_like(buffer, pin_memory=buffer.is_pinned())
+        self.forget = Partitions("forget", other, self._own, numel)
+        self.retain = Partitions("retain", buffer, self._own, numel)
+        layout = [(row, tuple(p.ds_shape)) for row, p in zip(rows, params, strict=True)]
+        everything = [True] * len(params)
+        self.padded = sum(numel) < buffer.numel()
+        self.shards = Shards(everything, [p.ds_numel for p in params], SumOver(group), layout)
+
+    @property
+    def _table(self) -> dict[int, Tensor]:
+        table: dict[int, Tensor] = getattr(self._optimizer, PARTITIONS)
+        return table
+
+    def mount(self, capture: Capture) -> None:
         self._engine.hold()
-        super()._install(capture)
+        if self.forget.empty and self.retain.empty:
+            self.retain.clear()
+        side = self.forget if capture.side is self.forget else self.retain
+        self._table.update(zip(self._ids, side.partitions, strict=True))
+        # At 0 the optimizer copies instead of adding, and it stays at 0 between two forwards.
+        self._optimizer.micro_step_id = max(self._optimizer.micro_step_id, 1)
+        capture.versions = side.versions()
+        self._mounted = capture
 
-    def _uninstall(self) -> None:
+    def unmount(self) -> None:
         self._engine.pause()
-        super()._uninstall()
+        self._table.update(zip(self._ids, self._own, strict=True))
+        self._optimizer.micro_step_id = 0
+        self._mounted = None
 
-    def _check_start(self) -> None:
-        if self._engine.waiting:
+    def publish(self, updates: Sequence[Tensor | None]) -> None:
+        """Leaves the updates where the step finds them. A parameter without an update has 0 there."""
+        optimizer, table = self._optimizer, self._table
+        if optimizer.offload_optimizer:
+            for p, partition in zip(self._params, self.retain.partitions, strict=True):
+                optimizer.set_local_grad_for_param(partition, p)
+        else:
+            for i, group in enumerate(optimizer.fp16_groups):
+                optimizer.averaged_gradients[i] = [table[p.ds_id] for p in group]
+        self.retain.written = True
+        for p in self._params:
+            p.grad = None
+        self._engine.ready()
+
+    def clear(self) -> None:
+        self.unmount()
+        self._engine.release()
+        for p in self._params:
+            p.grad = None
+        for bucket in self._optimizer.ipg_buckets.values():  # a failed backward leaves parameters there
+            bucket.params.clear()
+            bucket.elements = 0
+        self._optimizer.zero_grad()
+
+    def watch(self, capture: Capture, arrived: Arrived | None) -> None:
+        if arrived is not None:
             raise ValueError(
-                "The last update should be used before the next capture: call engine.step(), or "
-                "buckets.zero_() to drop it. Found that it was not used."
+                "synthesize_in_backward should not be used at ZeRO stage 3, where gradients are reduced "
+                "behind the hook. Call synthesize_."
             )
-        super()._check_start()
+        for i, (p, view) in enumerate(zip(self._params, self.retain.views, strict=True)):
+            if view.numel() == 0:  # nothing is written there, so no version shows a backward
+                hook = partial(self._note, capture, i)
+                capture.handles.append(p.register_post_accumulate_grad_hook(hook))
 
+    def _note(self, capture: Capture, i: int, p: Tensor) -> None:
+        if self._mounted is capture:
+            capture.side.touched[i] = capture.reached = True
 
-def find(source: Any) -> Engine | None:
-    """The engine, if `source` is one."""
-    return Engine(source) if hasattr(source, "zero_optimization_stage") else None
+    def collect(self, capture: Capture) -> None:
+        side = capture.side
+        for i, (before, now) in enumerate(zip(capture.versions, side.versions(), strict=True)):
+            if now != before:
+                side.touched[i] = capture.reached = side.written = True
+        capture.reached |= any(p.grad is not None for p in self._params)  # held back, or left by an error
+
+    def check_used(self) -> None:
+        _check_stepped(self._engine)
+
+    def check_start(self) -> None:
+        pass
+
+    def check_outside(self) -> None:
+        optimizer, started = self._optimizer, any(s.captures for s in (self.forget, self.retain))
+        unused = optimizer.micro_step_id > 0 or getattr(optimizer, "_epilogue_ran_this_backward", False)
+        if self.retain.foreign if started else unused:
+            raise ValueError(
+                "Backwards should run within forget() or retain(). Found gradients of another in the "
+                "optimizer, which engine.step() has not used. Call it, or zero_ to start anew."
+            )
+
+    def check_reduced(self) -> None:
+        for name, p in zip(self._names, self._params, strict=True):
+            if p.grad is not None:
+                raise ValueError(
+                    "DeepSpeed should reduce gradients in every backward, because those that it holds back "
+                    f"mix the two sides later. Found one in `{name}.grad`. Call engine.backward(loss), and "
+                    "coalesce_grad_reduction within a capture."
+                )
+
+    def check_parameters(self) -> None:
+        table = self._table
+        if any(table.get(key) is not own for key, own in zip(self._ids, self._own, strict=True)):
+            raise ValueError(
+                "The optimizer should have the buffers that it had when the buckets were made. Found others. "
+                "Make new GradientBuckets after states were offloaded or reloaded."
+            )
 
 
 def refuse(source: Any, params: Sequence[Tensor]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,12 @@ from sago.ranks.sum_over import all_reduce
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from sago.capture.window import Side
+
+class Accumulators(Protocol):
+    """One side of a window, as `sago.capture.side.Side`: flat buffers, and which parameters were reached."""
+
+    buffers: list[Tensor]
+    touched: list[bool]
 
 
 class DataParallel:
@@ -46,7 +51,9 @@ class DataParallel:
                     "number of batches, and call `join(enable=False)` to end it."
                 )
 
-    def check_reached(self, sides: Sequence[Side], names: Sequence[str], trained: Sequence[bool]) -> None:
+    def check_reached(
+        self, sides: Sequence[Accumulators], names: Sequence[str], trained: Sequence[bool]
+    ) -> None:
         """Raises where a parameter has no gradient, if no backward may leave one out."""
         reached = zip(*(side.touched for side in sides), strict=True)
         for name, t, there in zip(names, trained, reached, strict=True):
@@ -56,7 +63,7 @@ class DataParallel:
                     "did on this rank: make DistributedDataParallel with find_unused_parameters=True."
                 )
 
-    def average(self, sides: Sequence[Side], trained: Sequence[bool]) -> None:
+    def average(self, sides: Sequence[Accumulators], trained: Sequence[bool]) -> None:
         """Means over the ranks in all accumulators, and on every rank the same notes of what was reached."""
         works = [self._begin(buffer) for side in sides for buffer in side.buffers]
         if self._partial:
@@ -73,7 +80,7 @@ class DataParallel:
             return all_reduce(buffer, self._group, dist.ReduceOp.AVG)
         return all_reduce(buffer.div_(size), self._group, dist.ReduceOp.SUM)
 
-    def _share(self, sides: Sequence[Side]) -> None:
+    def _share(self, sides: Sequence[Accumulators]) -> None:
         buffer = sides[0].buffers[0]
         reached = torch.tensor([side.touched for side in sides], dtype=torch.uint8).to(buffer.device)
         all_reduce(reached, self._group, dist.ReduceOp.MAX)()
@@ -156,3 +163,8 @@ def owners(source: Any, params: Sequence[Tensor], kind: Any) -> list[Any]:
     wanted = {id(p) for p in params}
     living = [o for o in gc.get_objects() if issubclass(type(o), kind)]
     return [m for m in living if any(id(p) in wanted for p in m.parameters())]
+
+
+def world_size() -> int:
+    """The number of ranks of torch.distributed; 1 where it is not in use."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -270,7 +270,7 @@ def padding(rule, reduce_scatter):
             assert view.numel() == n
             ends.append(part[n:])
             assert ends[-1].count_nonzero() == 0, name
-        for (name, p, _), forget in zip(parts_of(engine), buckets._extraction.forget.partitions, strict=True):
+        for (name, p, _), forget in zip(parts_of(engine), buckets._window.forget.partitions, strict=True):
             ends.append(forget[there(p, forget) :])
             assert ends[-1].count_nonzero() == 0, name
         for end in ends:
@@ -323,11 +323,11 @@ def errors(stage, **config):
         buckets.zero_()
         with pytest.raises(ValueError, match="should have a backward"), buckets.retain():
             pass
-        extraction = buckets._extraction
+        window = buckets._window
         if stage == 3:  # also on one rank, which synthesize_in_backward does not refuse
             with (
                 pytest.raises(ValueError, match="synthesize_in_backward should not"),
-                extraction.capture(extraction.retain, print),
+                window.capture(window.retain, print),
             ):
                 pass
         return engine.global_steps

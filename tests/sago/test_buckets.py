@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sago
+from sago.core.pipeline import Pipeline
 from tests import inputs, oracle, properties
 from tests.backends import DTYPES, ELEMENTWISE, Backend
 from tests.windows import (
@@ -379,7 +380,7 @@ def plans(monkeypatch):
     """Weak references to all plans that buckets make."""
     made = []
 
-    class Counted(sago.pipeline.Pipeline):
+    class Counted(Pipeline):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             made.append(weakref.ref(self))

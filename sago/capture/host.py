@@ -1,0 +1,234 @@
+"""Where accumulators are mounted, so that a backward adds to them. For plain torch it is `p.grad`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sago.capture.flat import clear
+from sago.capture.side import Capture, Side
+from sago.core.guards import Guards
+from sago.ranks import fsdp
+from sago.ranks.dtensor import is_dtensor, local_as
+
+Arrived = Callable[[int, torch.device], None]
+
+
+class Host(Protocol):
+    """What a window needs of the place where a training loop keeps its gradients."""
+
+    def mount(self, capture: Capture) -> None:
+        """Puts the accumulators of the capture in place and notes their versions."""
+
+    def watch(self, capture: Capture, arrived: Arrived | None) -> None:
+        """Registers the hooks of the capture, which call `arrived(i, device)` for each complete gradient."""
+
+    def collect(self, capture: Capture) -> None:
+        """Notes in the capture and its side what backwards have done since `mount`."""
+
+    def unmount(self) -> None:
+        """Takes the accumulators away, so that a backward outside of captures is noticed."""
+
+    def publish(self, updates: Sequence[Tensor | None]) -> None:
+        """Hands the updates to the optimizer."""
+
+    def clear(self) -> None:
+        """Drops every gradient and update, including those that were not reduced over the ranks."""
+
+    def check_used(self) -> None:
+        """Raises where the last update is still waiting for a step."""
+
+    def check_start(self) -> None:
+        """Raises where a capture cannot begin, because of something other than its parameters' layout."""
+
+    def check_outside(self) -> None:
+        """Raises where a backward outside of captures left a gradient."""
+
+    def check_reduced(self) -> None:
+        """Raises where gradients wait to be reduced over the ranks, which would mix the two sides."""
+
+    def check_parameters(self) -> None:
+        """Raises where a parameter is not as it was when the buckets were made."""
+
+
+class GradHost:
+    """The host of plain torch, DDP and FSDP2: `p.grad` is the accumulator within captures and None outside.
+
+    Args:
+        names, params: The parameters; all of them require grad.
+        frozen: Names and parameters that do not, and should not begin to.
+        module: The module of the parameters, if it is known.
+        sharded: The modules of FSDP2 that the parameters are in.
+        retain: The accumulators of one side, whose dtypes are those of the other, too.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        params: Sequence[Tensor],
+        frozen: Sequence[tuple[str, Tensor]],
+        module: torch.nn.Module | None,
+        sharded: Sequence[torch.nn.Module],
+        retain: Side,
+    ) -> None:
+        self._names, self._params, self._frozen, self._sharded = names, params, frozen, sharded
+        # Between forward and backward FSDP2 puts other parameters into its modules.
+        self._module = None if sharded else module
+        self._ids = None if module is None else [id(p) for p in module.parameters()]
+        self._described = [_describe(p) for p in params]
+        self._guards = Guards(params)
+        self._wider = [p.dtype != view.dtype for p, view in zip(params, retain.views, strict=True)]
+        self._mounted: Capture | None = None
+        self._updates: Sequence[Tensor | None] = ()  # that `publish` has put into `p.grad`
+
+    def mount(self, capture: Capture) -> None:
+        side = capture.side
+        for p, grad, wider in zip(self._params, side.grads, self._wider, strict=True):
+            p.grad = None if wider else grad
+        capture.versions = side.versions()
+        self._mounted = capture
+
+    def unmount(self) -> None:
+        for p in self._params:
+            p.grad = None
+        self._mounted = None
+
+    def publish(self, updates: Sequence[Tensor | None]) -> None:
+        for p, update in zip(self._params, updates, strict=True):
+            p.grad = update
+        self._updates = updates
+
+    def clear(self) -> None:
+        self.unmount()
+        self._updates = ()
+        fsdp.discard(self._sharded)
+
+    def watch(self, capture: Capture, arrived: Arrived | None) -> None:
+        for i, p in enumerate(self._params):
+            if not p.requires_grad:
+                continue
+            if not capture.side.probed[i]:
+                capture.handles.append(p.register_hook(partial(_refuse_sparse, self._names[i])))
+            if self._wider[i]:
+                hook = partial(self._widen, capture, i)
+                capture.handles.append(p.register_post_accumulate_grad_hook(hook))
+            if arrived is not None:
+                hook = partial(self._arrive, capture, arrived, i)
+                capture.handles.append(p.register_post_accumulate_grad_hook(hook))
+
+    def collect(self, capture: Capture) -> None:
+        side = capture.side
+        if capture.alone:  # `_arrive` has noted it, and accumulators may hold updates by now
+            return
+        kept = not any(side.touched)
+        for i, (p, view) in enumerate(zip(self._params, side.views, strict=True)):
+            g = p.grad
+            own = g is side.grads[i]
+            kept |= side.touched[i] and (own or self._wider[i] or (g is not None and g.requires_grad))
+            if g is None and not self._wider[i]:  # zero_grad(set_to_none=True), and no backward since
+                if side.touched[i] or side.version(i) != capture.versions[i]:
+                    clear([view])
+                side.touched[i] = False
+                continue
+            if not own:
+                self._settle(side, i)
+            if side.version(i) != capture.versions[i]:
+                side.touched[i] = capture.reached = side.written = True
+        if not kept:  # zero_grad(set_to_none=True) has dropped the captures before
+            side.captures = 0
+
+    def check_used(self) -> None:
+        for name, p, update in zip(self._names, self._params, self._updates, strict=False):
+            if update is not None and p.grad is update:
+                raise ValueError(
+                    "The last update should be used and cleared before the next capture: call "
+                    f"optimizer.step() and buckets.zero_(). Found it in `{name}.grad`."
+                )
+        self._updates = ()
+
+    def check_start(self) -> None:
+        for name, p in self._frozen:
+            if p.requires_grad:
+                raise ValueError(
+                    f"Parameter `{name}` should be frozen, as it was when the buckets were made. Found that "
+                    "it requires grad. Make new GradientBuckets when parameters are unfrozen."
+                )
+        if self._module is not None and [id(p) for p in self._module.parameters()] != self._ids:
+            raise ValueError(
+                "The module should have the parameters that it had when the buckets were made. Found others. "
+                "Make new GradientBuckets when parameters are added, removed or replaced."
+            )
+
+    def check_outside(self) -> None:
+        for name, p in zip(self._names, self._params, strict=True):
+            if p.grad is not None:
+                raise ValueError(
+                    f"Backwards should run within forget() or retain(). Found a gradient in `{name}.grad` "
+                    "that no capture put there, of a backward outside or from before the window. Set it to "
+                    "None, or call zero_ to start anew."
+                )
+
+    def check_reduced(self) -> None:
+        fsdp.check_synced(self._sharded)
+
+    def check_parameters(self) -> None:
+        if self._guards.hold(self._params):
+            return
+        for name, p, before in zip(self._names, self._params, self._described, strict=True):
+            if _describe(p) != before:
+                raise ValueError(
+                    f"Parameter `{name}` should be as it was when the buckets were made, {_text(before)}. "
+                    f"Found {_text(_describe(p))}. Make new GradientBuckets when a model is moved or cast."
+                )
+        self._guards = Guards(self._params)  # one may have been frozen, which is allowed
+
+    @torch.no_grad()
+    def _settle(self, side: Side, i: int) -> None:
+        """Copies into the accumulator what is in `p.grad` instead of it.
+
+        Autograd makes a new tensor after zero_grad(set_to_none=True), and with create_graph=True.
+        """
+        view, g = side.views[i], self._params[i].grad
+        if g is None or g is side.grads[i]:
+            return
+        _refuse_sparse(self._names[i], g)
+        g = local_as(g, self._params[i])
+        view.add_(g) if self._wider[i] else view.copy_(g)
+
+    @torch.no_grad()
+    def _widen(self, capture: Capture, i: int, p: Tensor) -> None:
+        """Adds to the wider accumulator what autograd has put into `p.grad`."""
+        if self._mounted is capture and p.grad is not None:
+            part = local_as(p.grad, p)
+            if part.device.type == "cpu" and torch.cuda.is_initialized() and part.is_pinned():
+                torch.cuda.current_stream().synchronize()  # FSDP2, before torch 2.13, may still be copying
+            capture.side.views[i].add_(part)
+            p.grad = None
+
+    def _arrive(self, capture: Capture, arrived: Arrived, i: int, p: Tensor) -> None:
+        self._settle(capture.side, i)
+        p.grad = None if self._wider[i] else capture.side.grads[i]
+        capture.side.touched[i] = capture.reached = capture.side.written = True
+        arrived(i, p.device)
+
+
+def _refuse_sparse(name: str, g: Tensor) -> None:
+    if g.layout != torch.strided:
+        raise TypeError(
+            f"The gradient of parameter `{name}` should be dense. Found layout {g.layout}: make its "
+            "embedding with sparse=False."
+        )
+
+
+def _describe(p: Any) -> tuple[torch.dtype, torch.device, torch.Size, Any]:
+    return p.dtype, p.device, p.shape, p.placements if is_dtensor(p) else None
+
+
+def _text(description: tuple[torch.dtype, torch.device, torch.Size, Any]) -> str:
+    dtype, device, shape, placements = description
+    placed = "" if placements is None else f", placed {placements}"
+    return f"{dtype} {tuple(shape)} on {device}{placed}"

@@ -1,0 +1,84 @@
+"""One of the two gradients of a window: its accumulators, and which parameters a backward reached."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sago.capture.flat import Flat, clear
+from sago.ranks.dtensor import wrap
+
+
+class Side:
+    """The accumulators of the forget or of the retain gradient.
+
+    Attributes:
+        name: "forget" or "retain".
+        views, owner, buffers: See `sago.capture.flat.Flat`; the views hold the shards of this rank.
+        grads: The views as `p.grad` takes them.
+        touched: For each parameter, whether a backward of the window reached it.
+        captures: The number of captures of the window that had a backward.
+        written: Whether the accumulators were written since they were cleared.
+        probed: For each parameter, whether its gradient was found to be dense.
+    """
+
+    def __init__(self, name: str, flat: Flat, params: Sequence[Tensor]) -> None:
+        self.name = name
+        self.views, self.owner, self.buffers = flat
+        self.grads = [wrap(view, p) for view, p in zip(self.views, params, strict=True)]
+        self.touched = [False] * len(params)
+        self.captures = 0
+        self.written = False
+        self.probed = [False] * len(params)
+
+    @property
+    def empty(self) -> bool:
+        """Whether the window has no gradient of this side."""
+        return self.captures == 0 and not any(self.touched)
+
+    def version(self, i: int) -> int:
+        """A number that changes when gradient `i` is written."""
+        view, grad = self.views[i], self.grads[i]
+        # Operations on a DTensor are counted by the DTensor alone; FSDP2 writes to its local tensor.
+        return view._version if grad is view else view._version + grad._version
+
+    def versions(self) -> list[int]:
+        return [self.version(i) for i in range(len(self.views))]
+
+    def present(self, grads: Sequence[Tensor]) -> list[Tensor | None]:
+        """`grads` with None for each parameter that no backward reached."""
+        return [g if t else None for g, t in zip(grads, self.touched, strict=True)]
+
+    def discard(self) -> None:
+        """Ends the window. The accumulators are cleared by the next capture."""
+        self.touched = [False] * len(self.touched)
+        self.captures = 0
+
+    def clear(self) -> None:
+        if self.written:
+            clear(self.buffers)
+        self.written = False
+
+
+class Capture:
+    """An open capture.
+
+    Attributes:
+        side: The side that its backwards accumulate into.
+        versions: The versions of the accumulators when they were last looked at.
+        reached: Whether a backward directly in this capture reached a parameter.
+        nested: Whether a capture inside this one had a backward.
+        alone: Whether no other capture may be opened inside this one.
+        handles: The hooks to remove when it closes.
+    """
+
+    def __init__(self, side: Side, alone: bool) -> None:
+        self.side = side
+        self.alone = alone
+        self.versions = side.versions()
+        self.reached = False
+        self.nested = False
+        self.handles: list[torch.utils.hooks.RemovableHandle | Any] = []

@@ -1,0 +1,71 @@
+"""Notices optimizers that step while the gradients of a window wait for their synthesis."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+if TYPE_CHECKING:
+    from sago.capture.window import Window
+
+
+class StepWatch:
+    """A hook on every optimizer, from the first capture of a window to its end.
+
+    A step on a captured parameter raises inside a capture, where `p.grad` is the gradient of one side. It
+    warns once between a capture and the synthesis, where `p.grad` is None.
+
+    Args:
+        window: Whose captures are looked at. It is not kept alive.
+        params: The captured parameters.
+    """
+
+    def __init__(self, window: Window, params: Sequence[Tensor]) -> None:
+        self._window = weakref.ref(window)
+        self._params = params
+        self._remove: Callable[[], object] | None = None
+        self._warned = False
+
+    def start(self) -> None:
+        window = self._window()
+        if self._remove is None and window is not None:
+            # The hook is global, so it must go if the buckets are dropped in the middle of a window.
+            handle = register_optimizer_step_pre_hook(self._check)
+            self._remove = weakref.finalize(window, handle.remove)
+
+    def stop(self) -> None:
+        if self._remove is not None:
+            self._remove()
+            self._remove = None
+
+    def _check(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        window = self._window()
+        if window is None:
+            return
+        captured = {id(p) for p in self._params}
+        if not any(id(p) in captured for g in optimizer.param_groups for p in g["params"]):
+            return
+        capture = window.current
+        if capture is not None:
+            if not capture.alone:
+                name = capture.side.name
+                raise ValueError(
+                    f"optimizer.step() should come after synthesize_. Found one within {name}(), where "
+                    f"`p.grad` is the {name} gradient alone."
+                )
+            return
+        if self._warned or not (window.forget.captures or window.retain.captures):
+            return
+        self._warned = True
+        warnings.warn(
+            "optimizer.step() should come after synthesize_. Found one between a capture and synthesize_: "
+            "`p.grad` of the captured parameters is None there, so that the step does not change them.",
+            RuntimeWarning,
+            stacklevel=3,  # this hook, torch's wrapper of step, and the caller of step
+        )
