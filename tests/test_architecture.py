@@ -11,14 +11,15 @@ import sago
 ROOT = Path(sago.__file__).parents[1]
 # What each package may import. A package that is named in a table of strings is imported when it is used.
 MAY_IMPORT = {
+    "private": set(),
     "rules": set(),
     "backends": {"rules"},
     "kernels": {"backends", "rules"},
     "core": {"backends", "rules"},
-    "ranks": {"backends"},
+    "ranks": {"private", "backends"},
     "synthesis": {"ranks", "core", "backends", "rules"},
     "capture": {"ranks", "core", "backends", "rules"},
-    "integrations": {"capture", "synthesis", "ranks", "core", "backends", "rules"},
+    "integrations": {"private", "capture", "synthesis", "ranks", "core", "backends", "rules"},
     "reference": {"core", "backends", "rules"},
     "distributed": {"ranks"},
 }

@@ -1,16 +1,39 @@
-"""Whether tensors have the metadata that they had: torch's own guards, in one call for a list."""
+"""Whether tensors have the metadata that they had: the guards of TorchDynamo, in one call for a list."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-try:
-    from torch._C._dynamo.guards import TensorGuards
-except ImportError:  # it is no part of torch's public interface
-    TensorGuards = None  # type: ignore[assignment,misc]
+_log = logging.getLogger("sago")
+
+
+def _tensor_guards() -> Any:
+    """The private class TensorGuards of torch, or None where it is not there or does something else."""
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        examples = [torch.zeros(2, device="cpu"), torch.zeros(3, device="cpu")]
+        guards = TensorGuards(*examples, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        if guards.check(*examples) and not guards.check(*reversed(examples)):
+            return TensorGuards
+        reason = "its check gives another result"
+    except (ImportError, TypeError, AttributeError, RuntimeError) as error:
+        reason = repr(error)
+    _log.warning(
+        "sago: the guards of torch %s cannot be used (%s). Tensors are checked in Python instead, with the "
+        "same result.",
+        torch.__version__,
+        reason,
+    )
+    return None
+
+
+TensorGuards = _tensor_guards()
 
 
 class Guards:

@@ -6,6 +6,7 @@ stage 3 they are mounted as partitions in the table of its optimizer.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -20,12 +21,31 @@ from sago.capture.host import Arrived, GradHost
 from sago.capture.opening import Opened, open_grads
 from sago.capture.parameters import Parameters
 from sago.capture.side import Capture, Side
+from sago.private import require
 from sago.ranks.ddp import DataParallel, owners
 from sago.ranks.dtensor import Shards
 from sago.ranks.sum_over import SumOver
 
 # At stage 3, the optimizer's partitions of the gradients, by the `ds_id` of the parameter.
 PARTITIONS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
+
+_TESTED = "DeepSpeed 0.17.6 to 0.19"
+_ENGINE = (
+    *("is_gradient_accumulation_boundary", "_is_gradient_accumulation_boundary", "allreduce_gradients"),
+    *("seq_data_parallel_group", "sequence_parallel_size", "mp_world_size", "pipeline_parallelism"),
+    *("has_moe_layers", "is_deepcompile_enabled", "zenflow"),
+)
+_STAGE3 = (
+    *(PARTITIONS, "grad_partitions_flat_buffer", "averaged_gradients", "ipg_buckets", "fp16_groups"),
+    *("micro_step_id", "dp_process_group", "offload_optimizer", "set_local_grad_for_param"),
+    *("swap_optimizer", "loss_scale", "torch_autocast_gradscaler"),
+)
+# The names that a later version added, with that version.
+_ADDED = {
+    "torch_autocast_z0_gradscaler": (0, 18, 3),
+    "managed_gradient_accumulation": (0, 19, 8),
+    "_epilogue_ran_this_backward": (0, 19, 8),
+}
 
 
 class Engine:
@@ -61,8 +81,8 @@ class Engine:
         """Whether losses, and so gradients, are multiplied by a scale that the step divides by."""
         optimizer = self.core.optimizer
         scalers = (
-            getattr(optimizer, "torch_autocast_gradscaler", None),
-            getattr(self.core, "torch_autocast_z0_gradscaler", None),
+            optimizer.torch_autocast_gradscaler if self.stage == 3 else None,
+            _added(self.core, "torch_autocast_z0_gradscaler", None),
         )
         return any(s is not None for s in scalers) or getattr(optimizer, "loss_scale", 1.0) != 1.0
 
@@ -137,7 +157,7 @@ class Engine:
         return result
 
     def _is_boundary(self) -> bool:
-        managed = getattr(self.core, "managed_gradient_accumulation", None)
+        managed = _added(self.core, "managed_gradient_accumulation", None)
         if managed is not None and not managed():
             return True
         boundary: bool = self.core.is_gradient_accumulation_boundary()
@@ -328,7 +348,7 @@ class Zero3Host:
 
     def check_outside(self) -> None:
         optimizer, started = self._optimizer, any(s.captures for s in (self.forget, self.retain))
-        unused = optimizer.micro_step_id > 0 or getattr(optimizer, "_epilogue_ran_this_backward", False)
+        unused = optimizer.micro_step_id > 0 or _added(optimizer, "_epilogue_ran_this_backward", False)
         if self.retain.foreign if started else unused:
             raise ValueError(
                 "Backwards should run within forget() or retain(). Found gradients of another in the "
@@ -370,8 +390,11 @@ def _check(core: Any, stage: int) -> None:
             "`averaged_gradients` add up over backwards until a step consumes them, so that the gradient of "
             "the second task would contain that of the first. Set `zero_optimization.stage` to 3 or 0."
         )
+    require(core, _ENGINE, "DeepSpeed", _TESTED)
     optimizer = core.optimizer
     kind = type(optimizer).__name__
+    if kind == "DeepSpeedZeroOptimizer_Stage3":
+        require(optimizer, _STAGE3, "DeepSpeed", _TESTED)
     found = None
     if optimizer is None or kind in ("DummyOptim", "DeepSpeedZeRoOffload"):
         found = "none"
@@ -380,29 +403,43 @@ def _check(core: Any, stage: int) -> None:
             "BF16_Optimizer, which adds the gradients of both tasks to buffers of its own: leave out "
             "`grad_accum_dtype` in the configuration and pass accumulate_dtype=torch.float32, or use stage 3"
         )
-    elif getattr(core, "zenflow", False):
+    elif core.zenflow:
         found = "ZenFlow, which updates parameters apart from the step"
     elif stage == 3 and kind != "DeepSpeedZeroOptimizer_Stage3":
         found = f"{kind}, which keeps gradients elsewhere"
-    elif getattr(optimizer, "swap_optimizer", False):
+    elif stage == 3 and optimizer.swap_optimizer:
         found = "gradients offloaded to NVMe: offload them to the CPU"
     if found is not None:
         raise ValueError(
             "The DeepSpeed engine should have an optimizer whose gradients can be replaced before a step. "
             f"Found {found}."
         )
-    if getattr(core, "pipeline_parallelism", False):
+    if core.pipeline_parallelism:
         found = "pipeline parallelism"
-    elif getattr(core, "has_moe_layers", False):
+    elif core.has_moe_layers:
         found = "expert parallelism"
-    elif getattr(core, "mp_world_size", 1) > 1:
+    elif core.mp_world_size > 1:
         found = "tensor parallelism"
-    elif stage == 0 and getattr(core, "sequence_parallel_size", 1) > 1:
+    elif stage == 0 and core.sequence_parallel_size > 1:
         found = "sequence parallelism at stage 0"
-    elif hasattr(core, "is_deepcompile_enabled") and core.is_deepcompile_enabled():
+    elif core.is_deepcompile_enabled():
         found = "DeepCompile, which reduces gradients in compiled graphs"
     if found is not None:
         raise ValueError(f"The DeepSpeed engine should be data parallel and nothing else. Found {found}.")
+
+
+def _added(owner: Any, name: str, before: Any) -> Any:
+    """The attribute, or `before` if the installed version is older than the attribute."""
+    if hasattr(owner, name):
+        return getattr(owner, name)
+    if _version() >= _ADDED[name]:
+        require(owner, [name], "DeepSpeed", _TESTED)
+    return before
+
+
+def _version() -> tuple[int, ...]:
+    digits = re.findall(r"\d+", sys.modules["deepspeed"].__version__)
+    return tuple(int(x) for x in digits[:3])
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

@@ -115,6 +115,13 @@ class GradientSynthesisMixin(_Trainer):
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         if self._window is None or self._window.model is not model:
+            # The end of a training is noticed there.
+            if not hasattr(super(), "_inner_training_loop"):
+                raise RuntimeError(
+                    "The trainer should have the private method `_inner_training_loop` of "
+                    "transformers.Trainer, on which sago relies. Found none. Install transformers 4.45 to "
+                    "5.24, with which sago was tested."
+                )
             self._window = _Window(self, model)
         window = self._window
         window.begin(self)

@@ -10,11 +10,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sago.private import require
+from sago.ranks import fsdp
 from sago.ranks.dtensor import is_dtensor
 from sago.ranks.sum_over import all_reduce
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+_DDP = (
+    *("require_backward_grad_sync", "_join_config", "_comm_hooks", "static_graph", "process_group"),
+    *("find_unused_parameters", "parameters_to_ignore"),
+)
 
 
 class Accumulators(Protocol):
@@ -98,6 +106,7 @@ def take_over(source: Any, params: Sequence[Tensor], names: Sequence[str]) -> Da
         return None
     found = owners(source, params, torch.nn.parallel.DistributedDataParallel)
     for ddp in found:
+        require(ddp, _DDP, "DistributedDataParallel", "torch 2.6 to 2.14")
         reduced = {id(p) for n, p in ddp.module.named_parameters() if n not in ddp.parameters_to_ignore}
         left = {id(p): n for n, p in ddp.module.named_parameters() if p.requires_grad}
         for name, p in zip(names, params, strict=True):
@@ -150,7 +159,9 @@ def sharded(source: Any, params: Sequence[Tensor]) -> Sequence[torch.nn.Module]:
             "Parameters should be sharded by fully_shard (FSDP2; fsdp_version: 2 in accelerate). Found "
             "FullyShardedDataParallel, in whose flat parameters tensors have no gradients of their own."
         )
-    return owners(source, params, FSDPModule) if any(map(is_dtensor, params)) else []
+    found = owners(source, params, FSDPModule) if any(map(is_dtensor, params)) else []
+    fsdp.check_known(found)
+    return found
 
 
 def owners(source: Any, params: Sequence[Tensor], kind: Any) -> list[Any]:

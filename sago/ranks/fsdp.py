@@ -1,4 +1,4 @@
-"""Gradients that FSDP2 holds back: not yet reduced, and so not under `p.grad`."""
+"""Gradients that FSDP2 has not reduced yet, which are not in `p.grad`. The only user of its private names."""
 
 from __future__ import annotations
 
@@ -7,12 +7,26 @@ from typing import Any
 
 import torch
 
+from sago.private import require
+
+_GROUP = ("fsdp_params", "reduce_grads", "all_reduce_grads", "_partial_reduce_output")
+_PARAM = ("sharded_param", "unsharded_accumulated_grad", "_unsharded_param")
+_TESTED = "torch 2.6 to 2.14"
+
+
+def check_known(modules: Sequence[torch.nn.Module]) -> None:
+    """Raises RuntimeError where a private name that this file reads is missing."""
+    for group in _groups(modules):
+        require(group, _GROUP, "FSDP2", _TESTED)
+        for p in group.fsdp_params:
+            require(p, _PARAM, "FSDP2", _TESTED)
+
 
 def check_synced(modules: Sequence[torch.nn.Module]) -> None:
     """Raises where a gradient was not reduced, or would not be by the next backward."""
     for group in _groups(modules):
         off = not (group.reduce_grads and group.all_reduce_grads)
-        if off or any(getattr(holder, name, None) is not None for holder, name in _held_back(group)):
+        if off or any(getattr(owner, name) is not None for owner, name in _unreduced(group)):
             found = "it switched off" if off else "gradients of an earlier backward that were not reduced"
             raise ValueError(
                 "FSDP should reduce gradients in every backward, because those that it holds back mix the "
@@ -22,7 +36,7 @@ def check_synced(modules: Sequence[torch.nn.Module]) -> None:
 
 
 def sharded_parameters(modules: Sequence[torch.nn.Module]) -> dict[int, Any]:
-    """The parameters by the `id` of those that stand in their place between forward and backward."""
+    """The sharded parameters, by the `id` of the unsharded ones, which replace them for a forward."""
     return {
         id(p._unsharded_param): p.sharded_param
         for group in _groups(modules)
@@ -34,23 +48,26 @@ def sharded_parameters(modules: Sequence[torch.nn.Module]) -> dict[int, Any]:
 def discard(modules: Sequence[torch.nn.Module]) -> None:
     """Drops gradients that were not reduced."""
     for group in _groups(modules):
-        for holder, name in _held_back(group):
-            setattr(holder, name, None)
+        for owner, name in _unreduced(group):
+            setattr(owner, name, None)
 
 
-def _held_back(group: Any) -> Iterator[tuple[Any, str]]:
-    """Where gradients wait."""
+def _unreduced(group: Any) -> Iterator[tuple[Any, str]]:
+    """Yields the (object, attribute) pairs that hold unreduced gradients."""
     yield group, "_partial_reduce_output"  # for the all-reduce of HSDP
     for p in group.fsdp_params:
         yield p, "unsharded_accumulated_grad"
-        if hasattr(p, "_unsharded_param"):
+        if hasattr(p, "_unsharded_param"):  # since the first forward
             yield p._unsharded_param, "grad"
 
 
 def _groups(modules: Sequence[torch.nn.Module]) -> Iterator[Any]:
     for module in modules:
+        require(module, ["_get_fsdp_state"], "FSDP2", _TESTED)
         state: Any = module._get_fsdp_state()  # type: ignore[operator]
         if hasattr(state, "_fsdp_param_groups"):
             yield from state._fsdp_param_groups
-        elif state._fsdp_param_group is not None:  # torch before 2.12
-            yield state._fsdp_param_group
+        else:  # torch before 2.12
+            require(state, ["_fsdp_param_group"], "FSDP2", _TESTED)
+            if state._fsdp_param_group is not None:
+                yield state._fsdp_param_group

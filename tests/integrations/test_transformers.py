@@ -577,6 +577,16 @@ def test_refuses_weights_that_change_within_a_window(tmp_path):
         make(with_mixin(after), tmp_path, gradient_accumulation_steps=2).train()
 
 
+def test_refuses_a_trainer_whose_private_loop_was_renamed():
+    class Renamed:
+        def training_step(self, model, inputs):
+            raise AssertionError
+
+    trainer = type("Trainer", (GradientSynthesisMixin, Renamed), {})()
+    with pytest.raises(RuntimeError, match=r"`_inner_training_loop` of transformers\.Trainer.* Found none"):
+        trainer.training_step(torch.nn.Linear(1, 1), {})
+
+
 def test_refuses_a_step_without_synthesis(tmp_path):
     """Where a training loop does not say that a window ends, the optimizer would step without gradients."""
     trainer = make(with_mixin(GradDiff), tmp_path)
