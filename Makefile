@@ -3,8 +3,9 @@ BIN = .venv/bin
 
 # Of transformers, besides the pinned one: OpenUnlearning's, its upstream's and the newest.
 MATRIX = 4.45.2 4.51.3 5.24.0
+DEEPSPEED = 0.19.8
 
-.PHONY: demo test test-matrix lint bench clean
+.PHONY: demo test test-matrix test-deepspeed lint bench clean
 
 demo: .venv/ready
 	$(BIN)/python -m examples.demo
@@ -19,6 +20,12 @@ test-matrix: $(MATRIX:%=.venv-transformers-%/ready)
 		echo "transformers $$version"; \
 		.venv-transformers-$$version/bin/python -m pytest -q -W default tests/integrations/test_transformers*.py || exit 1; \
 	done
+
+# The tests that `make test` skips because DeepSpeed is not in its environment.
+test-deepspeed: .venv-deepspeed/ready
+	DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(CURDIR)/.venv-deepspeed/extensions OMP_NUM_THREADS=1 \
+		.venv-deepspeed/bin/python -m pytest -W default -rs \
+		tests/distributed/test_deepspeed.py tests/integrations/test_transformers_deepspeed.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -45,6 +52,14 @@ bench: .venv/ready
 	grep -vE '^(transformers|tokenizers)==' constraints.txt > $(@D)/constraints.txt
 	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt \
 		--editable '.[transformers,triton]' transformers==$* torch==2.13.0 numpy pytest hypothesis
+	touch $@
+
+.venv-deepspeed/ready: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt torch==2.13.0 numpy
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt \
+		--editable '.[transformers,triton,deepspeed]' deepspeed==$(DEEPSPEED) pytest hypothesis
 	touch $@
 
 clean:

@@ -31,38 +31,38 @@ def synthesize_(
     reduce_gram: ReduceGram | None = None,
     backend: str | None = None,
 ) -> SynthesisReport:
-    """`retain = where(forget * retain < 0, alpha * retain, gamma * forget)`, or as another rule has it.
+    """`retain = where(forget * retain < 0, alpha * retain, gamma * forget)` for the rule "sago".
 
-    In general `out_i = a_c*f_i + b_c*r_i` where `f_i` and `r_i` have strictly opposite signs and
-    `a*f_i + b*r_i` elsewhere, with the coefficients of the rule (`sago.list_rules()`, README). Nothing
-    is read back from the device, and on the CPU and on GPUs with Triton nothing of the gradients' size is
-    allocated, except copies of tensors that are not dense in memory.
+    For every rule `out_i = a_c*f_i + b_c*r_i` where `f_i` and `r_i` have strictly opposite signs, and
+    `a*f_i + b*r_i` elsewhere, with the coefficients of the rule. Nothing is read back from the device. With
+    the backends "triton" and "compiled" no memory of the gradients' size is allocated, except for copies of
+    tensors that are not dense in memory.
 
     Args:
         forget: Gradients of the forget loss as minimised: a tensor or a sequence of tensors, bf16, fp16,
-            fp32 or fp64, of any shape. None is a zero gradient. Of DTensors each rank works on its shards; a
-            rule or report with inner products takes one all-reduce of a small table over their mesh.
+            fp32 or fp64, of any shape. None is a zero gradient. For DTensors each rank works on its shards,
+            and inner products take one all-reduce of a small table over the mesh.
         retain: Gradients of the retain loss, pairwise of the same shape and device as `forget`; the dtype
             may differ. Overwritten unless `out` says otherwise.
         rule: A name or a `sago.Rule`.
         gamma, alpha: Weights of forget and retain: floats, or 0-d tensors on the gradients' device.
-        out: None to write into `retain`, `"forget"` to write there, or tensors to write to. An output may
-            be exactly the forget or retain gradient of its index and may share no other memory.
-        groups: One hashable a tensor. Tensors with equal keys form one group for rules of tensor scope
-            and one row of the report.
+        out: None to write into `retain`, `"forget"` to write into `forget`, or tensors to write to. An output
+            may be exactly the forget or retain gradient of its index. It may share no other memory.
+        groups: One hashable key for each tensor. Tensors with equal keys form one group for rules of tensor
+            scope, and one row of the report.
         eps: Added to `<f,f>` and `<r,r>` before the rule sees them. 1e-10 repeats the paper's released code.
         stats: Whether to count conflicts and non-finite elements, and to take the inner products where the
             rule itself does not need them.
         reduce_gram: Sums an fp64 tensor `[groups, k]` over the ranks that hold the other shards of the
-            gradients, in place or as its result; see `sago.distributed.SumOver`. Called once, if any sums
-            are taken. Not needed for DTensors, where it takes the place of the all-reduce.
+            gradients, in place or as its result; see `sago.distributed.SumOver`. It is called once, if any
+            sums are taken. DTensors do not need it. If it is given, it replaces their all-reduce.
         backend: "triton" (the default on CUDA and ROCm), "compiled" (the default on the CPU) or "reference".
 
     Returns:
-        The statistics, on the device. Reading them is the only thing that waits.
+        The report, whose statistics are on the device. Only reading it waits for the device.
 
     Raises:
-        ValueError, TypeError: For input that cannot be right; nothing has been written then.
+        ValueError, TypeError: For invalid input, before anything is written.
 
     Source: arXiv 2604.14808 (SAGO and the retain-first use of PCGrad); rules in `sago.reference`.
     """
@@ -87,11 +87,11 @@ def synthesize(
     reduce_gram: ReduceGram | None = None,
     backend: str | None = None,
 ) -> tuple[Any, SynthesisReport]:
-    """`synthesize_` into new tensors: `forget` and `retain` are left as they are.
+    """`synthesize_` into new tensors. `forget` and `retain` are not modified.
 
     Returns:
-        The updates, each of retain's dtype (forget's where retain is None; None where both are): a tensor
-        if `forget` and `retain` are tensors, else a list. And the report.
+        The updates and the report. The updates are a tensor if `forget` and `retain` are tensors, else a
+        list. Each has the dtype of retain, or of forget where retain is None, and is None where both are.
     """
     rule = resolve(rule)
     pairs = check_pairs(forget, retain, rule, NEW, groups, reduce_gram, backend, dtensor)
@@ -102,29 +102,29 @@ def synthesize(
 
 
 class Plan:
-    """`sago.synthesize_` of the same tensors, again and again: nothing is checked or rebuilt between calls.
+    """`sago.synthesize_` for the same tensors many times, with the checks and the layout done once.
 
         plan = sago.Plan(forget_grads, retain_grads, rule="pcgrad")
         for batch in batches:
-            ...  # writes new gradients into the same tensors
+            ...  # write new gradients into the same tensors
             report = plan.synthesize_(gamma=1.0, alpha=1.0)
 
-    A call can be captured in a CUDA graph. A replay works on what is then in the gradients, and in `gamma`
-    and `alpha` if they are tensors on the device. It needs the plan alive. A report has the numbers of the
-    replay before it was first read.
+    A call can be captured in a CUDA graph. A replay reads the current values of the gradients, and of `gamma`
+    and `alpha` if they are tensors on the device. The plan must be kept alive. A report has the numbers of
+    the last replay before it was first read.
 
     Args:
         forget, retain, rule, out, groups, eps, stats, reduce_gram, backend: As in `sago.synthesize_`. The
-            memory that the tensors have now is kept alive and worked on: make a new plan when one is resized
-            or its `data` replaced.
+            plan keeps the memory that the tensors have now. Make a new plan when a tensor is resized or its
+            `data` is replaced.
 
-    Calls are for one thread and one stream at a time. They do not count as a version of the outputs, so
-    autograd does not notice that a tensor it saved was overwritten. `sago.synthesize_` takes care of both.
-    A plan cannot be copied or pickled.
+    Use a plan in one thread and on one stream at a time. A call does not increment the version counters of
+    the outputs, so autograd does not notice that a saved tensor was overwritten. `sago.synthesize_` has
+    neither limit. A plan cannot be copied or pickled.
 
     Raises:
-        ValueError, TypeError: As `sago.synthesize_`, when the plan is made; also if it is made in the capture
-            of a CUDA graph.
+        ValueError, TypeError: As `sago.synthesize_`, when the plan is made. ValueError if it is made while a
+            CUDA graph is captured.
     """
 
     def __init__(
@@ -144,13 +144,13 @@ class Plan:
         self._call = check_call(rule, 1.0, 1.0, eps, stats, reduce_gram, self._pairs.backends)
         if is_capturing(self._pairs.backends):
             raise ValueError("A plan should be made before the capture of a CUDA graph. Found a capture.")
-        # Views keep the memory, also when somebody replaces the data of a tensor.
+        # Views keep the memory even if the data of a tensor is replaced.
         pairs = self._pairs
         pairs.forget, pairs.retain, pairs.out = map(_views, (pairs.forget, pairs.retain, pairs.out))
         self._pipeline = Pipeline(self._pairs, self._pairs.numel())
 
     def synthesize_(self, gamma: Weight = 1.0, alpha: Weight = 1.0) -> SynthesisReport:
-        """Writes the update of what is in the gradients now; `gamma` and `alpha` as in `sago.synthesize_`."""
+        """Writes the update of the current gradients. `gamma` and `alpha` are as in `sago.synthesize_`."""
         devices = self._pairs.backends
         call = self._call._replace(
             gamma=check_weight("gamma", gamma, devices), alpha=check_weight("alpha", alpha, devices)

@@ -34,7 +34,7 @@ def check_backend(backend: str | None) -> None:
 
 
 def choose_backend(backend: str | None, device: torch.device) -> str:
-    """The backend that runs on `device`. Raises where the one asked for cannot."""
+    """The backend that runs on `device`. Raises ValueError if the requested one cannot run there."""
     if backend is None:
         if device.type == "cpu":
             return "compiled"
@@ -57,7 +57,7 @@ def choose_backend(backend: str | None, device: torch.device) -> str:
 
 @lru_cache(maxsize=1)
 def triton_version() -> str | None:
-    """The version of the Triton that the kernels can use; None if there is none or it is too old."""
+    """The installed version of Triton; None if Triton is missing or older than 3.4."""
     try:
         version: str = import_module("triton").__version__
     except ImportError:

@@ -1,4 +1,4 @@
-"""What is made once for a key, on every stream that it is used on."""
+"""Values that are made once for each key, thread and CUDA stream, and tables that are copied to a device."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import Any
 
 import torch
 
-_PLACES = 8  # threads and streams that use one key in turn
+_PLACES = 8  # combinations of thread and streams that use one key
 
 
 class Cache:
-    """Values that own memory of a device, the least recently used dropped first.
+    """An LRU cache of values that own device memory, keyed by key, thread and CUDA stream.
 
-    Device memory is filled, and reused, in the order of a stream, so a value is found only on the streams,
-    and by the thread, that it was made on. A CUDA graph is the exception: its capture starts behind
-    everything, may use what there is, and is replayed on the same memory, so that is kept as long as the
-    cache. What is made during a capture is not filled before the first replay, so it is not added.
+    Device memory is filled and reused in the order of a stream, so a value is found only by the thread and on
+    the streams that it was made on. The capture of a CUDA graph is the exception. It starts after all earlier
+    work, so it may use the value of any stream. The graph is replayed on the same memory, so that value is
+    kept as long as the cache. A value that is made during a capture is not filled before the first replay, so
+    it is not added.
     """
 
     def __init__(self, size: int) -> None:

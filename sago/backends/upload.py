@@ -1,4 +1,4 @@
-"""Small tables from the host to a device, without a wait."""
+"""Copies small tables from the host to a device without a wait."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from sago.backends.streams import is_capturing
 
-# Host memory that copies in CUDA graphs read at every replay. Each content is kept once and never freed,
-# because nothing tells when a graph is gone.
+# Pinned host memory that a CUDA graph copies from at every replay. Each distinct content is kept once. It is
+# never freed, because the library does not learn when a graph is deleted.
 _captured: dict[tuple[object, ...], Tensor] = {}
 
 

@@ -1,4 +1,4 @@
-"""Tensors laid side by side in flat buffers of bounded size."""
+"""Flat buffers of bounded size, with a view for each tensor."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ ALIGNMENT = 128  # bytes, a cache line of a GPU
 
 
 class Flat(NamedTuple):
-    """Views like the given tensors, and the buffers that they lie in.
+    """Views like the given tensors, and the buffers that hold them.
 
     Attributes:
-        views: One a tensor, of its shape and strides, at a multiple of `ALIGNMENT` bytes. Each counts its own
-            versions, so that it can be told which of them were written.
-        owner: The buffer that each lies in.
-        buffers: One-dimensional; all elements, the gaps between views included, are -0.
+        views: One view for each tensor, of its shape and strides, at a multiple of `ALIGNMENT` bytes. Each
+            has a version counter of its own, which shows whether the view was written.
+        owner: For each view, the index of its buffer.
+        buffers: One-dimensional tensors. All elements are -0, including the gaps between views.
     """
 
     views: list[Tensor]
@@ -27,12 +27,12 @@ class Flat(NamedTuple):
 
 
 def flatten(like: Sequence[Tensor], dtypes: Sequence[torch.dtype], capacity: float) -> Flat:
-    """Views like `like` of the given dtypes.
+    """Allocates views like `like` of the given dtypes.
 
-    Buffers are of one device and dtype each and of `capacity` bytes at most; a tensor that is larger has one
-    of its own. Neighbours in `like` are neighbours in memory.
+    Each buffer has one device and one dtype, and at most `capacity` bytes. A larger tensor has a buffer of
+    its own. Neighbours in `like` are neighbours in memory.
     """
-    sizes: list[int] = []  # in elements, of each buffer
+    sizes: list[int] = []  # of each buffer, in elements
     kinds: list[tuple[torch.device, torch.dtype]] = []
     open_buffer: dict[tuple[torch.device, torch.dtype], int] = {}
     owner, offsets = [], []
@@ -63,6 +63,6 @@ def flatten(like: Sequence[Tensor], dtypes: Sequence[torch.dtype], capacity: flo
 
 @torch.no_grad()
 def clear(buffers: Sequence[Tensor]) -> None:
-    """Fills with -0, the zero that leaves every number as it is when it is added to: 0 turns -0 into 0."""
+    """Fills with -0, which changes no number that is added to it. 0 would turn -0 into 0."""
     for buffer in buffers:
         buffer.fill_(-0.0)

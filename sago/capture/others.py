@@ -1,4 +1,4 @@
-"""Parameters that are trained beside the captured ones, and their gradients within captures."""
+"""Trained parameters that were not given to the buckets. A capture must not reach them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from sago.ranks import fsdp
 
 
 class Others:
-    """The parameters that were not given, of the living modules that hold any of the given ones.
+    """The parameters that were not given, of all live modules that hold a given one.
 
-    Within captures the gradients of those that require grad are put aside, so that a gradient that a backward
-    gives them is noticed and dropped. Without arguments there are no such parameters.
+    Inside a capture the gradients of those that require grad are put aside. A gradient that a backward gives
+    them is then noticed and dropped. Without arguments the object has no parameters.
 
     Args:
         params: The captured parameters.
@@ -30,7 +30,7 @@ class Others:
         self._aside: list[tuple[str, Any, Tensor | None]] = []
 
     def put_aside(self, captured: Sequence[Tensor]) -> None:
-        """A capture of these parameters has begun."""
+        """Begins a capture of these parameters."""
         _capturing[self] = {id(p) for p in captured}
         elsewhere = set().union(*_capturing.values())  # other buckets capture these right now
         for name, ref in self._named:
@@ -40,7 +40,7 @@ class Others:
                 p.grad = None
 
     def put_back(self) -> str | None:
-        """The capture has ended. Returns the name of the first parameter that was given a gradient in it."""
+        """Ends the capture. Returns the name of the first parameter that was given a gradient inside it."""
         _capturing.pop(self, None)
         reached = None
         for name, p, grad in self._aside:
@@ -56,11 +56,11 @@ _capturing: weakref.WeakKeyDictionary[Others, set[int]] = weakref.WeakKeyDiction
 
 
 def _beside(params: Sequence[Tensor], sharded: Sequence[torch.nn.Module]) -> list[tuple[str, Any]]:
-    """Names and weak references."""
+    """The names of the other parameters, with weak references to them."""
     given = {id(p) for p in params}
     shards = fsdp.sharded_parameters(sharded)
     found: dict[int, tuple[str, Any]] = {}
-    # A parameter does not know its modules, so the living ones are looked through.
+    # A parameter does not know its modules, so all live modules are searched.
     for module in [o for o in gc.get_objects() if issubclass(type(o), torch.nn.Module)]:
         try:
             # The method of the base class: that of a subclass may do anything.

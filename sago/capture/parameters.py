@@ -1,4 +1,4 @@
-"""The parameters that are captured, by name and group."""
+"""Selects the parameters that are captured, with their names and groups."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from sago.rules import resolve
 
 
 class Parameters(NamedTuple):
-    """What is trained, in the order given, each once.
+    """The trained parameters in the order given, each once.
 
     Attributes:
-        tensors, names, keys: Of those that require grad; a key is the group of one.
-        frozen: Names and tensors of the others.
-        module: Where they come from, if that is known.
+        tensors, names, keys: The parameters that require grad, with their names and the keys of their groups.
+        frozen: The names and tensors of the other parameters.
+        module: The module that holds them, if it is known.
     """
 
     tensors: list[Any]

@@ -1,4 +1,4 @@
-"""Synthesis while the last backward runs: a buffer's update is written when its gradients have arrived."""
+"""Synthesis during the last backward: the update of a buffer is written when its gradients are complete."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from sago.ranks.ddp import world_size
 
 
 class InBackward:
-    """One synthesis in backward; `report` is there when the block of `synthesize_in_backward` has ended.
+    """One synthesis in a backward.
 
     Args:
-        call: What is asked for.
+        call: The checked arguments.
         keys: The groups of the report.
-        names: Of the parameters.
-        owner: The buffer of each.
-        expected: Whether a gradient may come for it.
-        pipeline_of: Gives the pipeline of a buffer, for the gradients that there are in it.
+        names: The names of the parameters.
+        owner: For each parameter, the index of its buffer.
+        expected: For each parameter, whether the backward may give it a gradient.
+        pipeline_of: Returns the pipeline of a buffer, for the gradients that are present in it.
+
+    Attributes:
+        report: The report, once the block of `synthesize_in_backward` has ended.
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class InBackward:
         self._taken: list[tuple[Statistics | None, Sequence[int]]] = []
 
     def arrived(self, i: int, device: torch.device) -> None:
-        """Called in the backward, on the stream where the gradient of parameter `i` was accumulated."""
+        """Notes that gradient `i` is complete. The backward calls it on the stream of that gradient."""
         bucket = self._owner[i]
         if bucket not in self._waiting:
             raise ValueError(
@@ -67,7 +70,7 @@ class InBackward:
             self._run(bucket)
 
     def finish(self) -> None:
-        """Synthesizes the buffers with parameters that the backward did not reach, and reports on all."""
+        """Synthesizes the buffers that still wait for a gradient, and reports on all buffers."""
         for bucket in list(self._waiting):
             self._run(bucket)
         numel = [sum(row) for row in zip(*(numel for _, numel in self._taken), strict=True)]
@@ -88,7 +91,7 @@ def check_exact(
     owner: Sequence[int],
     devices: Sequence[torch.device],
 ) -> None:
-    """Raises ValueError where an update that is written during the backward would not be exact."""
+    """Raises ValueError where an update written during the backward would not be exact."""
     instead = "Use retain() and synthesize_ in place of synthesize_in_backward."
     if call.rule.scope == "global":
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a call was given, checked and put in order before anything is written."""
+"""Checks of the arguments of a call, which run before anything is written."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def check_call(
 
 
 def _checked(reduce_gram: ReduceGram) -> Callable[[Tensor], Tensor]:
-    """`reduce_gram`, returning its table also where it works in place."""
+    """Wraps `reduce_gram` so that it returns the table even if it works in place."""
 
     def reduce(table: Tensor) -> Tensor:
         reduced = reduce_gram(table)
@@ -140,7 +140,7 @@ def as_list(name: str, tensors: Gradients) -> list[Any]:
 def check_groups(
     groups: Sequence[Hashable] | None, length: int, rule: Rule
 ) -> tuple[list[int], list[Hashable]]:
-    """The row of each tensor, and the group that each row stands for."""
+    """The row of each tensor, and the key of each row."""
     if groups is None:
         if rule.scope == "global":
             return [0] * length, ["all"]
@@ -256,7 +256,7 @@ def check_weight(name: str, weight: Any, devices: Collection[torch.device]) -> W
                 f"Parameter `{name}` should be on a device of the gradients, {', '.join(map(str, devices))}. "
                 f"Found {weight.device}."
             )
-        # Gradients on a GPU need not wait for a weight on the CPU.
+        # A weight on the CPU is read at once, so that gradients on a GPU need not wait for it.
         if weight.device.type == "cpu" and all(device.type != "cpu" for device in devices):
             return float(weight)
         return weight.detach().resolve_neg().to(torch.float64)

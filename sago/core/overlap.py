@@ -1,4 +1,4 @@
-"""Whether tensors share memory that is written."""
+"""Checks that tensors do not share memory that is written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Span(NamedTuple):
 
 
 def check_overlap(forget: list[Tensor | None], retain: list[Tensor | None], out: list[Tensor | None]) -> None:
-    """Raises where memory would be written twice, or written before it is read for another element."""
+    """Raises ValueError where memory would be written twice, or be written before another element is read."""
     spans: dict[torch.device, list[_Span]] = {}
     for i, (f, r, o) in enumerate(zip(forget, retain, out, strict=True)):
         if o is None or o.numel() == 0:

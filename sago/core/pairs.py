@@ -63,13 +63,13 @@ class Placement(Protocol):
 
 @dataclass
 class Pairs:
-    """Gradient pairs, checked.
+    """Checked gradient pairs.
 
     Attributes:
         forget, retain, out: Local tensors; None for a zero gradient; out is None where both are.
-        updates: `out` as the caller knows it, DTensors whole.
+        updates: `out` as the caller passed it, before DTensors were replaced by their local shards.
         rows: The report row of each pair.
-        keys: The group a row stands for.
+        keys: The group of each row.
         backends: For each device in the list, the backend that runs there.
         spread: How the gradients are spread over ranks; None where they are not, or where a `reduce_gram`
             takes care of it.
@@ -85,7 +85,7 @@ class Pairs:
     spread: Spread | None = None
 
     def numel(self, everywhere: bool = True) -> list[int]:
-        """Elements of each row, on all ranks or as this one counts them."""
+        """The number of elements of each row, on all ranks or those that this rank counts."""
         found = [0] * len(self.keys)
         for i, (row, o) in enumerate(zip(self.rows, self.out, strict=True)):
             if o is not None:
@@ -96,14 +96,14 @@ class Pairs:
 
 
 class Call(NamedTuple):
-    """What is asked of a synthesis besides its gradients, checked.
+    """The checked arguments of a synthesis, without its gradients.
 
     Attributes:
         gamma, alpha: Floats, or 0-d fp64 tensors on the gradients' device.
-        max_norm: What the norm of the update is clipped to; None for no clipping.
-        nonfinite: What NaN and inf in a gradient do to the update: what the rule makes of them (None), NaN
-            where either gradient has them ("propagate"), or no update anywhere ("zero_update").
-        scales: What forget and retain are multiplied by ahead of everything else.
+        max_norm: The largest norm of the update, to which it is clipped; None for no clipping.
+        nonfinite: How NaN and inf in a gradient are treated. None leaves them to the rule, "propagate" makes
+            the element of the update NaN, "zero_update" makes the whole update 0.
+        scales: Factors that forget and retain are multiplied by before the rule sees them.
     """
 
     rule: Rule
@@ -125,5 +125,5 @@ class Call(NamedTuple):
 
     @property
     def limited(self) -> bool:
-        """Whether sums decide on the size of the update."""
+        """Whether the size of the update depends on the sums."""
         return self.max_norm is not None or self.nonfinite == "zero_update"

@@ -1,4 +1,4 @@
-"""What a synthesis saw: inner products, conflict and non-finite counts, one row a group."""
+"""The report of a synthesis: inner products, conflicts and non-finite counts, one row for each group."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from sago.backends.upload import upload
 
 _COUNTS = ("nonfinite_forget", "nonfinite_retain")
-# What can be read, and the columns that it is made of.
+# The fields that can be read, and the columns that each is computed from.
 _FIELDS = {
     **{name: (name,) for name in ("ff", "fr", "rr", "uu", "uf", "ur")},
     "conflict_fraction": ("conflicts",),
@@ -43,12 +43,12 @@ class SynthesisReport:
     `norm_forget`        `ff.sqrt()`, and so on for `norm_retain`, `norm_update`
     ==================== =========================================================
 
-    A field that was not computed (`stats=False`) is None and its name stands in `absent`. Reading a
-    field enqueues at most a few operations on `[groups]` values; only `summary`, `table` and `to_dict`
-    wait for the device. The first read fixes the values. They are those of whole gradients for DTensors
-    and where the synthesis was given `reduce_gram`; of other shards, of what this rank has.
+    A field that was not computed (`stats=False`) is None, and `absent` has its name. Reading a field enqueues
+    at most a few operations on `[groups]` values. Only `summary`, `table` and `to_dict` wait for the device.
+    The first read fixes the values. For DTensors, and where the synthesis was given `reduce_gram`, they are
+    the values of whole gradients. For other shards they are the values of the shard of this rank.
 
-    A report can be copied and pickled. That is a first read, and the copy holds the values.
+    A report can be copied and pickled. Both count as a first read, and the copy holds the values.
 
     Attributes:
         rule: The rule's name.
@@ -138,7 +138,7 @@ class SynthesisReport:
 
     @property
     def numel(self) -> Tensor:
-        """Elements a group, int64."""
+        """The number of elements of each group, int64."""
         if not isinstance(self._numel, Tensor):
             device = next((t.device for t in self._read().values()), torch.device("cpu"))
             self._numel = upload(self._numel, torch.int64, device)
@@ -150,7 +150,7 @@ class SynthesisReport:
         return tuple(name for name, columns in _FIELDS.items() if any(c not in present for c in columns))
 
     def total(self) -> SynthesisReport:
-        """The same report with all groups summed into one row."""
+        """The report with all groups summed into one row."""
         sums = {name: values.sum(0, keepdim=True) for name, values in self._read().items()}
         return SynthesisReport(self.rule, ("all",), self.numel.sum(0, keepdim=True), lambda: sums)
 
@@ -170,7 +170,7 @@ class SynthesisReport:
         return {name: values[0] for name, values in self.total().to_dict().items()}
 
     def table(self) -> str:
-        """An aligned text table: one line a group, the totals below. Waits for the device."""
+        """An aligned text table with one line for each group and a line of totals. Waits for the device."""
         columns = [name for name in _FIELDS if name not in ("ff", "fr", "rr", "uu", "uf", "ur")]
         rows, totals = self.to_dict(), self.summary()
         columns = [name for name in columns if name in rows]
@@ -187,7 +187,7 @@ class SynthesisReport:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: the values, without what they were to be computed from."""
+        """The state of copies and pickles, in which the values replace the function that computes them."""
         values = {name: t.detach().clone() for name, t in self._read().items()}
         return {**vars(self), "_numel": self.numel.clone(), "_columns": dict, "_values": values}
 
@@ -211,7 +211,7 @@ def _root(square: Tensor | None) -> Tensor | None:
 def _cosine(product: Tensor | None, square: Tensor | None, other: Tensor | None) -> Tensor | None:
     if product is None or square is None or other is None:
         return None
-    # Squares that left the range of the sums say nothing about a direction.
+    # A square that left the range of the sums gives no direction.
     known = (square > 0) & (other > 0) & square.isfinite() & other.isfinite()
-    # The roots are taken apart: the product of two squares leaves the range before a root does.
+    # Each root is taken alone, because the product of two squares leaves the range before a root does.
     return torch.where(known, product / (square.sqrt() * other.sqrt()), torch.nan)

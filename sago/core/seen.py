@@ -1,4 +1,4 @@
-"""Lists of gradients that were seen before: the same memory and metadata are not checked again."""
+"""Remembers lists of gradients, so that the same memory and metadata are not checked again."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Updates = Sequence[Tensor | None]
 
 
 class Seen(NamedTuple):
-    """What was laid out, and the metadata of its tensors."""
+    """A pipeline, and guards of the metadata of its tensors."""
 
     pipeline: Pipeline
     guards: Guards
@@ -40,10 +40,10 @@ def find(
     backend: str | None,
     placement: Placement,
 ) -> tuple[Pipeline, Updates]:
-    """The pipeline of a call of `sago.synthesize_`, and where its updates go.
+    """The pipeline of a call of `sago.synthesize_`, and the tensors that its updates are written to.
 
-    What is checked depends on addresses and metadata only, so lists are told apart by both: an address alone
-    may be that of another tensor by now. No tensor is kept alive.
+    The checks depend on addresses and metadata only, so lists are told apart by both. An address alone is not
+    enough, because another tensor may have it by now. No tensor is kept alive.
     """
     tensors, key = _key(forget, retain, rule, out, groups, backend)
     if key is not None:
@@ -62,14 +62,14 @@ def find(
 def _key(
     forget: Any, retain: Any, rule: Rule, out: Any, groups: Any, backend: str | None
 ) -> tuple[list[Any], Any]:
-    """The tensors of a call, and what they are looked up by; None for what cannot be remembered."""
+    """The tensors of a call and the key to look them up by; None for a call that cannot be remembered."""
     given = (forget, retain) if out is None or isinstance(out, str) else (forget, retain, out)
     sides = [[x] if isinstance(x, Tensor) else x for x in given]
     if not all(type(x) in _PLAIN for x in sides) or not (groups is None or type(groups) in _PLAIN):
         return [], None
     tensors = list(chain(*sides))
     first = next((t for t in tensors if t is not None), None)
-    # On the CPU pipelines hold their tensors, unless Triton is interpreted.
+    # A pipeline on the CPU holds its tensors, unless Triton is interpreted.
     if not isinstance(first, Tensor) or (backend != "triton" and first.device.type == "cpu"):
         return [], None
     addresses = _addresses(tensors)
@@ -80,7 +80,7 @@ def _key(
         addresses = _addresses(tensors)
     where = out if isinstance(out, str) else None
     keys = None if groups is None else tuple(groups)
-    # Other keys may hold memory, or compare as they like.
+    # Objects of other types may hold memory, or define equality in their own way.
     if addresses is None or (keys and not {str, int}.issuperset(map(type, keys))):
         return [], None
     return tensors, (addresses, missing, *map(len, sides), where, rule.scope, keys, backend)

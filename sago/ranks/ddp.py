@@ -1,4 +1,4 @@
-"""Gradients of DistributedDataParallel: averaged over its ranks once a window, in flat buffers."""
+"""DistributedDataParallel: its gradients are averaged over the ranks once a window, in flat buffers."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ class Accumulators(Protocol):
 
 
 class DataParallel:
-    """The ranks that each have a gradient of their own batch, which are averaged before the synthesis.
+    """Averages over ranks that each have the gradient of their own batch.
 
     Args:
-        group: Of the ranks.
+        group: The process group of the ranks.
         partial: Whether a backward may leave out parameters, on some ranks or on all.
-        modules: Those of DistributedDataParallel, which would reduce by themselves.
+        modules: The DistributedDataParallel modules, which would otherwise reduce the gradients themselves.
     """
 
     def __init__(self, group: ProcessGroup, partial: bool, modules: Sequence[Any] = ()) -> None:
         self._group, self._partial, self._modules = group, partial, modules
 
     def start(self) -> None:
-        """From here on the modules do not reduce."""
+        """Switches the modules' own reduction off."""
         for ddp in self._modules:
             ddp.require_backward_grad_sync = False
 
     def check_not_joined(self) -> None:
-        """Raises where `ddp.join()` is in force, which it is from its call on."""
+        """Raises if `ddp.join()` was called and not ended."""
         for ddp in self._modules:
             if ddp._join_config.enable:
                 raise ValueError(
@@ -62,7 +62,7 @@ class DataParallel:
     def check_reached(
         self, sides: Sequence[Accumulators], names: Sequence[str], trained: Sequence[bool]
     ) -> None:
-        """Raises where a parameter has no gradient, if no backward may leave one out."""
+        """Raises if a parameter has no gradient, unless a backward may leave parameters out."""
         reached = zip(*(side.touched for side in sides), strict=True)
         for name, t, there in zip(names, trained, reached, strict=True):
             if t and not any(there) and not self._partial:
@@ -72,7 +72,7 @@ class DataParallel:
                 )
 
     def average(self, sides: Sequence[Accumulators], trained: Sequence[bool]) -> None:
-        """Means over the ranks in all accumulators, and on every rank the same notes of what was reached."""
+        """Averages all accumulators over the ranks, and makes `touched` the same on every rank."""
         works = [self._begin(buffer) for side in sides for buffer in side.buffers]
         if self._partial:
             self._share(sides)
@@ -97,10 +97,10 @@ class DataParallel:
 
 
 def take_over(source: Any, params: Sequence[Tensor], names: Sequence[str]) -> DataParallel | None:
-    """What averages in the place of the DistributedDataParallel module that has these parameters.
+    """Replaces the reduction of the DistributedDataParallel module that has these parameters.
 
-    DDP reduces in the first backward after a forward, and not in a second one: of two forwards followed by
-    two backwards, the second gradient stays that of the rank. None where there is no such module.
+    DDP reduces only the first backward after a forward. After two forwards and two backwards the second
+    gradient would not be reduced. Returns None if there is no such module.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return None
@@ -139,7 +139,7 @@ def take_over(source: Any, params: Sequence[Tensor], names: Sequence[str]) -> Da
 
 
 def check_not_wrapped(params: Sequence[Tensor]) -> None:
-    """Raises for a DistributedDataParallel module that came later than the buckets."""
+    """Raises if the parameters were wrapped in DistributedDataParallel after the buckets were made."""
     there = dist.is_available() and dist.is_initialized()
     if there and owners(None, params, torch.nn.parallel.DistributedDataParallel):
         raise ValueError(
@@ -149,7 +149,7 @@ def check_not_wrapped(params: Sequence[Tensor]) -> None:
 
 
 def sharded(source: Any, params: Sequence[Tensor]) -> Sequence[torch.nn.Module]:
-    """The modules of FSDP2 that the parameters are in. Refuses those of FSDP1."""
+    """The FSDP2 modules of the parameters. Raises ValueError for FSDP1."""
     if not (dist.is_available() and dist.is_initialized()):
         return []
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -165,12 +165,12 @@ def sharded(source: Any, params: Sequence[Tensor]) -> Sequence[torch.nn.Module]:
 
 
 def owners(source: Any, params: Sequence[Tensor], kind: Any) -> list[Any]:
-    """The modules of this kind in the source of the parameters, or around any of them."""
+    """The modules of this kind inside `source`, or else those that hold any of the parameters."""
     if isinstance(source, torch.nn.Module):
         found = [m for m in source.modules() if isinstance(m, kind)]
         if found:
             return found
-    # Wrappers leave no mark on parameters, so the living ones are looked through, once.
+    # A parameter does not know its wrappers, so all live objects are searched once.
     wanted = {id(p) for p in params}
     living = [o for o in gc.get_objects() if issubclass(type(o), kind)]
     return [m for m in living if any(id(p) in wanted for p in m.parameters())]

@@ -1,4 +1,4 @@
-"""What a rank holds of gradients that are spread over a mesh, read from their placements."""
+"""DTensors: which shard of a gradient this rank holds, read from the placements."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from sago.ranks.sum_over import SumOver
 
 
 class Shards(NamedTuple):
-    """A list of gradients, as all ranks of a mesh hold it.
+    """How the gradients of a list are spread over the ranks of a mesh; see `sago.core.pairs.Spread`.
 
     Attributes:
-        counted: For each, whether this rank's part enters the sums: of the ranks that hold the same part, the
-            first counts it.
-        numel: Elements of the whole gradients.
+        counted: For each gradient, whether the sums of this rank's shard are counted. Among the ranks that
+            hold the same shard, the first one counts it.
+        numel: The number of elements of each whole gradient.
         over: All ranks of the mesh.
-        layout: What is the same on every rank.
+        layout: A description of the list that is the same on every rank.
     """
 
     counted: list[bool]
@@ -33,19 +33,19 @@ def is_dtensor(t: Any) -> bool:
 
 
 def local(t: Any) -> Any:
-    """The part of a tensor that this rank holds, in its memory."""
+    """The shard of a DTensor that this rank holds, without a copy; any other tensor itself."""
     return t.to_local() if is_dtensor(t) else t
 
 
 def local_as(t: Any, like: Any) -> Any:
-    """`local(t)`, of `t` as `like` is placed."""
+    """`local(t)`, after `t` was redistributed to the placements of `like`."""
     if is_dtensor(t) and is_dtensor(like) and t.placements != like.placements:
         t = t.redistribute(placements=like.placements)
     return local(t)
 
 
 def wrap(part: Tensor, like: Any) -> Any:
-    """The DTensor placed as `like` is, of which this rank holds `part`; `part` itself if `like` is none."""
+    """A DTensor with the placements of `like` and the shard `part`; `part` itself if `like` is no DTensor."""
     if not is_dtensor(like):
         return part
     from torch.distributed.tensor import DTensor
@@ -56,7 +56,7 @@ def wrap(part: Tensor, like: Any) -> Any:
 
 
 def check_placed(i: int, tensors: Sequence[Any]) -> None:
-    """Raises for forget, retain and out of gradient `i` unless they are placed alike and reduced."""
+    """Raises unless forget, retain and out of gradient `i` have the same placements and are reduced."""
     if not any(map(is_dtensor, tensors)):
         return
     found = [t for t in tensors if t is not None]
@@ -83,9 +83,9 @@ def check_reduced(name: str, t: Any) -> None:
 
 
 def read(gradients: Sequence[Any], rows: Sequence[int]) -> Shards | None:
-    """How a list is spread, for one tensor of each pair. None if no DTensor among them is sharded.
+    """How a list is spread, from one tensor of each pair. None if no DTensor among them is sharded.
 
-    All are summed over the largest mesh. Tensors on a part of it, and those that are no DTensors, are taken
+    All sums are taken over the largest mesh. A DTensor on a part of that mesh, and a plain tensor, are taken
     to be the same on every other part.
     """
     meshes: dict[Any, int] = {}

@@ -1,4 +1,4 @@
-"""Sums over ranks: what rules with inner products need where each rank holds a part of the gradients."""
+"""`SumOver`: adds up tables of sums over ranks that each hold a shard of the gradients."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ class SumOver:
         sago.synthesize_(forget, retain, "pcgrad", reduce_gram=SumOver(group))
         sago.synthesize_(forget, retain, "pcgrad", reduce_gram=SumOver(mesh["shard", "tensor"]))
 
-    The table of sums is fp64 `[groups, k]`. It is added up on the current stream, and the host does not wait,
-    except for the first table of a shape, which the ranks compare.
+    The table of sums is fp64 `[groups, k]`. It is added up on the current stream. The host does not wait,
+    except for the first table of each shape, which the ranks compare.
 
     Args:
-        over: Each a process group, or a DeviceMesh or part of one, whose ranks hold different shards; a mesh
-            of any number of dimensions is one collective, several arguments are one each. Nothing, or None,
-            is the default group.
+        over: Process groups, or DeviceMeshes or parts of them, whose ranks hold different shards. Each
+            argument is one collective, for a mesh of any number of dimensions. Without arguments, and for
+            None, it is the default group.
 
-    Not needed for DTensors, whose placements say who holds what. A tensor that several of the ranks hold
-    whole is counted as often.
+    DTensors do not need it, because their placements tell which rank holds which shard. A tensor that several
+    ranks hold whole is counted once for each of them.
 
     Raises:
-        ValueError, TypeError: Where torch.distributed is not initialised, or for other arguments; when it is
-            called, on every rank, where the shapes of the tables differ.
+        ValueError, TypeError: If torch.distributed is not initialised, or for arguments of another type. A
+            call raises on every rank if the shapes of the tables differ.
     """
 
     def __init__(self, *over: ProcessGroup | DeviceMesh | None) -> None:
@@ -53,7 +53,7 @@ class SumOver:
 
     @cached_property
     def _groups(self) -> list[ProcessGroup]:
-        # When they are needed: a group of its own for a mesh is made by all of its ranks together.
+        # Made at the first use: all ranks of a mesh must create a group for it together.
         return [_group(x) for x in self._over]
 
     def __call__(self, table: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class SumOver:
         return table
 
     def start(self, table: Tensor) -> Callable[[], None]:
-        """Begins the sum; it is in `table` when what is returned has been called."""
+        """Begins the sum in place. The returned function waits for it."""
         first, last = self._groups[:-1], self._groups[-1]
         for group in first:
             _all_reduce(table, group)()
@@ -75,7 +75,7 @@ class SumOver:
         return wait
 
     def check_same(self, layout: Sequence[object], device: torch.device) -> None:
-        """Raises ValueError on every rank where the layouts of the ranks differ. Waits, the first time."""
+        """Raises ValueError on every rank if the layouts of the ranks differ. The first call waits."""
         if layout is self._checked or is_capturing([device]):
             return
         for group in self._groups:
@@ -98,7 +98,7 @@ class SumOver:
 
 
 def all_reduce(t: Tensor, group: ProcessGroup, op: Any) -> Callable[[], object]:
-    """`torch.distributed.all_reduce`, begun; what is returned waits for it on the current stream."""
+    """Begins `torch.distributed.all_reduce`. The returned function waits for it on the current stream."""
     work = dist.all_reduce(t, op=op, group=group, async_op=True)
     return _nothing if work is None else work.wait
 
@@ -117,7 +117,7 @@ def _all_reduce(table: Tensor, group: ProcessGroup) -> Callable[[], None]:
 
 
 def _reachable(device: torch.device, group: ProcessGroup) -> torch.device:
-    """A device whose tensors the group can send: offloaded gradients are on the CPU, and NCCL is not."""
+    """A device whose tensors the group can send. NCCL cannot send gradients that are offloaded to the CPU."""
     backends = dist.get_backend_config(group)
     if ":" not in backends or f"{device.type}:" in backends:
         return device
@@ -139,7 +139,7 @@ def _group(over: Any) -> ProcessGroup:
 
 
 def group_of(mesh: DeviceMesh) -> ProcessGroup:
-    """All ranks of a mesh as one group."""
+    """The process group of all ranks of a mesh."""
     if mesh.ndim == 1:
         return mesh.get_group()
     ranks = tuple(sorted(mesh.mesh.flatten().tolist()))
@@ -162,7 +162,7 @@ def _world() -> ProcessGroup:
 
 
 def _check_same(group: ProcessGroup, layout: Sequence[object], device: torch.device) -> None:
-    # Not `hash`, which differs from process to process.
+    # `hash` would differ between processes.
     digest = int.from_bytes(hashlib.blake2b(repr(layout).encode(), digest_size=7).digest(), "big")
     same = _same.setdefault(group, set())
     if digest in same:

@@ -1,6 +1,6 @@
-"""Rules: pure functions from the Gram numbers of a group to the coefficients of its update.
+"""`Rule`: a pure function from the inner products of a group to the coefficients of its update.
 
-Every rule is one line of the same formula. With `f` the forget and `r` the retain gradient,
+One formula holds every rule. With `f` the forget and `r` the retain gradient,
 
     out_i = a_c * f_i + b_c * r_i   where f_i and r_i have strictly opposite signs (gated rules only)
             a   * f_i + b   * r_i   elsewhere
@@ -11,7 +11,7 @@ and a rule gives `(a_c, b_c, a, b)` if it is gated, `(a, b)` if it is not, from 
 A coefficient function runs in two places: on fp64 tensors of shape `[groups]`, and, recompiled, on
 fp64 scalars inside the combine kernel. It is compiled into the kernel when it is defined in a file,
 without annotations, and uses nothing but `+ - * /`, comparisons, `where` and functions of the same kind.
-Any other torch code is as good a rule; its coefficients are then computed by torch ops ahead of the
+Any other torch code is also a valid rule. Its coefficients are then computed by torch operations ahead of the
 kernel.
 """
 
