@@ -1,9 +1,10 @@
-"""What the benchmarks share: the table, the record and its origin."""
+"""Code that all benchmarks share: the printed table, the JSON record and its origin."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import re
 import subprocess
@@ -19,8 +20,19 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Interpolates linearly between the two nearest of the sorted values."""
+    at = share * (len(values) - 1)
+    low, high = sorted(values)[math.floor(at)], sorted(values)[math.ceil(at)]
+    return low + (at - math.floor(at)) * (high - low)
+
+
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """Rows as aligned text: numbers to the right, None as `-`."""
+    """Formats rows as aligned text. Numbers are aligned to the right, and None is printed as `-`."""
     cells = [[_cell(row.get(column)) for column in columns] for row in rows]
     widths = [max(len(line[i]) for line in (columns, *cells)) for i in range(len(columns))]
     right = [any(isinstance(row.get(column), (int, float)) for row in rows) for column in columns]
@@ -42,9 +54,9 @@ def _cell(value: Any) -> str:
 
 
 def write_json(path: str | Path, record: Mapping[str, Any], suffix: str = "") -> None:
-    """Whole or not at all: a run that is cut off leaves what it had written before.
+    """Replaces the file at once, so that an interrupted run leaves the record that was there before.
 
-    In a folder the record is called by its device and the suffix.
+    If `path` is a folder, the file is named after the record's device and the suffix.
     """
     path = Path(path)
     if path.is_dir():
@@ -56,7 +68,7 @@ def write_json(path: str | Path, record: Mapping[str, Any], suffix: str = "") ->
 
 
 def source_hash(*paths: str) -> str:
-    """The start of a SHA-256 over the names and texts of these Python files and folders of the repository."""
+    """Returns the start of a SHA-256 over the names and texts of these Python files and folders."""
     digest = hashlib.sha256()
     for path in paths:
         files = sorted((ROOT / path).rglob("*.py")) if (ROOT / path).is_dir() else [ROOT / path]
@@ -66,11 +78,11 @@ def source_hash(*paths: str) -> str:
 
 
 class StaleRecord(UserWarning):
-    """A record was taken with other sources than those that are there."""
+    """The sources have changed since a record was taken."""
 
 
 def origin(device: str, *sources: str) -> dict[str, Any]:
-    """Where a record comes from: `sources` are the files and folders that its numbers depend on."""
+    """Describes the machine and the versions. The numbers of the record depend on the files in `sources`."""
     cuda = device != "cpu"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
@@ -87,16 +99,13 @@ def origin(device: str, *sources: str) -> dict[str, Any]:
 
 
 def warn_if_stale(path: str | Path) -> None:
-    """Warns with `StaleRecord` if a record does not belong to the sources that are there."""
+    """Warns with `StaleRecord` if the sources have changed since the record was taken."""
     record = json.loads(Path(path).read_text())
     sources = record.get("sources")
     if not sources or record["source"] != source_hash(*sources):
-        changed = ", ".join(sources or ["it does not say with which"])
-        warnings.warn(
-            f"{Path(path).name} was taken with other sources ({changed}): record it anew.",
-            StaleRecord,
-            stacklevel=2,
-        )
+        named = ", ".join(sources or ["the record does not name them"])
+        message = f"{Path(path).name} was taken with other sources ({named}). Take the record again."
+        warnings.warn(message, StaleRecord, stacklevel=2)
 
 
 def _version(package: str) -> str | None:

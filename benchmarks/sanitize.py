@@ -1,4 +1,7 @@
-"""A few launches of both kernels for compute-sanitizer: unaligned, absent sides, tails, several chunks."""
+"""Launches both kernels a few times for compute-sanitizer, and compares the updates with `sago.reference`.
+
+The lists have unaligned tensors, missing gradients, tails and tensors of several chunks.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,17 @@ import torch
 from torch import Tensor
 
 import sago
+from benchmarks.gradients import WrongResult
 from sago import reference
 
 SIZES = (1, 7, 4096, 5003, 32768 + 5)
 
 
 def run(device: str = "cuda", sizes: tuple[int, ...] = SIZES) -> int:
-    """The number of syntheses. Raises `RuntimeError` if an update is not the reference's."""
+    """Returns the number of syntheses. Raises `WrongResult` if an update is not that of the reference."""
     count = 0
     for dtype in (torch.bfloat16, torch.float32):
-        for offset in (0, 1):  # of the elements in memory: 1 is no multiple of 16 bytes
+        for offset in (0, 1):  # in elements: an offset of 1 is not a multiple of 16 bytes
             forget, retain = (_tensors(sizes, dtype, offset, seed) for seed in (0, 1))
             for rule in ("sago", "pcgrad", "blur"):
                 for stats in (True, False):
@@ -32,7 +36,7 @@ def _compare(forget: list[Tensor | None], retain: list[Tensor], rule: str, stats
     step = 2 * torch.finfo(retain[0].dtype).eps  # a coefficient may differ in its last bits
     for u, e in zip(placed[1], expected, strict=True):
         if u is None or not torch.allclose(u.cpu().float(), e.float(), rtol=step, atol=step):
-            raise RuntimeError(f"{rule} of {tuple(e.shape)} {e.dtype} is not that of sago.reference.")
+            raise WrongResult(f"{rule} of {tuple(e.shape)} {e.dtype} is not that of sago.reference.")
 
 
 def _tensors(sizes: tuple[int, ...], dtype: torch.dtype, offset: int, seed: int) -> list[Tensor]:
@@ -45,7 +49,7 @@ def _without_some(tensors: list[Tensor]) -> list[Tensor | None]:
 
 
 def _place(t: Tensor | None, device: str) -> Tensor | None:
-    """A copy, as far off a multiple of 16 bytes as the tensor is."""
+    """Returns a copy with the same offset from a multiple of 16 bytes."""
     if t is None:
         return None
     offset = t.storage_offset()

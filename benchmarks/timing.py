@@ -1,8 +1,7 @@
-"""How long a call takes, on the CPU and on a GPU."""
+"""Measures the time of a call, on the CPU and on a GPU."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,14 +15,13 @@ _HEAD_START = 1_000_000  # cycles of a GPU, about half a millisecond
 
 
 class Sample(NamedTuple):
-    """Milliseconds of one call.
+    """The milliseconds of one call.
 
     Attributes:
-        ms: On the CPU of the call. On a GPU from its first to its last kernel, by events, with a head start
-            for the host: time in which the GPU waits for the host shows only beyond that, or where the call
-            itself waits for the GPU.
-        wall_ms: On a GPU from an idle device to an idle device, launches included.
-        host_ms: On a GPU until the call returned, of the time that `ms` has.
+        ms: On the CPU, the time of the call. On a GPU, the time between two events around the call. The GPU
+            sleeps before the first event, so that the host has queued the launches when the kernels start.
+        wall_ms: On a GPU, the time from an idle device to an idle device. It includes the launches.
+        host_ms: On a GPU, the time until the call returned.
     """
 
     ms: float
@@ -32,7 +30,7 @@ class Sample(NamedTuple):
 
 
 class Clock:
-    """Takes samples on a device. What a call reads is not in the L2 cache of a GPU when it starts."""
+    """Takes samples on a device. On a GPU the L2 cache holds other data when a call starts."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -41,7 +39,7 @@ class Clock:
             self._other = torch.empty(max(2 * cache, 1 << 26), dtype=torch.uint8, device=device)
 
     def flush(self) -> None:
-        """Leaves other memory in the cache, and an idle device."""
+        """Fills the L2 cache with other memory, and waits for the device."""
         if self._cuda:
             self._other.zero_()
             torch.cuda.synchronize()
@@ -74,36 +72,31 @@ class Clock:
 
 
 def _since(start: float) -> float:
-    """In milliseconds."""
+    """Returns the milliseconds since `start`."""
     return 1e3 * (time.perf_counter() - start)
 
 
 def rounds(
     everyone: Sequence[Prepared], clock: Clock, repeats: int, seconds: float, label: str
 ) -> tuple[list[list[Sample]], dict[int, RuntimeError]]:
-    """Everyone once a round; whoever has spent `seconds`, with restoring, has done after five.
+    """Calls everyone once in each of `repeats` rounds.
 
-    Returns the samples, and the errors of those that raised, which were not called again.
+    A contender that has spent `seconds`, including the restoring of its gradients, stops after five samples.
+    A contender that raises is not called again. Returns the samples and the errors.
     """
     samples: list[list[Sample]] = [[] for _ in everyone]
     errors: dict[int, RuntimeError] = {}
     spent = [0.0] * len(everyone)
     for turn in tqdm(range(repeats), desc=label):
         for i in range(len(everyone)):
-            i = (i + turn) % len(everyone)  # so that nobody always follows the same neighbour
+            i = (i + turn) % len(everyone)  # a contender does not always follow the same neighbour
             if i in errors or (len(samples[i]) >= 5 and spent[i] > seconds):
                 continue
             start = time.perf_counter()
             try:
                 samples[i].append(clock.sample(everyone[i]))
             except RuntimeError as error:  # out of memory is one
-                errors[i] = error.with_traceback(None)  # whose frames hold what it had allocated
+                errors[i] = error.with_traceback(None)  # the frames hold the memory that it had allocated
             spent[i] += time.perf_counter() - start
     return samples, errors
 
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """Linear between the two nearest of the sorted values."""
-    at = share * (len(values) - 1)
-    low, high = sorted(values)[math.floor(at)], sorted(values)[math.ceil(at)]
-    return low + (at - math.floor(at)) * (high - low)

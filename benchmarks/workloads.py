@@ -1,4 +1,4 @@
-"""The lists of gradients that are timed, from the dimensions of models, in the order of their parameters."""
+"""The shapes of the gradients that are timed. They follow from the dimensions of models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Shapes = Sequence[tuple[int, ...]]
 
 
 class Decoder(NamedTuple):
-    """A decoder-only transformer with a gated MLP; `keys` is the width of all key heads together."""
+    """A decoder-only transformer with a gated MLP. `keys` is the width of all key heads together."""
 
     hidden: int
     layers: int
@@ -26,25 +26,25 @@ PHI_3_MINI = Decoder(3072, 32, 32064, 8192, 3072)
 
 
 def linears(m: Decoder) -> Shapes:
-    """Of a layer: query, key, value, output, gate, up, down; `[out, in]`."""
+    """The weights `[out, in]` of a layer: query, key, value, output, gate, up, down."""
     h = m.hidden
     return [(h, h), (m.keys, h), (m.keys, h), (h, h), (m.mlp, h), (m.mlp, h), (h, m.mlp)]
 
 
 def fused_linears(m: Decoder) -> Shapes:
-    """Of a layer of Phi-3: query, key and value in one, output, gate and up in one, down."""
+    """The weights of a layer of Phi-3, which fuses query, key and value, and fuses gate and up."""
     h = m.hidden
     return [(h + 2 * m.keys, h), (h, h), (2 * m.mlp, h), (h, m.mlp)]
 
 
 def decoder(m: Decoder, layer: Shapes, tied: bool = False) -> Shapes:
-    """Embedding, layers with two norms each, the last norm, and a head unless it is the embedding."""
+    """The embedding, the layers with two norms each, the last norm, and a head unless it is tied."""
     embedding, norm = (m.vocabulary, m.hidden), (m.hidden,)
     return [embedding, *[*layer, norm, norm] * m.layers, norm, *([] if tied else [embedding])]
 
 
 def lora(m: Decoder, rank: int) -> Shapes:
-    """Adapters of every linear: `[rank, in]`, then `[out, rank]`."""
+    """The adapters of every linear layer: `[rank, in]`, then `[out, rank]`."""
     return [s for rows, columns in linears(m) for s in ((rank, columns), (rows, rank))] * m.layers
 
 
@@ -52,7 +52,7 @@ def down_projections(m: Decoder, layers: int) -> Shapes:
     return [(m.hidden, m.mlp)] * layers
 
 
-LEAST = 16  # of a dimension that was shrunk: inner products of fewer elements are anything
+LEAST = 16  # of a dimension that was shrunk: inner products of fewer elements have any sign
 
 WORKLOADS: dict[str, Shapes] = {
     "one": [(1 << 15, 1 << 15)],
@@ -64,8 +64,8 @@ WORKLOADS: dict[str, Shapes] = {
     "lora": lora(LLAMA_3_8B, 16),
     "tiny": [(64 + 1237 * i % 4033,) for i in range(2000)],  # from 64 to 4096 elements
 }
-# One flat tensor of each size, for the plots against elements.
-SWEEP: dict[str, Shapes] = {f"2^{k}": [(1 << k,)] for k in range(14, 31)}
+# One flat tensor of each size.
+SIZES: dict[str, Shapes] = {f"2^{k}": [(1 << k,)] for k in range(14, 31, 4)}
 
 
 def elements(shapes: Shapes) -> int:
@@ -73,7 +73,7 @@ def elements(shapes: Shapes) -> int:
 
 
 def shrink(shapes: Shapes, most: int) -> Shapes:
-    """As many tensors, every dimension halved while there are more than `most` elements, down to 16."""
+    """Halves every dimension, down to 16, until the list has at most `most` elements."""
     while elements(shapes) > most and any(d > LEAST for shape in shapes for d in shape):
         shapes = [tuple(max(min(d, LEAST), d // 2) for d in shape) for shape in shapes]
     return shapes

@@ -1,8 +1,8 @@
 """Two Triton kernels over lists of tensors: `gram` reduces, `combine` streams.
 
-Every rule is the same launch pair with other coefficients. A list of any length and any mix of sizes
-is one launch for each combination of dtypes: the kernels find their tensors through a table of
-addresses (`batch`), sum in fixed slots (`stream`) and compute a rule's coefficients on the device from
+All rules use the same two kernels with different coefficients. A list of any length and any mix of sizes
+is one launch for each combination of dtypes. The kernels find their tensors through a table of addresses
+(`batch`), add partial sums in fixed slots (`stream`), and compute a rule's coefficients on the device from
 its Python function (`formula`).
 """
 

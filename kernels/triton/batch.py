@@ -1,4 +1,4 @@
-"""Where the tensors of a list lie, as tables on their device."""
+"""Tables on the device that tell the kernels where the tensors of a list are."""
 
 from __future__ import annotations
 
@@ -68,14 +68,15 @@ class Part(NamedTuple):
 
 
 class Layout:
-    """What follows from sizes, dtypes and rows alone: chunks, slots and their tables.
+    """The chunks, slots and tables of a list, which depend on sizes, dtypes and rows only.
 
-    A tensor is cut into chunks of `CHUNK` elements. Each chunk owns one slot for its partial sums; the
-    slots of a row are contiguous and ordered as the list is, whatever the dtypes are.
+    A tensor is cut into chunks of `CHUNK` elements. Each chunk owns one slot for its partial sums. The slots
+    of a row are contiguous and in the order of the list, for any dtypes.
 
     Attributes:
-        rows: int64 `[rows, 2]`: first slot and number of slots.
-        slots: Their total.
+        rows: int64 `[rows, 2]`: the first slot and the number of slots of each row.
+        slots: The total number of slots.
+        groups: The tensors of each combination of dtypes.
     """
 
     def __init__(
@@ -120,9 +121,9 @@ _layouts = Cache(64)
 
 
 class Batch:
-    """Where gradient pairs on one device and their updates lie, ready for `gram` and `combine`.
+    """Gradient pairs on one device, laid out for `gram` and `combine`.
 
-    It is for one stream at a time, and keeps the tensors alive until `release`.
+    A batch is used on one stream at a time. It keeps the tensors alive until `release`.
 
     Args:
         device: Where all of them are.
@@ -181,9 +182,9 @@ class Batch:
         self._counters: Tensor | None = None
 
     def scratch(self, sums: int) -> tuple[Tensor, Tensor]:
-        """Partial sums `[sums, slots]`, and a counter for each row that is 0 between launches."""
+        """Memory for partial sums, `[sums, slots]`, and a counter for each row that is 0 between launches."""
         partials = torch.empty(sums, self.layout.slots, dtype=torch.float64, device=self.device)
-        # A CUDA graph has counters of its own, because it may be replayed beside eager calls.
+        # A CUDA graph has counters of its own, because a replay may overlap with eager calls.
         capturing = is_capturing([self.device])
         counters = None if capturing else self._counters
         if counters is None:
@@ -197,11 +198,11 @@ class Batch:
         return True
 
     def discard_counters(self) -> None:
-        """After a failure, which may have left them in the middle."""
+        """Drops the counters after a failed launch, which may have left them with other values than 0."""
         self._counters = None
 
     def table(self, sums: int) -> Tensor:
-        """Where the sums of every row go, fp64 `[rows, sums]`; 0 in rows that no kernel writes."""
+        """Allocates the table of sums, fp64 `[rows, sums]`, with 0 in rows that no kernel writes."""
         make = torch.zeros if self._empty_rows else torch.empty
         return make(self.row_count, sums, dtype=torch.float64, device=self.device)
 
@@ -227,7 +228,7 @@ def options(
     found: dict[str, int | bool] = {"num_warps": THREADS // lanes(device), "enable_fp_fusion": False}
     rare = not aligned or len(set(dtypes)) > 1 or from_table
     if rare and device.type == "cuda" and torch.version.hip is None:
-        # With two paths or two widths in a kernel, or coefficients that are not known to be weights, ptxas
-        # spills a little to fit in one more block, unless it is told not to.
+        # Otherwise ptxas spills a few registers to fit one more block, in kernels with two paths, with two
+        # widths, or with coefficients that it does not know to be weights.
         found["maxnreg"] = 255
     return found

@@ -1,4 +1,4 @@
-"""The stream: one pass that writes the update, and sums statistics on the way if they are wanted."""
+"""`combine`: one pass that writes the update and, if they are wanted, takes the sums."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .stream import finish, locate, stream
 
 @triton.jit
 def _weight(weight, IN_MEMORY: tl.constexpr):
-    """A weight as an fp64 scalar: its bits, or its address."""
+    """A weight as an fp64 scalar, from its bits or its address."""
     if IN_MEMORY:
         value = tl.load(weight.to(tl.int64).to(tl.pointer_type(tl.float64)))
     else:
@@ -27,7 +27,7 @@ def _weight(weight, IN_MEMORY: tl.constexpr):
     return value
 
 
-# Scalar loads gain nothing from aligned addresses, and one kernel serves all values.
+# One compiled kernel serves all values. Its scalar loads gain nothing from aligned addresses.
 @triton.jit(
     do_not_specialize=[
         *("addresses", "shapes", "owner", "rows", "partials", "counters", "table", "coefficients", "gram"),

@@ -1,4 +1,4 @@
-"""A rule's coefficient function, compiled into the combine kernel."""
+"""Compiles the coefficient function of a rule into the combine kernel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import triton.language as tl
 from sago import rules
 from sago.rules.reads import CASES, SUMS
 
-# What means the same on tensors and on Triton scalars.
+# The syntax that has the same meaning on tensors and on Triton scalars.
 _PLAIN = (
     *(ast.arguments, ast.arg, ast.Expr, ast.Assign, ast.Return, ast.Tuple, ast.Call),
     *(ast.Name, ast.Load, ast.Store, ast.Constant, ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div),

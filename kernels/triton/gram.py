@@ -1,4 +1,4 @@
-"""The reduction: inner products and counts of gradient pairs, one row a group."""
+"""`gram`: inner products and counts of gradient pairs, one row for each group."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def _gram_kernel(
     FORGET: tl.constexpr, RETAIN: tl.constexpr, COMPUTE: tl.constexpr, SUMS: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """table[row] = sums over the row's elements; `accumulate` says which."""
+    """table[row] = the sums over the elements of the row that `accumulate` lists."""
     forget, retain, out, aligned, start, size, shape = locate(addresses, shapes, owner, CHUNK)
     sums = stream(
         forget, retain, out, aligned, start, size, 0.0, 0.0, 0.0, 0.0,

@@ -1,4 +1,4 @@
-"""Launches of a kernel whose compiled form is known, past the dispatch of `triton.jit`."""
+"""Launches kernels directly once they are compiled, without the dispatch of `triton.jit`."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ def launch(
 ) -> None:
     """`kernel[grid](*tables, *tensors, *numbers, **constants, **options)` for every part of the batch.
 
-    Triton binds and specialises the arguments the first time, and only then: what it compiles depends on
-    `key` and the dtypes of the part, because nothing is specialised on values. `constants` are made from the
-    part, in the order of the kernel's parameters, and so are the compiler's `options`.
+    Only the first launch goes through Triton's binding and specialisation of the arguments. Nothing is
+    specialised on values, so the compiled kernel depends on `key` and on the dtypes and alignment of the part
+    only. `constants(part)` returns the constexpr arguments in the order of the kernel's parameters. `options`
+    returns the compiler's options.
     """
     try:
         with _on(batch):
@@ -44,7 +45,7 @@ def launch(
                     if found is not None:  # not interpreted
                         part.compiled[key] = found[part.chunks, 1, 1], tuple(values.values())
                 else:
-                    # Addresses as integers spare the launcher a question to the driver about each tensor.
+                    # For an integer address the launcher does not query the driver, as it does for a tensor.
                     pointers = [None if t is None else t.data_ptr() for t in tensors]
                     run, values = compiled
                     run(*part.addresses, *pointers, *numbers, *values)
@@ -54,7 +55,7 @@ def launch(
 
 
 def bits(weight: float | Tensor) -> int:
-    """A weight as a kernel takes it: the bits of an fp64 value, or the address of one."""
+    """A weight as a kernel takes it: the bits of an fp64 number, or the address of a 0-d fp64 tensor."""
     if isinstance(weight, Tensor):
         return weight.data_ptr()
     found: int = _INT64.unpack(_DOUBLE.pack(weight))[0]

@@ -1,8 +1,8 @@
-"""Device functions of both kernels: find a chunk, stream it once, add its sums in two fixed stages.
+"""Device functions of both kernels: locate a chunk, read it once, add its sums in two fixed stages.
 
-Within a chunk every lane adds in fp32 (fp64 for fp64 gradients), then the lanes of the chunk are added
-in fp64 and stored in the chunk's slot. The last chunk of a row to finish adds the row's slots in slot
-order. Which chunk comes last does not change the sum, so results are the same from run to run.
+Inside a chunk every lane adds in fp32 (fp64 for fp64 gradients). The lanes of the chunk are then added in
+fp64 and stored in the chunk's slot. The chunk of a row that finishes last adds the slots of the row in slot
+order. The sum does not depend on which chunk that is, so results are the same from run to run.
 """
 
 import triton
@@ -18,11 +18,11 @@ def is_negative(x):
 
 @triton.jit
 def in_conflict(f, r):
-    # f * r may underflow, but its sign bit is always that of the product; NaN is not above 0.
+    # f * r may underflow, but its sign bit is still that of the product. A NaN is not above 0.
     return is_negative(f * r) & (tl.abs(f) > 0) & (tl.abs(r) > 0)
 
 
-# The interpreter truncates fp32 to bf16 and bends bf16 subnormals, so there the casts go by bits.
+# The interpreter truncates fp32 to bf16 and misreads bf16 subnormals, so it casts through the bits here.
 INTERPRETED = tl.constexpr(not isinstance(in_conflict, triton.JITFunction))
 
 
@@ -60,12 +60,12 @@ def one_if(condition, DTYPE: tl.constexpr):
 
 @triton.jit
 def is_finite(x):
-    return x - x == 0  # NaN for NaN and inf; the compiler makes more of |x| < inf
+    return x - x == 0  # NaN for NaN and inf; |x| < inf compiles to more instructions
 
 
 @triton.jit
 def fold(x, V: tl.constexpr):
-    """Adds what one thread holds of one vector load: an accumulator then costs 1/V of the registers."""
+    """Adds the V elements of one vector load inside a thread, so that an accumulator costs 1/V registers."""
     return tl.sum(tl.reshape(x, (x.shape[0] // V, V)), axis=1)
 
 

@@ -1,4 +1,4 @@
-"""`GradientBuckets`: the two gradients of a training step, and the update in their place."""
+"""`GradientBuckets`: captures the two gradients of a training step and replaces them by the update."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from sago.ranks import dtensor as shards
 from sago.ranks.dtensor import Shards
 from sago.rules import Rule
 
-_PATTERNS = 8  # of parameters without a gradient, whose pipelines are kept
+_PATTERNS = 8  # sets of parameters without a gradient, whose pipelines are kept
 
 
 class GradientBuckets:
-    """The forget and the retain gradient of a model, accumulated apart and synthesized in place.
+    """Accumulates the forget and the retain gradient of a model separately and synthesizes them in place.
 
         buckets = sago.GradientBuckets(model.named_parameters())
         with buckets.forget():
@@ -41,70 +41,71 @@ class GradientBuckets:
         optimizer.step()
         buckets.zero_()
 
-    Within `forget()` and `retain()`, `p.grad` is the accumulator of that side, and autograd itself adds to
-    it. Outside it is None, until `synthesize_` writes the update over the retain gradient and makes that
-    `p.grad`. The accumulators are two flat copies of the gradients, allocated here; no other memory of that
-    size is. After `zero_` there is nothing in them: no checkpoint needs them. A CUDA graph that has captured
-    a synthesis needs the buckets alive.
+    Inside `forget()` and `retain()`, `p.grad` is the accumulator of that side, and autograd itself adds to
+    it. Outside of them `p.grad` is None, until `synthesize_` writes the update over the retain gradient and
+    makes it `p.grad`. The accumulators are two flat copies of the gradients, which are allocated when the
+    buckets are made. No other memory of that size is allocated. The accumulators are zero after `zero_`, so a
+    checkpoint does not need them. The buckets must be kept alive for a CUDA graph that has captured a
+    synthesis.
 
-    A window is what lies between two updates: captures of both sides, in any order and number, nested or
-    not, each with any number of backwards. A parameter that no backward of a side reaches has no gradient
-    there, like None in `sago.synthesize_`; one that neither side reaches has None in `p.grad` afterwards, as
-    in any training.
+    A window is the time between two updates. It holds captures of both sides in any order and number, nested
+    or not, each with any number of backwards. If no backward of a side reaches a parameter, the parameter has
+    no gradient on that side, like None in `sago.synthesize_`. If neither side reaches it, its `p.grad` is
+    None after the synthesis, as in any training.
 
-    Within a capture, what foreign code writes to `p.grad` counts as a gradient, zeros too. Only
-    `zero_grad(set_to_none=True)` is told apart: it drops what the side has so far (not with
-    `accumulate_dtype`, where `p.grad` is never the accumulator).
+    Values that other code writes to `p.grad` inside a capture count as a gradient, zeros included.
+    `zero_grad(set_to_none=True)` is the exception: it drops the gradient that the side has so far, except
+    with `accumulate_dtype`, where `p.grad` is not the accumulator.
 
     Args:
         params: A module, `model.parameters()` or `model.named_parameters()`, or a DeepSpeed engine. Frozen
-            parameters among them are left alone, one that is given twice counts once. The others are dense
-            leaves in bf16, fp16, fp32 or fp64, with dense gradients: the first capture of a side refuses
-            sparse ones.
-        groups: One hashable for each of `params`, as in `sago.synthesize_`. By default every parameter is a
-            group, called by its name, or by its position in `params` where there are no names.
-        accumulate_dtype: `torch.float32` or `torch.float64`: narrower gradients are accumulated in it, by a
-            hook in the place of autograd's addition. A bf16 parameter then costs 4 + 4 + 2 bytes an element,
-            for the accumulators and the update, instead of 2 + 2.
-        accumulation: Whether the gradient of a side is the "sum" over its captures or their "mean". The
-            division costs no pass: it is in the coefficients.
-        bucket_cap_mb: MiB that a flat buffer has at most; a larger tensor has a buffer of its own.
+            parameters are ignored, and a parameter that is given twice counts once. The others must be dense
+            leaves in bf16, fp16, fp32 or fp64. Their gradients must be dense: the first capture of a side
+            raises for a sparse one.
+        groups: One hashable key for each of `params`, as in `sago.synthesize_`. By default every parameter is
+            a group, whose key is its name, or its position in `params` if there are no names.
+        accumulate_dtype: `torch.float32` or `torch.float64`. A hook accumulates narrower gradients in it,
+            instead of autograd. A bf16 parameter then costs 4 + 4 + 2 bytes an element, for the accumulators
+            and the update, instead of 2 + 2.
+        accumulation: "sum" or "mean": whether the captures of a side are added up or averaged. The division
+            is part of the coefficients, so it costs no pass.
+        bucket_cap_mb: The largest size of a flat buffer in MiB. A larger tensor has a buffer of its own.
         backend: As in `sago.synthesize_`.
 
-    On several ranks: DTensor parameters (FSDP2, HSDP, tensor parallel) are captured and synthesized shard by
-    shard. The gradients of a DistributedDataParallel module are averaged over its ranks once a window, in the
-    flat accumulators, at the start of `synthesize_` or `unscale_`; its own reduction, which would miss the
-    second of two backwards, is switched off here for good. Make the buckets after the model was wrapped and
-    before the first forward.
+    On several ranks, DTensor parameters (FSDP2, HSDP, tensor parallel) are captured and synthesized shard by
+    shard. If they are sharded, the ranks compare once a window which parameters were reached, and all ranks
+    raise if a parameter was reached on some ranks only. The host waits for that comparison.
 
-    Of a DeepSpeed engine at ZeRO stage 3 the partitions are captured and synthesized; one at stage 0 is as
-    DDP. `engine.backward(loss)` belongs in the captures, `engine.step()` behind `synthesize_`; within
-    captures it does nothing, because the backward of accelerate calls it.
+    The gradients of a DistributedDataParallel module are averaged over its ranks once a window, in the flat
+    accumulators, at the start of `synthesize_` or `unscale_`. DDP's own reduction would miss the second of
+    two backwards, so it is switched off permanently. Make the buckets after the model was wrapped and before
+    the first forward.
 
-    Freeze the trained parameters of the same modules that are not given: a backward in a capture that reaches
-    one is an error, because its own gradient would be the sum of both sides. Parameters that other buckets
-    capture at the same time are exempt. Before the first capture, all live modules are searched once for such
-    parameters. Those that belong to no module, or to one that `gc.freeze` hides, are not found.
+    For a DeepSpeed engine at ZeRO stage 3 the partitions of the gradients are captured and synthesized. An
+    engine at stage 0 is treated as DDP. Call `engine.backward(loss)` inside the captures and `engine.step()`
+    after `synthesize_`. Inside a capture `engine.step()` does nothing, because `accelerator.backward` calls
+    it.
 
-    Where DTensors are sharded, the ranks compare once a window which parameters were reached, and raise where
-    one was reached on some ranks only. The host waits for that.
+    Freeze the trained parameters of the same modules that are not given. A backward in a capture that reaches
+    one raises, because its own gradient would be the sum of both sides. Parameters that other buckets capture
+    at the same time are exempt. All live modules are searched once for such parameters, before the first
+    capture. Parameters that belong to no module, or to one that `gc.freeze` hides, are not found.
 
-    A step of an optimizer that holds a captured parameter is an error within a capture, where `p.grad` is the
-    gradient of one side. Between a capture and `synthesize_` it finds no gradients, and a RuntimeWarning says
-    so once.
+    If an optimizer that holds a captured parameter steps inside a capture, it raises, because `p.grad` is the
+    gradient of one side there. Between a capture and `synthesize_` it finds no gradients, and a
+    RuntimeWarning says so once.
 
-    Buckets cannot be copied or pickled: keep them beside the module, not inside of it, as an optimizer is.
+    Buckets cannot be copied or pickled. Keep them beside the module, as an optimizer is kept, not inside it.
 
-    A parameter that is frozen later has no gradient from then on. One that is unfrozen, moved, cast or
-    resized, and, if a module is given, one that is added to it, is an error in the next window: make new
-    buckets then.
+    A parameter that is frozen later has no gradient from then on. Make new buckets when a parameter is
+    unfrozen, moved, cast or resized, or added to the given module: the next window raises otherwise.
 
     Attributes:
-        nbytes: Of all buffers.
+        nbytes: The size of all buffers in bytes.
 
     Raises:
-        ValueError, TypeError: For parameters that cannot be right; in methods, for calls that cannot be.
-            Nothing has been written then, and no gradient is lost.
+        ValueError, TypeError: For invalid parameters, and in methods for invalid calls. Nothing is written
+            then, and no gradient is lost.
 
     Source: arXiv 2604.14808, the extraction of one gradient for each task.
     """
@@ -159,23 +160,23 @@ class GradientBuckets:
             self._ranks.start()
 
     def forget(self) -> AbstractContextManager[None]:
-        """Backwards within `with buckets.forget():` accumulate the forget gradient, as minimised."""
+        """Backwards inside `with buckets.forget():` accumulate the forget gradient, as minimised."""
         self._check_around()
         return self._window.capture(self._forget)
 
     def retain(self) -> AbstractContextManager[None]:
-        """Backwards within `with buckets.retain():` accumulate the retain gradient."""
+        """Backwards inside `with buckets.retain():` accumulate the retain gradient."""
         self._check_around()
         return self._window.capture(self._retain)
 
     @property
     def forget_grads(self) -> list[Tensor | None]:
-        """The sums over the window's closed captures, one a parameter; None where no backward came."""
+        """The forget gradients of the closed captures, one for each parameter; None if it was not reached."""
         return self._forget.present(self._forget.grads)
 
     @property
     def retain_grads(self) -> list[Tensor | None]:
-        """The sums over the window's closed captures, one a parameter; None where no backward came."""
+        """The retain gradients of the closed captures, one for each parameter; None if it was not reached."""
         return self._retain.present(self._retain.grads)
 
     def synthesize_(
@@ -189,31 +190,31 @@ class GradientBuckets:
         stats: bool = True,
         reduce_gram: ReduceGram | None = None,
     ) -> SynthesisReport:
-        """`p.grad = u` for every parameter, `u` as `sago.synthesize_` writes it into the retain gradient.
+        """Sets `p.grad` of every parameter to the update that `sago.synthesize_` gives, and ends the window.
 
-        Nothing is read back from the device, except that the ranks of sharded DTensors compare which
-        parameters they reached (not while a CUDA graph is captured). Checks of memory and layout were done
-        when the buckets were made. The window ends: both gradients are used up.
+        Both gradients are used up. Nothing is read back from the device, except that the ranks of sharded
+        DTensors compare which parameters they reached, unless a CUDA graph is captured. Memory and layout
+        were checked when the buckets were made.
 
         Args:
             rule, gamma, alpha, eps, stats, reduce_gram: As in `sago.synthesize_`.
-            max_norm: Clips as `torch.nn.utils.clip_grad_norm_(params, max_norm)` would afterwards, except
+            max_norm: Clips the update as `torch.nn.utils.clip_grad_norm_(params, max_norm)` would, except
                 that a norm that is not finite makes the whole update NaN. `report.total_norm` is the norm
-                before it was clipped. It follows from the inner products, so nothing is read or written
-                twice for it; an elementwise rule then reads its gradients once more, for the products. Where
-                the gradients all but cancel, the norm has the error of the sums, about 3e-4 of their norms.
-            nonfinite: "propagate": an element of the update is NaN where that of either gradient is NaN or
-                inf, even if the rule would have left it out, so that `torch.amp.GradScaler` finds it.
-                "zero_update": the update is 0 everywhere if any element of a gradient is NaN or inf, or a
-                coefficient or the norm to clip is; decided on the device, and counted in the report. A loss
-                scale would never be lowered then: not for use with GradScaler.
+                before clipping. The norm follows from the inner products, so the update is not read for it.
+                An elementwise rule reads its gradients once more for the products. If the gradients nearly
+                cancel, the norm has the error of the sums, about 3e-4 of their norms.
+            nonfinite: "propagate" makes an element of the update NaN if the element of either gradient is NaN
+                or inf, even if the rule leaves it out, so that `torch.amp.GradScaler` finds it.
+                "zero_update" makes the whole update 0 if any element of a gradient, a coefficient or the norm
+                is NaN or inf. This is decided on the device, and the report has the counts. Do not use
+                "zero_update" with GradScaler, which would never lower its scale.
 
         Returns:
-            The statistics, of the update before it was clipped.
+            The report. Its statistics are those of the update before clipping.
 
         Raises:
-            ValueError, TypeError: For arguments that cannot be right, and unless both sides have been
-                captured, all captures are closed and no backward ran outside of them.
+            ValueError, TypeError: For invalid arguments, and unless both sides are captured, all captures are
+                closed and no backward ran outside of them.
         """
         self._window.check_ready(self._forget, self._retain)
         call = check_call(
@@ -249,22 +250,22 @@ class GradientBuckets:
         eps: float = 0.0,
         stats: bool = True,
     ) -> Iterator[InBackward]:
-        """The last retain capture and `synthesize_` in one: buckets are synthesized while backward runs.
+        """The last retain capture and `synthesize_` in one: the updates are written while the backward runs.
 
             with buckets.synthesize_in_backward(rule="sago") as step:
                 retain_loss.backward()
             step.report.summary()
 
-        As soon as all retain gradients of a flat buffer have arrived, its update is written, in a hook. The
-        result is that of `synthesize_`, bit for bit. There has to be one backward in the block, the last of
-        the window; forget has to be complete. Non-finite gradients propagate. Clipping and "zero_update"
-        need the whole gradient first, so they are left to `synthesize_`.
+        A hook writes the update of a flat buffer as soon as all of its retain gradients are complete. The
+        result has the bits of `synthesize_`. The block must contain one backward, the last one of the window,
+        and the forget gradient must be complete before it. Non-finite gradients propagate. Clipping and
+        "zero_update" need the whole gradient first, so only `synthesize_` has them.
 
         Raises:
-            ValueError: Where it would not be exact: for rules of global scope and groups that lie in several
-                buffers; with parameters on several devices; where torch.distributed has several ranks,
-                because gradients are reduced over them after the hook; if a gradient arrives a second time,
-                because of a second backward or of reentrant checkpointing: the window is lost then.
+            ValueError: If the result would not be exact: for rules of global scope, for groups that lie in
+                several buffers, for parameters on several devices, and if torch.distributed has several
+                ranks, because gradients are reduced over them after the hook. If a gradient arrives a second
+                time, because of a second backward or of reentrant checkpointing, the window is lost.
         """
         window, retain = self._window, self._retain
         window.check_ready(self._forget)
@@ -295,17 +296,17 @@ class GradientBuckets:
         self._finish()
 
     def unscale_(self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
-        """`scaler.unscale_(optimizer)` of both gradients, ahead of `synthesize_`.
+        """`scaler.unscale_(optimizer)` for both gradients, before `synthesize_`.
 
-        Needed for `max_norm` and `eps`, which mean unscaled gradients; without them unscaling may as well be
-        left to `scaler.step`, after the synthesis. One pass over both gradients, in place. Parameters of the
-        optimizer that are not in these buckets are unscaled in their `p.grad`, as ever; with several
-        optimizers, call it for each. fp16 gradients are refused by torch: accumulate them in fp32. What the
-        scaler looks at are the accumulators: an fp16 update that overflows only when it is stored (a gradient
-        beyond 65504 after unscaling) is not noticed.
+        `max_norm` and `eps` need unscaled gradients. Without them `scaler.step` can do the unscaling after
+        the synthesis. This is one pass over both gradients, in place. The optimizer's parameters that are not
+        in these buckets are unscaled in their `p.grad`. With several optimizers, call it once for each. torch
+        refuses fp16 gradients here: accumulate them in fp32. The scaler inspects the accumulators. It does
+        not notice an fp16 update that overflows only when it is stored (a gradient beyond 65504 after
+        unscaling).
 
-        Both losses have to be scaled by one GradScaler, with one scale: other scales for the two sides are
-        other weights, which is not noticed. Gradients that are unscaled already are a ValueError.
+        Scale both losses with one GradScaler and one scale. Different scales act as different weights, and
+        are not noticed. ValueError if the gradients are unscaled already.
         """
         self._window.check_ready(self._forget, self._retain)
         if self._engine is not None:
@@ -344,11 +345,11 @@ class GradientBuckets:
         self._window.note_unscaled(found)
 
     def zero_(self) -> None:
-        """Forgets both gradients and the update: `p.grad` is None, the accumulators are zero.
+        """Drops both gradients and the update: sets `p.grad` to None and the accumulators to zero.
 
-        Also the way out of a window whose backward failed. After `optimizer.zero_grad(set_to_none=True)`
-        in its place the accumulators are cleared by the next captures. `zero_` does not warn about a window
-        that was not synthesized, because the caller may have needed only its gradients.
+        It also ends a window whose backward failed. After `optimizer.zero_grad(set_to_none=True)` instead,
+        the next captures clear the accumulators. `zero_` does not warn about a window that was not
+        synthesized, because the caller may have needed only its gradients.
         """
         self._window.zero_()
 
@@ -366,7 +367,7 @@ class GradientBuckets:
         )
 
     def _check_around(self) -> None:
-        """Before a capture. Living objects are looked through before the first one only."""
+        """Checks before a capture. Live objects are searched before the first capture only."""
         if self._ranks is not None:
             self._ranks.check_not_joined()
         if self._looked:
@@ -377,13 +378,13 @@ class GradientBuckets:
         self._looked = True
 
     def _meet(self) -> None:
-        """Compares and averages over the ranks, once a window, before the synthesis."""
+        """Compares and averages the gradients over the ranks, once a window, before the synthesis."""
         if self._shards is not None and self._engine is None:
             self._check_agreed(self._shards)
         self._average()
 
     def _check_agreed(self, spread: Shards) -> None:
-        """Raises on every rank where a backward reached a parameter on some ranks only."""
+        """Raises on every rank if a backward reached a parameter on some ranks only."""
         device = self._retain.views[0].device
         if self._window.agreed or is_capturing(self._backends):
             return
@@ -402,7 +403,7 @@ class GradientBuckets:
         self._window.agreed = True
 
     def _average(self) -> None:
-        """Over the ranks of DistributedDataParallel."""
+        """Averages the gradients over the ranks of DistributedDataParallel."""
         if self._ranks is None or self._window.state is not State.CAPTURING:
             return
         sides = self._forget, self._retain
@@ -423,14 +424,14 @@ class GradientBuckets:
         return check_groups(self._keys if grouped else None, len(self._keys), rule)
 
     def _pipeline(self, call: Call, bucket: int | None = None) -> Pipeline:
-        """The pipeline of a bucket or of all, for the gradients that there are in this window."""
+        """The pipeline of one buffer or of all, for the gradients that are present in this window."""
         members = self._members[bucket]
         forget, retain = self._forget.touched, self._retain.touched
         if bucket is not None:
             forget, retain = [forget[i] for i in members], [retain[i] for i in members]
         one_row = call.rule.scope == "global" and not self._grouped
         no_rows = call.rule.scope == "element" and call.sums == 0
-        # Where parameters need no rows of their own, a buffer is as good as the parameters in it.
+        # If parameters need no rows of their own, their whole buffer is synthesized as one tensor.
         whole = (one_row or no_rows) and self._in_place and all(forget) and all(retain)
         if self._shards is not None and not no_rows:
             whole = whole and all(self._shards.counted)
@@ -468,7 +469,7 @@ class GradientBuckets:
         return Pipeline(pairs, numel, own)
 
     def _check_unscaled(self, call: Call) -> None:
-        """Raises where scaled and unscaled gradients would meet in one sum, or eps in one of them."""
+        """Raises if a sum would mix scaled and unscaled gradients, or add eps to scaled ones."""
         if self._engine is not None and self._engine.scaled and (call.max_norm is not None or call.eps):
             raise ValueError(
                 "`max_norm` and `eps` should be left out where DeepSpeed scales losses, because they mean "
