@@ -1,7 +1,7 @@
-"""Triton's launch path without a GPU: what it compiles and binds arrives at a `libcuda.so.1` that records it.
+"""Runs Triton's launch path without a GPU: a stub of `libcuda.so.1` records the launches.
 
-For a process of its own without TRITON_INTERPRET: the driver is replaced for good. CPU tensors stand for
-tensors on the device. The kernels are compiled for sm_90, and do not run.
+The driver of the process is replaced for good. Use a process of its own, without TRITON_INTERPRET. CPU tensors
+stand for tensors on the device. The kernels are compiled for sm_90, and do not run.
 """
 
 import ctypes
@@ -21,13 +21,13 @@ PARAMETERS = RECORDS = 64  # as in stub_driver.c
 
 
 class Launch(NamedTuple):
-    """What the driver was asked to run.
+    """A launch that the driver was asked for.
 
     Attributes:
-        kernel: Its name.
-        code: A hash of its cubin.
-        parameters: Each as an integer, the bytes read as little-endian and signed.
-        sizes: Their bytes, as the cubin declares them.
+        kernel: The name of the kernel.
+        code: A hash of the kernel's cubin.
+        parameters: Each parameter as a signed little-endian integer.
+        sizes: The bytes of the parameters, as the cubin declares them.
     """
 
     kernel: str
@@ -54,7 +54,7 @@ class _Record(ctypes.Structure):
 
 
 class StubDriver:
-    """Compiles the stub into `folder`, and makes a driver active whose launches go there."""
+    """Compiles the stub into `folder`, and activates a driver whose launches go to the stub."""
 
     def __init__(self, folder: Path) -> None:
         self._library = _build(folder)
@@ -69,7 +69,7 @@ class StubDriver:
         driver.set_active(active)
 
     def launches(self) -> list[Launch]:
-        """What was launched since the last call."""
+        """Returns the launches since the last call."""
         recorded = ctypes.c_uint.in_dll(self._library, "recorded")
         if recorded.value > RECORDS:
             raise RuntimeError(f"{recorded.value} launches, of which the last {RECORDS} were kept")
@@ -95,7 +95,7 @@ class StubDriver:
 
 
 def parameter_sizes(cubin: bytes) -> list[int]:
-    """Bytes of each parameter, from the EIATTR_KPARAM_INFO attributes of a cubin with one kernel."""
+    """Reads the bytes of each parameter from the EIATTR_KPARAM_INFO attributes of a cubin with one kernel."""
     entries = re.findall(rb"\x04\x17\x0c\x00\0\0\0\0(..)..(....)", cubin, re.DOTALL)
     found = {struct.unpack("<H", at)[0]: struct.unpack("<I", bits)[0] >> 18 for at, bits in entries}
     if sorted(found) != list(range(len(found))) or not found or max(found.values()) > 8:
@@ -105,7 +105,7 @@ def parameter_sizes(cubin: bytes) -> list[int]:
 
 def _build(folder: Path) -> ctypes.CDLL:
     source = Path(__file__).with_name("stub_driver.c")
-    # Triton's modules load only if all that they name is there; what a launch does not call does nothing.
+    # Triton's modules load only if every function that they name exists. Functions that no launch calls are empty.
     named = [Path(nvidia.dirname, name).read_text() for name in ("driver.c", "driver.py")]
     wanted = sorted(set(re.findall(r"\bcu[A-Z]\w*(?=\()", "".join(named))))
     idle = folder / "idle.c"
@@ -113,5 +113,5 @@ def _build(folder: Path) -> ctypes.CDLL:
     library = folder / "libcuda.so.1"
     flags = ["-O2", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", f"-I{nvidia.dirname}/include"]
     subprocess.run(["gcc", *flags, source, idle, "-o", library], check=True)
-    (folder / "libcuda.so").symlink_to(library.name)  # what Triton 3.4 links with
+    (folder / "libcuda.so").symlink_to(library.name)  # Triton 3.4 links with this name
     return ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)

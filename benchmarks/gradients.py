@@ -1,4 +1,4 @@
-"""The data that is timed: gradient pairs, filled anew from a pool, and what is right for them."""
+"""The gradient pairs that are timed, and the check of an update against `sago.reference`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import sago
+from benchmarks.measure import dtype_name
 from benchmarks.workloads import Shapes
 from sago import reference
 from sago.rules import REFERENCES, RULES
@@ -21,26 +22,26 @@ Tensors = Sequence[Tensor]
 
 
 class WrongResult(RuntimeError):
-    """A contender disagrees with the reference, so there is nothing to report."""
+    """A contender disagrees with the reference, so that nothing is reported."""
 
 
 class Gradients:
-    """Pairs of random normal numbers, correlated at about -0.29: two thirds conflict, and pcgrad projects.
+    """Pairs of random normal numbers with a correlation of -0.29. About two thirds of the elements conflict.
 
-    They lie in the accumulators of `sago.GradientBuckets`, so that lists, flat buffers and buckets are timed
-    on the same memory, two copies of the gradients in all. The pool is a few million pairs. A tensor repeats
-    a stretch of it, from an offset of its own: a list of billions is restored, and compared with the
-    reference, without a copy of it, and at the speed of the device.
+    The pairs lie in the accumulators of `sago.GradientBuckets`. Lists, flat buffers and buckets are therefore
+    timed on the same memory, which is two copies of the gradients. The values come from a pool of a few
+    million pairs. A tensor repeats a stretch of the pool, from an offset of its own. Billions of elements can
+    thus be restored and compared with the reference without a further copy.
 
     Attributes:
-        params: Of the shapes and without memory, for the buckets.
+        params: Parameters of these shapes without memory, for the buckets.
         forget, retain: The lists.
-        flat_forget, flat_retain: The buffers that they lie in.
+        flat_forget, flat_retain: The flat buffers that hold the lists.
     """
 
     def __init__(self, shapes: Shapes, dtype: torch.dtype, device: str | torch.device) -> None:
         self.params = [
-            # Only gradients are wanted: all elements of a parameter are one number.
+            # Only the gradients need memory: all elements of a parameter are one number.
             torch.empty((), dtype=dtype, device=device).expand(shape).requires_grad_()
             for shape in shapes
         ]
@@ -51,24 +52,24 @@ class Gradients:
         generator = torch.Generator().manual_seed(0)
         r = torch.randn(self._length, generator=generator)
         f = torch.randn(self._length, generator=generator).sub_(r, alpha=0.3)
-        self._pool = [t.to(device, dtype).repeat(2) for t in (f, r)]  # twice: a stretch has no seam
+        self._pool = [t.to(device, dtype).repeat(2) for t in (f, r)]  # twice, so that a stretch is one slice
         self._pieces: list[list[Tensor]] = []
         self.restore_buckets()
         self.forget, self.retain = self._lists()
         self.flat_forget, self.flat_retain = (_buffers(side) for side in (self.forget, self.retain))
 
     def stretch(self, i: int) -> tuple[Tensor, Tensor]:
-        """What forget and retain of tensor `i` repeat."""
+        """Returns the stretches that forget and retain of tensor `i` repeat."""
         start, length = 16 * 7919 * i % self._length, min(self.numels[i], self._length)
         forget, retain = (side[start : start + length] for side in self._pool)
         return forget, retain
 
     def restore(self) -> None:
-        """Writes the retain gradients anew, which is where updates go."""
+        """Writes the retain gradients again, because the updates have replaced them."""
         self._copy(1)
 
     def restore_buckets(self) -> None:
-        """Captures both gradients anew."""
+        """Captures both gradients again."""
         self.buckets.zero_()
         for side, capture in enumerate((self.buckets.forget, self.buckets.retain)):
             with capture():
@@ -77,10 +78,10 @@ class Gradients:
                 self._copy(side)
 
     def check(self, name: str, rule: str, updates: Tensors, tolerance: float) -> None:
-        """Raises `WrongResult` unless updates are the reference's within `tolerance * (|a*f| + |b*r|)`.
+        """Raises `WrongResult` unless the error against the reference is at most `tolerance * (|a*f| + |b*r|)`.
 
-        `a` and `b` are the rule's coefficients, the larger ones of a gated rule's branches. The rule "add" is
-        `f + r`, rounded once.
+        `a` and `b` are the coefficients of the rule, or the larger ones of both branches of a gated rule. The
+        rule "add" is `f + r`, rounded once.
         """
         right = torch.ones((), dtype=torch.bool, device=self.device)
         for i, (u, coefficients) in enumerate(zip(updates, self._coefficients(rule), strict=True)):
@@ -91,16 +92,16 @@ class Gradients:
             allowed = (max(a, a_c) * f.float().abs() + max(b, b_c) * r.float().abs()) * tolerance
             for piece in self._split(u):
                 error = (piece.float() - expected[: len(piece)].float()).abs()
-                right &= (error <= allowed[: len(piece)]).all()  # not `>`: a NaN is wrong
+                right &= (error <= allowed[: len(piece)]).all()  # not `>`: a NaN must fail
         if not right.item():
             raise WrongResult(
-                f"{name} ({_name(self.dtype)}) is not `{rule}` of sago.reference within {tolerance} * "
+                f"{name} ({dtype_name(self.dtype)}) is not `{rule}` of sago.reference within {tolerance} * "
                 "(|a*f| + |b*r|). Nothing is reported."
             )
 
     @cached_property
     def _gram(self) -> list[list[float]]:
-        """ff, fr, rr of every tensor, by the reference."""
+        """The inner products ff, fr, rr of every tensor, by the reference."""
         table = []
         for i, numel in enumerate(self.numels):
             f, r = self.stretch(i)
@@ -122,10 +123,8 @@ class Gradients:
         return [function(*row, GAMMA, ALPHA) for row in gram]
 
     def _lists(self) -> tuple[list[Tensor], list[Tensor]]:
-        lists = []
-        for views in (self.buckets.forget_grads, self.buckets.retain_grads):
-            lists.append([v for v in views if v is not None])
-        forget, retain = lists
+        both = self.buckets.forget_grads, self.buckets.retain_grads
+        forget, retain = ([v for v in views if v is not None] for views in both)
         return forget, retain
 
     def _split(self, t: Tensor | None) -> Sequence[Tensor]:
@@ -136,7 +135,7 @@ class Gradients:
 
     @cached_property
     def _values(self) -> list[list[Tensor]]:
-        """What to write to each of `_pieces`."""
+        """The values of each of `_pieces`."""
         values: list[list[Tensor]] = [[], []]
         for i, numel in enumerate(self.numels):
             whole, rest = divmod(numel, self._length)
@@ -146,18 +145,15 @@ class Gradients:
 
 
 class Prepared:
-    """Something to time: `restore()`, then `run()`, which returns the updates. `keeps` lives as long."""
+    """Is timed by `restore()`, then `run()`, which returns the updates. It keeps a reference to `keeps`."""
 
     def __init__(self, run: Callable[[], Tensors], restore: Callable[[], None], keeps: Any = None) -> None:
         self.run, self.restore, self.keeps = run, restore, keeps
 
 
 def _buffers(views: Tensors) -> list[Tensor]:
-    """The flat tensors that views lie in, whole."""
+    """Returns the flat tensors that hold the views."""
     storages = {v.untyped_storage().data_ptr(): v.untyped_storage() for v in views}
     like = views[0]
     return [torch.empty(0, dtype=like.dtype, device=like.device).set_(s) for s in storages.values()]
 
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -1,7 +1,7 @@
-"""What people write instead, on lists of tensors; see `benchmarks.released` for the code of the paper.
+"""Plain torch code for the same updates, on lists of tensors. The code of the paper is in `benchmarks.released`.
 
-Each takes `(forget, retain, gamma, alpha)` and returns the updates, which are `retain` where the name ends in
-an underscore. The formula is the plain one: its product underflows for small gradients, sago's does not.
+Each function takes `(forget, retain, gamma, alpha)` and returns the updates. A name that ends in an underscore
+writes them into `retain`. The formula compares the product with 0, which underflows for small gradients.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FORMULAS = {"sum": sum_, "sago": sago_, "pcgrad": pcgrad_}
 
 
 def add_(forget: Tensors, retain: Tensors, gamma: float, alpha: float) -> Tensors:
-    """`f + r` in place: reads and writes what sago does, and is the yardstick."""
+    """`f + r` in place. It reads and writes as many bytes as `sago`."""
     for f, r in zip(forget, retain, strict=True):
         torch.add(f, r, out=r)
     return retain
@@ -60,7 +60,7 @@ def foreach_sum_(forget: Tensors, retain: Tensors, gamma: float, alpha: float) -
 
 
 def foreach_sago_(forget: Tensors, retain: Tensors, gamma: float, alpha: float) -> Tensors:
-    """There is no foreach of where: the mask is a factor, -1 in conflict and 0 elsewhere."""
+    """torch has no foreach variant of `where`. The mask is a factor: -1 in conflict and 0 elsewhere."""
     mask = torch._foreach_sign(forget)
     torch._foreach_mul_(mask, torch._foreach_sign(retain))
     torch._foreach_clamp_max_(mask, 0.0)
@@ -88,9 +88,9 @@ FOREACH = {"sum": foreach_sum_, "sago": foreach_sago_, "pcgrad": foreach_pcgrad_
 
 
 def compiled(formula: Callable[..., Any]) -> Callable[..., Tensors]:
-    """`formula(f, r, gamma, alpha)`, compiled anew and called once a tensor.
+    """Compiles `formula(f, r, gamma, alpha)` again, and calls it once for each tensor.
 
-    On flat views, where torch.compile makes its fastest code.
+    The tensors are passed as flat views, for which torch.compile generates its fastest code.
     """
     run = torch.compile(_anew(formula))
 
@@ -102,7 +102,7 @@ def compiled(formula: Callable[..., Any]) -> Callable[..., Tensors]:
 
 
 def compiled_list(formula_: Callable[..., None]) -> Callable[..., Tensors]:
-    """`formula_` on every tensor of a list, compiled anew as one function."""
+    """Compiles one function again that calls `formula_` on every tensor of a list."""
 
     def every(forget: Tensors, retain: Tensors, gamma: float, alpha: float) -> None:
         for f, r in zip(forget, retain, strict=True):
@@ -122,7 +122,7 @@ def _flat(t: Tensor) -> Tensor:
 
 
 def _anew(function: Any) -> Any:
-    # With a code object of its own: torch.compile limits the variants of one, and keeps them.
+    # torch.compile limits the number of variants of a code object, so that each use needs its own.
     return FunctionType(
         function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__
     )

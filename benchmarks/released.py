@@ -1,10 +1,10 @@
-"""The formulation of the released SAGO code, written anew: the peer in benchmarks and in agreement tests.
+"""The formulation of the released SAGO code, rewritten as a peer for benchmarks and for tests of agreement.
 
 It issues, tensor by tensor, the torch operations of `src/trainer/unlearn/grad_surgery.py` in
-github.com/sustech-nlp/SAGO and keeps their numerical traits: products rounded in the dtype of the gradients
-before they are summed, an absolute epsilon, an inner product over all tensors that is accumulated in float32
-whatever the dtype of the gradients. What surrounds the synthesis there (copies of the gradients, engines,
-cache clearing) is left out.
+github.com/sustech-nlp/SAGO, and keeps their numerical traits: products are rounded to the dtype of the
+gradients before they are summed, an absolute epsilon is added, and an inner product over all tensors is
+accumulated in float32 for every dtype. It leaves out the code around the synthesis (copies of the gradients,
+engines, emptying of the cache).
 """
 
 from __future__ import annotations
@@ -21,30 +21,29 @@ RULES = ("sum", "sago", "sago_prefer_retain", "pcgrad", "pcgrad_global", "blur")
 def released(
     forget: Sequence[Tensor], retain: Sequence[Tensor], rule: str, gamma: float = 1.0, alpha: float = 1.0
 ) -> list[Tensor]:
-    """The updates of `rule`, as new tensors, by the operations of the released code.
+    """Returns the updates of `rule`, as new tensors, by the operations of the released code.
 
-    Per tensor, for `sum`, `sago`, `sago_prefer_retain` and `pcgrad` alike: two sign tensors, their product
-    and a comparison make the conflict mask, though only two of the rules use it. Then
+    The rules `sum`, `sago`, `sago_prefer_retain` and `pcgrad` work tensor by tensor. Each computes a conflict
+    mask from two sign tensors, although only two of the rules use it. Then
 
-    - `sum`: two scalings and an addition;
-    - `sago`: an inverted mask, a zero-filled result, and for each branch one read and one write through a
-      boolean index (each of which waits for the device, since it has to know how many elements are set);
-    - `sago_prefer_retain`: the same, with two reads and an addition in the branch without conflict;
-    - `pcgrad`: a product and a sum, the sign of which is read with `.item()` (one wait a tensor); where it
-      is negative a second product and sum, 1e-10 added to the squared norm, a scaling and a subtraction;
-      then the operations of `sum`.
+    - `sum` scales both gradients and adds them;
+    - `sago` inverts the mask, fills a result with zeros, and for each branch reads and writes through a boolean
+      index. Each such access waits for the device, because it needs the number of set elements;
+    - `sago_prefer_retain` does the same, with two reads and an addition in the branch without conflict;
+    - `pcgrad` sums a product, and reads the sign with `.item()`, which waits for the device once for each
+      tensor. Where the sign is negative it sums a second product, adds 1e-10 to the squared norm, scales and
+      subtracts. Then it continues as `sum`.
 
-    Over all tensors, without a mask:
+    The other rules work over all tensors, without a mask:
 
-    - `pcgrad_global`: a Python loop of products and sums into a float32 scalar, its sign read with
-      `.item()`; where it is negative a second loop for the squared norm of retain, plus 1e-10, and the
-      projection of each forget gradient; then the operations of `sum`;
-    - `blur`: both loops, 1e-10 added to the squared norm of forget, the projection of each retain gradient
-      whatever the sign; then the operations of `sum`.
+    - `pcgrad_global` sums products in a Python loop into a float32 scalar, and reads its sign with `.item()`.
+      Where the sign is negative, a second loop computes the squared norm of retain, plus 1e-10, and each forget
+      gradient is projected. Then it continues as `sum`;
+    - `blur` runs both loops, adds 1e-10 to the squared norm of forget, and projects each retain gradient for
+      either sign. Then it continues as `sum`.
 
-    It serves as the peer to measure against and as an independent formulation to agree with, so it is
-    deliberately not improved. `forget` and `retain` hold tensors pairwise of one shape and dtype; neither is
-    modified. Raises `ValueError` for an unknown rule.
+    The function is deliberately not improved. `forget` and `retain` hold tensors pairwise of one shape and
+    dtype. Neither is modified. Raises `ValueError` for an unknown rule.
     """
     if rule not in RULES:
         raise ValueError(f"Parameter `rule` should be one of {', '.join(RULES)}. Found {rule!r}.")

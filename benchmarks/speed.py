@@ -1,12 +1,12 @@
 """Times syntheses beside their peers, on the same memory in the same run, on the CPU or a GPU.
 
-Every contender is first compared with `sago.reference`; one that is wrong has no time. Then each round runs
-every contender once, in turn, on retain gradients written anew.
+Every contender is first compared with `sago.reference`. A contender with a wrong update has a note in the place
+of a time. Then each round calls every contender once, on retain gradients that were written again.
 
-`gb_s` is what the rule has to move at the least over the time: 3 passes over a gradient if it is elementwise
-(read f, read r, write the update), 5 if it needs inner products. `of_triad` is that over the bandwidth that
-`torch.add(f, r, out=r)` on the same flat buffers reaches in the same run. `first_s` is the first call with
-all that is made for it, such as compilation: torch.compile with an empty cache, Triton with what is there.
+`gb_s` divides the least bytes of the rule by the time: 3 passes over a gradient for an elementwise rule (read f,
+read r, write the update), 5 for a rule with inner products. `of_triad` divides that by the bandwidth of
+`torch.add(f, r, out=r)` on the same flat buffers in the same run. `first_s` is the time of the first call with
+everything that it prepares, such as compilation. torch.compile starts with an empty cache.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,17 +24,15 @@ from tqdm import tqdm
 from benchmarks import timing
 from benchmarks.contenders import CEILING, ENTRIES, Contender, ceiling, others, ours
 from benchmarks.gradients import ALPHA, GAMMA, Gradients, Prepared, Tensors, WrongResult
-from benchmarks.measure import origin
+from benchmarks.measure import origin, percentile
 from benchmarks.released import RULES
-from benchmarks.workloads import SWEEP, WORKLOADS, Shapes, elements, shrink
+from benchmarks.workloads import SIZES, WORKLOADS, Shapes, elements, shrink
 
 COLUMNS = (
     "workload", "dtype", "contender", "rule", "stats", "mode", "ms", "p20", "p80",
     "wall_ms", "host_us", "gb_s", "of_triad", "first_s", "note",
 )  # fmt: skip
-SOURCES = ("kernels", "sago")
 DTYPES = ("bfloat16", "float32")
-SUITES = ("quick", "full")
 WITH_PEERS = ("llama-3-8b", "lora", "llama-3.2-1b")
 
 
@@ -45,71 +42,56 @@ class Case(NamedTuple):
     contenders: list[Contender]
 
 
-class Target(NamedTuple):
-    """A bound on the quotient of two measurements, or on one."""
-
-    text: str
-    of: Callable[[Callable[..., float | None]], float | None]
-    most: bool
-    bound: float
-
-
 def cases(
-    suite: str,
     cuda: bool,
     workloads: Sequence[str] | None = None,
     rules: Sequence[str] | None = None,
     dtypes: Sequence[str] | None = None,
 ) -> Iterator[Case]:
-    """What a suite times, or what of lists, rules and dtypes is named in the place of those of the suite."""
-    full = suite == "full"
-    sweep = list(SWEEP) if full else list(SWEEP)[::4]
-    for workload in workloads or [*WORKLOADS, *sweep]:
-        for dtype in dtypes or (DTYPES if full or workload == "llama-3.2-1b" else DTYPES[:1]):
+    """Yields the cases of the named lists, rules and dtypes.
+
+    By default every list is timed in bfloat16 with `sago` and `pcgrad`, and llama-3.2-1b in both dtypes and
+    with every rule. Three lists and the flat tensors have peers.
+    """
+    for workload in workloads or [*WORKLOADS, *SIZES]:
+        for dtype in dtypes or (DTYPES if workload == "llama-3.2-1b" else DTYPES[:1]):
             found = ceiling()
-            every = full or (workload == "llama-3.2-1b" and dtype == "bfloat16")
+            every = workload == "llama-3.2-1b" and dtype == "bfloat16"
             for rule in rules or (RULES if every else ("sago", "pcgrad")):
-                found += _ours(rule, full, workload, cuda)
-                if full or workload in (*WITH_PEERS, *SWEEP):
-                    # A list compiled as one function takes a minute or more.
-                    lists = workload != "tiny" if full else (workload, rule) == ("lora", "sago")
-                    peers = others(rule, compile_lists=lists and cuda and dtype == "bfloat16")
-                    found += [p for p in peers if workload not in SWEEP or p.name == "torch.compile, flat"]
+                found += _ours(rule, workload, cuda)
+                if workload in (*WITH_PEERS, *SIZES):
+                    # The compilation of a list as one function takes a minute or more.
+                    lists = cuda and dtype == "bfloat16" and (workload, rule) == ("lora", "sago")
+                    peers = others(rule, compile_lists=lists)
+                    found += [p for p in peers if workload not in SIZES or p.name == "torch.compile, flat"]
             yield Case(workload, dtype, found)
 
 
-def _ours(rule: str, full: bool, workload: str, cuda: bool) -> Iterator[Contender]:
-    main = rule in ("sago", "pcgrad")
-    for stats in (True, False):
+def _ours(rule: str, workload: str, cuda: bool) -> Iterator[Contender]:
+    every = workload in WITH_PEERS and rule in ("sago", "pcgrad")
+    for stats in (True, False) if rule == "sago" else (True,):
         for entry in ENTRIES:
             for mode in ("eager", "graph") if cuda else ("eager",):
-                few = workload not in WITH_PEERS or not main
-                if not full and few and (entry, mode) not in (("synthesize_", "eager"), ("Plan", "graph")):
-                    continue
-                if full or stats or rule == "sago":
+                if every or (entry, mode) in (("synthesize_", "eager"), ("Plan", "graph")):
                     yield ours(rule, stats, entry, mode)
 
 
 def run(
-    device: str = "cpu",
-    suite: str = "quick",
-    workloads: Sequence[str] | None = None,
-    rules: Sequence[str] | None = None,
-    dtypes: Sequence[str] | None = None,
+    device: str,
+    chosen: Iterable[Case],
     most: int | None = None,
     repeats: int = 20,
     seconds: float = 0.5,
     write: Callable[[Mapping[str, Any]], None] = lambda record: None,
 ) -> dict[str, Any]:
-    """Times the cases of a suite and calls `write` with the record so far after each.
+    """Times the chosen cases, and calls `write` with the record so far after each.
 
     Args:
-        most: Elements that a list is shrunk to, if it has more.
+        most: The number of elements that a longer list is shrunk to.
         repeats, seconds: See `timing.rounds`.
     """
     record: dict[str, Any] = {
-        **origin(device, *SOURCES),
-        "suite": suite,
+        **origin(device, "kernels", "sago"),
         "repeats": repeats,
         "gamma": GAMMA,
         "alpha": ALPHA,
@@ -117,8 +99,8 @@ def run(
         "targets": [],
         "rows": [],
     }
-    for case in cases(suite, device == "cuda", workloads, rules, dtypes):
-        shapes = {**WORKLOADS, **SWEEP}[case.workload]
+    for case in chosen:
+        shapes = {**WORKLOADS, **SIZES}[case.workload]
         shapes = shapes if most is None else shrink(shapes, most)
         record["workloads"][case.workload] = {"tensors": len(shapes), "elements": elements(shapes)}
         record["rows"] += measure(case, shapes, device, repeats, seconds)
@@ -129,7 +111,7 @@ def run(
 
 
 def measure(case: Case, shapes: Shapes, device: str, repeats: int, seconds: float) -> list[dict[str, Any]]:
-    """The rows of a case. What cannot be run, or is wrong, has a note in the place of a time."""
+    """Returns the rows of a case. A contender that fails or is wrong has a note in the place of a time."""
     label = f"{case.workload} {case.dtype}"
     rows = [_row(case, contender) for contender in case.contenders]
     try:
@@ -142,8 +124,7 @@ def measure(case: Case, shapes: Shapes, device: str, repeats: int, seconds: floa
         try:
             with _fresh_cache() if contender.compiles else nullcontext():
                 prepared, row["first_s"] = first(contender, gradients)
-        except Exception as error:
-            # Compilers and peers raise what they like. The row says so, and the others are worth having.
+        except Exception as error:  # compilers and peers may raise anything, and the other rows are still useful
             row["note"] = _note(error)
         else:
             ready.append((contender, row, prepared))
@@ -163,7 +144,10 @@ def measure(case: Case, shapes: Shapes, device: str, repeats: int, seconds: floa
 
 
 def first(contender: Contender, gradients: Gradients) -> tuple[Prepared, float]:
-    """Prepares a contender and checks its updates, or raises `WrongResult`; the seconds of its first call."""
+    """Prepares a contender and checks its updates. Returns it with the seconds of its first call.
+
+    Raises `WrongResult` if an update of the first or second call is wrong.
+    """
     start = time.perf_counter()
     prepared = contender.prepare(gradients)
     prepared.restore()
@@ -172,22 +156,10 @@ def first(contender: Contender, gradients: Gradients) -> tuple[Prepared, float]:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     _check(contender, gradients, updates)
-    del updates  # a GPU may have no room for them twice
+    del updates  # a GPU may not have the memory to hold them twice
     prepared.restore()
-    _check(contender, gradients, prepared.run())  # a second call may go another way than the first
+    _check(contender, gradients, prepared.run())  # a second call may take another path than the first
     return prepared, seconds
-
-
-def targets(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The aims for a GPU that these rows can tell about, and whether they are met."""
-    found = []
-    for text, of, most, bound in TARGETS:
-        value = of(partial(_value, rows))
-        if value is not None:
-            met = value <= bound if most else value >= bound
-            found.append({"target": text, "bound": f"{'<=' if most else '>='} {bound:g}", "found": value})
-            found[-1]["met"] = met
-    return found
 
 
 def _check(contender: Contender, gradients: Gradients, updates: Tensors) -> None:
@@ -211,18 +183,16 @@ def _times(
     contender: Contender, samples: Sequence[timing.Sample], numel: int, itemsize: int
 ) -> dict[str, Any]:
     ms = [s.ms for s in samples]
-    median = statistics.median(ms)
-    # Elements, bytes an element, passes; in GB a second.
-    gb_s = contender.passes * itemsize * numel / (1e6 * median)
     walls = [s.wall_ms for s in samples if s.wall_ms is not None]
     hosts = [s.host_ms for s in samples if s.host_ms is not None]
     return {
-        "ms": median,
-        "p20": timing.percentile(ms, 0.2),
-        "p80": timing.percentile(ms, 0.8),
+        "ms": statistics.median(ms),
+        "p20": percentile(ms, 0.2),
+        "p80": percentile(ms, 0.8),
         "wall_ms": statistics.median(walls) if walls else None,
         "host_us": 1e3 * statistics.median(hosts) if hosts else None,
-        "gb_s": gb_s,
+        # passes * bytes of an element * elements, in GB a second
+        "gb_s": contender.passes * itemsize * numel / (1e6 * statistics.median(ms)),
         "rounds": len(samples),
     }
 
@@ -240,54 +210,77 @@ def _collect(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def _value(rows: Sequence[Mapping[str, Any]], field: str, *labels: Any) -> float | None:
-    names = ("workload", "contender", "rule", "stats", "mode")
-    for row in rows:
-        if row["dtype"] == "bfloat16" and all(row[n] == x for n, x in zip(names, labels, strict=False)):
-            return row[field]
-    return None
+class Row(NamedTuple):
+    """The labels of a row, in bfloat16."""
+
+    workload: str = "llama-3-8b"
+    rule: str = "sago"
+    stats: bool | None = True
+    contender: str = "sago.synthesize_"
+    mode: str = "eager"
 
 
-def _ratio(above: tuple[Any, ...], below: tuple[Any, ...]) -> Callable[..., float | None]:
-    def of(value: Callable[..., float | None]) -> float | None:
-        x, y = value("ms", *above), value("ms", *below)
-        return x / y if x and y else None
+class Target(NamedTuple):
+    """A bound on `(field - allow) / over`, where `over` is the time of another row.
 
-    return of
+    Attributes:
+        most: Whether the quotient should be at most the bound. Otherwise it should be at least the bound.
+    """
 
-
-def _single(field: str, *labels: Any) -> Callable[..., float | None]:
-    return lambda value: value(field, *labels)
-
-
-def _entry(
-    rule: str, stats: bool, workload: str = "llama-3-8b", entry: str = "synthesize_", mode: str = "eager"
-) -> tuple[Any, ...]:
-    return workload, f"sago.{entry}", rule, stats, mode
+    text: str
+    row: Row
+    bound: float
+    most: bool = True
+    field: str = "ms"
+    over: Row | None = None
+    allow: float = 0.0
 
 
-_SAGO, _PCGRAD = (_entry(rule, True) for rule in ("sago", "pcgrad"))
-_LORA = _entry("sago", False, "lora")
-
-# The aims of the project for a GPU, in bf16, and for llama-3-8b with statistics unless a name says otherwise.
-# A wall time has the launches and the wait for the device in it.
+_SAGO, _PCGRAD = Row(), Row(rule="pcgrad")
+_LORA, _COPY = Row("lora", stats=False), Row("lora", "add", None, CEILING)
+# The aims of the project for a GPU. The time of `torch.add` stands for the time of the bytes.
 TARGETS = (
-    Target("sago: of the triad", _single("of_triad", *_SAGO), False, 0.92),
-    Target("pcgrad over sago", _ratio(_PCGRAD, _SAGO), True, 1.67),
-    Target("released over sago", _ratio(("llama-3-8b", "released", "sago"), _SAGO), False, 20),
-    Target("released over pcgrad", _ratio(("llama-3-8b", "released", "pcgrad"), _PCGRAD), False, 5),
+    Target("sago: of the triad", _SAGO, 0.92, False, "of_triad"),
+    Target("pcgrad over sago", _PCGRAD, 1.67, over=_SAGO),
+    Target("sago over released", _SAGO, 1 / 20, over=Row(stats=None, contender="released")),
+    Target("pcgrad over released", _PCGRAD, 1 / 5, over=Row(rule="pcgrad", stats=None, contender="released")),
     Target(
         "sago over torch.compile, 2^30",
-        _ratio(_entry("sago", False, "2^30"), ("2^30", "torch.compile, flat", "sago")),
-        True,
+        Row("2^30", stats=False),
         1.02,
+        over=Row("2^30", stats=None, contender="torch.compile, flat"),
     ),
-    Target("torch.compile over sago, lora", _ratio(("lora", "torch.compile, list", "sago"), _LORA), False, 3),
-    Target("sago, lora: wall_ms", _single("wall_ms", *_LORA), True, 0.06),
-    Target("sago, lora, graph: ms", _single("ms", *_LORA[:-1], "graph"), True, 0.015),
-    Target("sago: host_us", _single("host_us", *_SAGO), True, 50),
-    *(
-        Target(f"sago.{entry}: host_us", _single("host_us", *_entry("sago", True, entry=entry)), True, 15)
-        for entry in ("Plan", "GradientBuckets")
+    Target(
+        "sago over torch.compile, lora",
+        _LORA,
+        1 / 3,
+        over=Row("lora", stats=None, contender="torch.compile, list"),
     ),
+    Target("sago, lora: wall_ms - 0.03 over torch.add", _LORA, 1.15, True, "wall_ms", _COPY, 0.03),
+    Target("sago, lora, graph: ms - 0.005 over torch.add", _LORA._replace(mode="graph"), 1.10, True, "ms", _COPY, 0.005),
+    Target("sago: host_us", _SAGO, 110, field="host_us"),
+    Target("sago.Plan: host_us", Row(contender="sago.Plan"), 15, field="host_us"),
+    Target("sago.GradientBuckets: host_us", Row(contender="sago.GradientBuckets"), 150, field="host_us"),
 )
+
+
+def targets(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the targets for which these rows have the numbers, and whether they are met."""
+    found = []
+    for target in TARGETS:
+        value = _value(rows, target.field, target.row)
+        over = 1.0 if target.over is None else _value(rows, "ms", target.over)
+        if value is not None and over is not None:
+            value = (value - target.allow) / over
+            met = value <= target.bound if target.most else value >= target.bound
+            bound = f"{'<=' if target.most else '>='} {target.bound:.3g}"
+            found.append({"target": target.text, "bound": bound, "found": value, "met": met})
+    return found
+
+
+def _value(rows: Sequence[Mapping[str, Any]], field: str, labels: Row) -> float | None:
+    for row in rows:
+        if row["dtype"] == "bfloat16" and all(row[name] == x for name, x in labels._asdict().items()):
+            value: float | None = row[field]
+            return value
+    return None

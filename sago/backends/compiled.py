@@ -1,15 +1,15 @@
-"""The CPU path: the work of the two kernels as torch code on flat tensors, compiled by TorchInductor.
+"""The backend "compiled", for the CPU: torch code on flat tensors, compiled by TorchInductor.
 
-The sums and the update are separate graphs: in one graph they do not fuse, and it runs an order of magnitude
-slower. `make_fx` traces each graph once, with a symbolic size, and TorchInductor compiles it once for each
+The sums and the update are separate graphs. In one graph they do not fuse, which is ten times slower.
+`make_fx` traces each graph once, with a symbolic size, and TorchInductor compiles it once for each
 combination of dtypes. TorchDynamo takes no part, so none of its limits and none of its guards on global state
 (threads, grad mode, autocast, default dtype, deterministic mode) apply. The same code also runs uncompiled,
-with the same bits: for small tensors, until a compilation would have paid for itself, while another thread
-compiles, and where the compilation fails.
+with the same bits. It does so for small tensors, until a compilation would have paid for itself, while
+another thread compiles, and if the compilation fails.
 
-Sums are taken over a fixed tree that does not depend on the number of threads: 128 elements a lane, one after
-another, in fp32 (fp64 for fp64 gradients), the lanes of a block pairwise in fp64, then 1024 blocks at a time,
-in slices of 2 Mi elements (1 Mi in fp64), then the slices.
+Sums are taken over a fixed tree, which does not depend on the number of threads. A lane adds 128 elements one
+after another in fp32 (fp64 for fp64 gradients). The lanes of a block are added pairwise in fp64, then 1024
+blocks at a time inside a slice of 2 Mi elements (1 Mi in fp64), and then the slices.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _table(batch: Batch, sums: int) -> Tensor:
     table = torch.stack([_total(row) if row else zero for row in members])
     if sums == Sums.PRODUCTS:
         return table
-    # An inf or NaN shows in ff or rr: elements are looked at only in rows with a sum that is not finite.
+    # An inf or NaN makes ff or rr not finite, so only the elements of such rows are inspected.
     nonfinite = torch.zeros(batch.row_count, 2, dtype=torch.float64, device=batch.device)
     suspects = set((~table.isfinite().all(1)).nonzero().flatten().tolist())
     for pair, row in zip(pairs, batch.rows, strict=True):
@@ -131,7 +131,7 @@ def _propagated(f: Tensor, r: Tensor, u: Tensor) -> Tensor:
 
 
 def _conflict(f: Tensor, r: Tensor) -> Tensor:
-    # Signs, never the product: f * r underflows. Nested, this costs the CPU fewer masks than `&` and `|`.
+    # The signs are compared because f * r underflows. Nested `where` needs fewer masks than `&` and `|`.
     return torch.where(f > 0, r, torch.where(f < 0, -r, 0.0)) < 0
 
 
@@ -223,7 +223,7 @@ def _total(sums: list[Tensor]) -> Tensor:
 
 
 def _tree(partials: Tensor) -> Tensor:
-    """The sum over the last dimension in a fixed order: torch splits a long sum by threads."""
+    """The sum over the last dimension in a fixed order. torch would split a long sum over its threads."""
     while partials.shape[-1] > _FAN_IN:
         padding = -partials.shape[-1] % _FAN_IN
         partials = torch.nn.functional.pad(partials, (0, padding)).unflatten(-1, (-1, _FAN_IN)).sum(-1)
@@ -341,6 +341,6 @@ def _warn_uncompiled(reason: str) -> None:
 
 
 def has_compiler() -> bool:
-    """Whether torch can compile code for the CPU here. Compiles some to find out."""
+    """Whether torch can compile code for the CPU on this machine. Compiles a small graph to find out."""
     example = torch.empty(COMPILE_AT_ONCE, dtype=torch.float32, device="cpu")
     return _found(_combine, (("nonzero", "nonzero"), False), [example] * 3) is not None

@@ -49,12 +49,11 @@ _ADDED = {
 
 
 class Engine:
-    """Stands between a DeepSpeed engine and those who call its `step`.
+    """Replaces `engine.step` from the first capture of a window until its update is used.
 
-    From the first capture of a window until its update is used, `engine.step` is put off within captures,
-    because the backward of accelerate steps, too; it is an error where it would use gradients that were not
-    synthesized; and after the synthesis it is the step of the window, whatever `gradient_accumulation_steps`
-    says.
+    Inside a capture `engine.step` does nothing, because `accelerator.backward` calls it. Before the synthesis
+    it raises if it would use gradients that were not synthesized. After the synthesis it steps, for any
+    `gradient_accumulation_steps`.
 
     Attributes:
         core: The DeepSpeedEngine.
@@ -78,7 +77,7 @@ class Engine:
 
     @property
     def scaled(self) -> bool:
-        """Whether losses, and so gradients, are multiplied by a scale that the step divides by."""
+        """Whether the losses are multiplied by a scale, which the step divides the gradients by."""
         optimizer = self.core.optimizer
         scalers = (
             optimizer.torch_autocast_gradscaler if self.stage == 3 else None,
@@ -113,7 +112,7 @@ class Engine:
         return Opened(host, host.forget, host.retain, None, host.shards, [], dtypes, host.padded)
 
     def hold(self) -> None:
-        """Puts the engine's step off: a capture is open."""
+        """Begins a capture, in which the engine does not step."""
         if not self._held:
             self.core.step = self._step
             if self.stage == 0:
@@ -121,11 +120,11 @@ class Engine:
         self._held = self._capturing = True
 
     def pause(self) -> None:
-        """Ends the captures; a step is an error until the update is published."""
+        """Ends the captures. A step raises until the update is published."""
         self._capturing = False
 
     def ready(self) -> None:
-        """Makes the next step that of the window, because the update is published."""
+        """Lets the next step use the update, which is published."""
         self.waiting = True
 
     def release(self) -> None:
@@ -165,12 +164,12 @@ class Engine:
 
 
 class Zero0Host:
-    """The host of an engine at stage 0: that of plain torch, and the engine's step waits meanwhile."""
+    """The host of an engine at stage 0: the host of plain torch, with the engine's step held back."""
 
     def __init__(self, engine: Engine, grads: Any) -> None:
         self._engine = engine
         self._grads: GradHost = grads
-        # What DeepSpeed has no part in.
+        # DeepSpeed takes no part in these.
         self.watch, self.collect = grads.watch, grads.collect
         self.check_start, self.check_outside = grads.check_start, grads.check_outside
         self.check_reduced, self.check_parameters = grads.check_reduced, grads.check_parameters
@@ -245,7 +244,7 @@ class Zero3Host:
 
     Attributes:
         forget, retain: The accumulators.
-        shards: How the gradients lie on the ranks.
+        shards: How the gradients are sharded over the ranks.
         padded: Whether the buffers have elements that belong to no parameter.
     """
 
@@ -295,7 +294,7 @@ class Zero3Host:
         self._mounted = None
 
     def publish(self, updates: Sequence[Tensor | None]) -> None:
-        """Leaves the updates where the step finds them. A parameter without an update has 0 there."""
+        """Puts the updates where the step reads gradients. A parameter without an update has 0 there."""
         optimizer, table = self._optimizer, self._table
         if optimizer.offload_optimizer:
             for p, partition in zip(self._params, self.retain.partitions, strict=True):
@@ -374,7 +373,7 @@ class Zero3Host:
 
 
 def refuse(source: Any, params: Sequence[Tensor]) -> None:
-    """Raises for parameters of an engine that is not given itself."""
+    """Raises if the parameters belong to an engine that was not given itself."""
     deepspeed = sys.modules.get("deepspeed")
     if deepspeed is not None and owners(source, params, deepspeed.DeepSpeedEngine):
         raise ValueError(

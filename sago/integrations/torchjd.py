@@ -6,8 +6,8 @@
     backward([forget_loss, retain_loss])  # rows in this order
     jac_to_grad(model.parameters(), aggregator)
 
-TorchJD holds the Jacobian of all parameters and a concatenated copy of it; `sago.GradientBuckets` holds two
-gradients. The adapters are for code that is written for TorchJD already, and for comparisons.
+TorchJD holds the Jacobian of all parameters and a concatenated copy of it. `sago.GradientBuckets` holds two
+gradients. The adapters are for code that already uses TorchJD, and for comparisons.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from sago.synthesis import synthesize_
 class SynthesisAggregator(Aggregator):
     """`sago.synthesize(matrix[0], matrix[1], rule, gamma, alpha)[0]`: an aggregator of two rows.
 
-    Row 0 of the matrix is the forget gradient as minimised, row 1 the retain gradient: the losses go to
-    `torchjd.autojac.backward` or `mtl_backward` in this order. The matrix, bf16, fp16, fp32 or fp64, is left
-    as it is; the result is a new vector of its dtype, without a graph.
+    Row 0 of the matrix is the forget gradient as minimised, row 1 the retain gradient. Pass the losses to
+    `torchjd.autojac.backward` or `mtl_backward` in this order. The matrix is bf16, fp16, fp32 or fp64 and is
+    not modified. The result is a new vector of its dtype, without a graph.
 
     Args:
         rule: A name or a `sago.Rule`.
         gamma, alpha: Weights of forget and retain: floats, or 0-d tensors on the device of the matrix.
-        numels: Elements of each tensor, in the order in which the tensors are given to `jac_to_grad`. TorchJD
-            hands all of them over as one row, so without it a rule that takes inner products a tensor
+        numels: The number of elements of each tensor, in the order of the tensors in `jac_to_grad`. TorchJD
+            passes all tensors as one row. Without `numels` a rule with inner products over each tensor
             (`pcgrad`) takes them over the whole row, as `pcgrad_global` does.
         stats: Whether `report` has statistics that the rule itself does not need.
 
     Attributes:
-        report: The `sago.SynthesisReport` of the last call; None before.
+        report: The `sago.SynthesisReport` of the last call, or None before the first call.
 
     Raises:
         ValueError: For a matrix without exactly two rows, or whose columns are not those of `numels`.
@@ -90,10 +90,10 @@ class SynthesisAggregator(Aggregator):
 class SynthesisWeighting(Weighting):
     """The coefficients `(a, b)` of an ungated rule from a Gramian: fp32 or wider `[2, 2]` to `[2]`.
 
-    For `torchjd.autogram`, which never holds the Jacobian, and as
-    `GramianWeightedAggregator(SynthesisWeighting("blur"))`, which `jac_to_grad` can apply without
-    concatenating the Jacobians. A Gramian is that of all parameters: a rule of tensor scope acts as if all of
-    them were one tensor. Coefficients are computed in fp64.
+    Use it with `torchjd.autogram`, which never holds the Jacobian, or as
+    `GramianWeightedAggregator(SynthesisWeighting("blur"))`, which `jac_to_grad` applies without concatenating
+    the Jacobians. The Gramian is that of all parameters together, so a rule of tensor scope treats them as
+    one tensor. The coefficients are computed in fp64.
 
     Args:
         rule: A name or a `sago.Rule` that is not gated: a gated rule decides for each coordinate.

@@ -1,4 +1,4 @@
-"""Gradient synthesis in the Trainer of Hugging Face transformers: a class to put ahead of a trainer's."""
+"""Gradient synthesis in the Trainer of Hugging Face transformers, by a mixin class."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ _LOGGED = (
 
 @dataclass(frozen=True)
 class Synthesis:
-    """How a trainer makes one update of its two gradients.
+    """The options of the synthesis in a trainer.
 
     Attributes:
         rule: As in `sago.synthesize_`.
-        groups: The group of a parameter, made of its name, for rules that take inner products over each
-            group. By default every parameter is one.
+        groups: A function from the name of a parameter to the key of its group, for rules that take inner
+            products over each group. By default every parameter is a group.
         nonfinite: As in `GradientBuckets.synthesize_`.
         accumulate_dtype: As in `sago.GradientBuckets`.
-        stats: Whether everything in the report is computed and logged, or only what the rule needs.
+        stats: Whether all fields of the report are computed and logged, or only those that the rule needs.
     """
 
     rule: str | Rule = "sago"
@@ -73,27 +73,28 @@ class GradientSynthesisMixin(_Trainer):
             synthesis = Synthesis(rule="sago")
 
     `SimNPO` stands for any subclass of `transformers.Trainer` whose loss is `self.gamma * forget_loss +
-    self.alpha * retain_loss`, the forget loss as minimised. Once an optimizer step, after the whole window of
-    accumulation and the reduction over ranks, `p.grad` is what the rule makes of the two gradients. All else
-    is the trainer's: batches, mixed precision, clipping, optimizer, checkpoints, evaluation.
+    self.alpha * retain_loss`, with the forget loss as minimised. The synthesis runs once for each optimizer
+    step, after all micro-batches and the reduction over the ranks, and sets `p.grad` to the update of the
+    rule. The trainer does everything else: batches, mixed precision, clipping, optimizer, checkpoints,
+    evaluation.
 
-    A trainer that weighs its losses in another way has a method `compute_losses(model, inputs)` that returns
-    the forget and the retain loss, unweighted. It is used for training in the place of `compute_loss`, with
-    `self.gamma` and `self.alpha` as weights, or 1 where there are none.
+    A trainer that weighs its losses in another way defines a method `compute_losses(model, inputs)`, which
+    returns the unweighted forget and retain loss. Training uses it instead of `compute_loss`, with
+    `self.gamma` and `self.alpha` as weights, or 1 for a missing one.
 
-    The two losses are found while `compute_loss` runs: `self.gamma` and `self.alpha` are floats then that
-    note what they are multiplied with, and cut the product out of the graph. The trainer's own backward goes
-    as far as the cut, and leaves there how it scales the losses, for accumulation or by a GradScaler. The
-    backwards of the two losses follow with that, each into its side of `sago.GradientBuckets`.
+    The mixin finds the two losses while `compute_loss` runs. `self.gamma` and `self.alpha` are then floats
+    that record the tensors they are multiplied with, and cut the products out of the graph. The trainer's own
+    backward ends at the cuts, where it leaves the scale of the losses (of accumulation or of a GradScaler).
+    Then the mixin runs the backward of each loss with that scale, into its side of `sago.GradientBuckets`.
 
-    With each of the trainer's logs of its loss come both losses, unweighted, averaged over micro-batches and
+    Whenever the trainer logs its loss, the mixin adds both unweighted losses, averaged over micro-batches and
     ranks, and the report of the last synthesis over all groups.
 
     Attributes:
-        synthesis: How; read at the first step of `train`.
+        synthesis: The options, which are read at the first step of `train`.
 
     Raises:
-        ValueError: In a step of training, unless both losses are seen and nothing else reaches parameters.
+        ValueError: In a training step, unless both losses are found and nothing else reaches the parameters.
 
     Source: arXiv 2604.14808; the trainers of OpenUnlearning (arXiv 2506.12618).
     """
@@ -161,12 +162,12 @@ class GradientSynthesisMixin(_Trainer):
 
 
 class _Weight(float):
-    """The weight of a loss, which notes what it is multiplied with.
+    """The weight of a loss, which records the tensors that it is multiplied with.
 
-    The product that it gives is a leaf, so that the backward of the trainer ends there.
+    The product is a leaf, so that the backward of the trainer ends there.
 
     Attributes:
-        products: The factors, and the leaves. None after the step: a weight that was kept is a float.
+        products: The factors and the leaves. None after the step, which makes the weight a plain float.
     """
 
     products: list[tuple[Tensor, Tensor]] | None
@@ -184,7 +185,7 @@ class _Weight(float):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # A tensor that is multiplied with a float does not ask the float, except like this.
+        # `tensor * weight` calls the method of the tensor, which reaches the weight only in this way.
         plain = [float(x) if isinstance(x, cls) else x for x in args]
         named = {k: float(x) if isinstance(x, cls) else x for k, x in (kwargs or {}).items()}
         result = func(*plain, **named)
@@ -203,10 +204,10 @@ class _Weight(float):
 
 
 class _Window:
-    """The two gradients of a model in training, and what is logged of them.
+    """The buckets of a model in training, and the losses since the last log.
 
     Attributes:
-        model: As the trainer passes it to `training_step`.
+        model: The model that the trainer passes to `training_step`.
     """
 
     def __init__(self, trainer: Any, model: Any) -> None:
@@ -235,7 +236,7 @@ class _Window:
                 f"`accelerator.sync_gradients`. Found that step {self._step} went by before it was set."
             )
         self._step = step
-        # Within accelerate's no_sync, which is around all but the last micro-batch.
+        # This may run inside accelerate's no_sync, which surrounds all micro-batches but the last.
         for module in self._reducing:
             if isinstance(module, DistributedDataParallel):
                 module.require_backward_grad_sync = False  # `GradientBuckets` reduces
@@ -243,14 +244,14 @@ class _Window:
                 module.set_requires_gradient_sync(True, recurse=False)
 
     def close(self) -> None:
-        """Gives their reduction back to the modules."""
+        """Switches the modules' own reduction on again."""
         for module in self._reducing:
             if isinstance(module, DistributedDataParallel):
                 module.require_backward_grad_sync = True
 
     @contextmanager
     def not_stepping(self, accelerator: Any) -> Iterator[None]:
-        """Within, a backward of accelerate with DeepSpeed is one of torch: the engine's would step, too."""
+        """Inside the block `accelerator.backward` calls `loss.backward`. DeepSpeed's wrapper would step."""
         if self._engine is None:
             yield
             return
@@ -261,7 +262,7 @@ class _Window:
             accelerator.deepspeed_engine_wrapped = self._engine
 
     def capture(self, forget: _Weight, retain: _Weight) -> None:
-        """Runs both backwards, with the scales that the trainer's has left at the cuts."""
+        """Runs both backwards with the scales that the trainer's backward has left at the cuts."""
         sides = [_scaled("gamma", "forget", forget), _scaled("alpha", "retain", retain)]
         self._check_nothing_else()
         weights = float(forget), float(retain)
@@ -299,7 +300,7 @@ class _Window:
             self._loss_scale = accelerator.scaler.scale(torch.ones_like(self._losses[0]))
 
     def summary(self, accelerator: Any) -> dict[str, float]:
-        """What is logged. Waits for the device."""
+        """The values to log. Waits for the device."""
         if self._report is None or self._losses is None:
             return {}
         forget, retain = accelerator.reduce(self._losses / self._count, reduction="mean").tolist()
@@ -324,7 +325,7 @@ class _Window:
 
 
 class _Engineless:
-    """In the place of accelerate's wrapper of a DeepSpeed engine: its backward, without the engine.
+    """Replaces accelerate's wrapper of a DeepSpeed engine by a plain backward.
 
     Args:
         named: The parameters, which it should not reach: the engine's hooks would take the gradients.
@@ -388,7 +389,7 @@ def _weighed(
 
 @contextmanager
 def _replaced(trainer: Any, instead: dict[str, Any]) -> Iterator[None]:
-    """Within, attributes are others. One that is set meanwhile stays as it was set."""
+    """Temporarily replaces attributes. One that is reassigned inside the block keeps its new value."""
     before = {name: vars(trainer)[name] for name in instead if name in vars(trainer)}
     for name, value in instead.items():
         setattr(trainer, name, value)
@@ -405,7 +406,7 @@ def _replaced(trainer: Any, instead: dict[str, Any]) -> Iterator[None]:
 
 
 def _scaled(weight: str, name: str, found: _Weight) -> list[tuple[Tensor, Tensor]]:
-    """The losses that the weight was multiplied with, and the derivatives of the total by the products."""
+    """The losses that the weight was multiplied with, and the derivative of the total by each product."""
     reached = [(loss, cut.grad) for loss, cut in found.products or () if cut.grad is not None]
     if not reached:
         seen = "a product that is no part of the loss" if found.products else "no product of it and a loss"
@@ -421,7 +422,7 @@ def _scaled(weight: str, name: str, found: _Weight) -> list[tuple[Tensor, Tensor
 
 
 def _share_graph(forget: Sequence[Tensor], retain: Sequence[Tensor]) -> bool:
-    """Whether the second backward needs what the first would free."""
+    """Whether the second backward needs tensors that the first would free."""
     nodes = set(_nodes(forget))  # kept, because a node that is let go comes back as another object
     return any(node in nodes and node.next_functions for node in _nodes(retain))  # a leaf frees nothing
 
@@ -438,7 +439,7 @@ def _nodes(losses: Sequence[Tensor]) -> Iterator[Any]:
 
 
 def _reducing(model: torch.nn.Module) -> Iterator[Any]:
-    """The modules that reduce gradients over ranks in the backward."""
+    """The modules that reduce gradients over the ranks in a backward."""
     sharded: tuple[type, ...] = ()
     if torch.distributed.is_available():
         from torch.distributed.fsdp import FSDPModule
@@ -448,7 +449,7 @@ def _reducing(model: torch.nn.Module) -> Iterator[Any]:
 
 
 def _rule_and_groups(trainer: Any, model: torch.nn.Module, engine: Any) -> tuple[Rule, list[Hashable] | None]:
-    """The rule, and one key a parameter, such that what the optimizer has not is in no sum of what it has."""
+    """The rule and a key for each parameter, so that no sum mixes parameters of the optimizer with others."""
     rule, groups = resolve(trainer.synthesis.rule), trainer.synthesis.groups
     named = [(_clean(n), p) for n, p in model.named_parameters()]
     if rule.scope != "global":
@@ -463,7 +464,7 @@ def _rule_and_groups(trainer: Any, model: torch.nn.Module, engine: Any) -> tuple
 
 
 def _clean(name: str) -> str:
-    """The name in the model that the user has made: without those of DDP and torch.compile."""
+    """The name in the user's model, without the prefixes of DDP and torch.compile."""
     return name.replace("_orig_mod.", "").removeprefix("module.")
 
 

@@ -1,6 +1,7 @@
-"""Determines which inner products each coefficient of a rule reads, by runs of its function on CPU tensors.
+"""Determines which inner products each coefficient of a rule reads, by running its function on CPU tensors.
 
-Values alone do not tell: a comparison with NaN is false, so it can hide that a sum decides on a coefficient.
+The values of the coefficients are not enough: a comparison with NaN is false, which would hide that a
+coefficient depends on the compared sum.
 """
 
 from __future__ import annotations

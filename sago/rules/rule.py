@@ -33,18 +33,18 @@ Term = Literal["zero", "nonzero", "any"]
 
 @dataclass(frozen=True)
 class Rule:
-    """How the update is made from the forget and the retain gradient.
+    """A rule: how the update is computed from the forget and the retain gradient.
 
     Args:
-        name: What reports and error messages call the rule.
+        name: The name of the rule in reports and error messages.
         coefficients: A pure function `(ff, fr, rr, gamma, alpha)` of five fp64 values (tensors of shape
             `[groups]`, or scalars inside the kernel) that returns `(a_c, b_c, a, b)` for a gated rule,
             `(a, b)` for an ungated one. A coefficient that is exactly 0 switches its gradient off: not
             even a NaN or inf of it reaches the update. The library makes a coefficient NaN where an inner
             product that it depends on is not finite, also if the function only compares that product.
-        scope: What the inner products run over: `"tensor"` (each tensor, or each of `groups`) or
-            `"global"` (all tensors). `"element"` says that the rule uses no inner products; a function
-            that reads one is then refused.
+        scope: The elements that an inner product runs over: `"tensor"` (each tensor, or each of `groups`) or
+            `"global"` (all tensors). `"element"` means that the rule reads no inner products, and a function
+            that reads one is refused.
         gated: Whether coordinates in conflict take a branch of their own.
         formula: One line for tables and documentation.
 
@@ -109,7 +109,8 @@ class Rule:
 class Coefficients(NamedTuple):
     """`a_c, b_c, a, b` of every row as fp64 `[rows, 4]` (`a, b`, `[rows, 2]`, of an ungated rule).
 
-    `terms` has what is known of each column for sure, without a look at the values. One row stands for all.
+    `terms` tells which columns are known to be zero or nonzero without reading the values. A single row is
+    used for all rows.
     """
 
     values: Tensor
@@ -126,7 +127,7 @@ def evaluate(
 ) -> Coefficients:
     """The coefficients of `rule`.
 
-    `gram` is fp64 `[rows, >= 3]` with `ff, fr, rr` first; None stands for one row of zeros.
+    `gram` is fp64 `[rows, >= 3]` with `ff, fr, rr` first. None is one row of zeros.
     """
     zero = torch.zeros(1, dtype=torch.float64, device=device)
     ff, fr, rr = (zero, zero, zero) if gram is None else gram.unbind(1)[:3]
