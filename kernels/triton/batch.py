@@ -29,7 +29,7 @@ Signature = tuple[torch.dtype, torch.dtype, torch.dtype]
 Entry = tuple[int, int, int, int]  # addresses of forget, retain and out; whether all are multiples of 16
 
 
-class Group(NamedTuple):
+class Section(NamedTuple):
     """The tensors of one dtype combination, in the order of the list: one launch.
 
     Attributes:
@@ -37,7 +37,7 @@ class Group(NamedTuple):
         members: Positions in the list.
         shapes: int64 `[members, 4]`: elements, first chunk in this launch, first slot, row.
         owner: int32 `[chunks]`: which member a chunk belongs to.
-        compiled: Kernels that were compiled for this group, by alignment; see `launch`.
+        compiled: Kernels that were compiled for this section, by alignment; see `launch`.
     """
 
     dtypes: Signature
@@ -47,7 +47,7 @@ class Group(NamedTuple):
     compiled: dict[bool, dict[Hashable, Any]]
 
 
-class Part(NamedTuple):
+class Launch(NamedTuple):
     """A launch of a batch.
 
     Attributes:
@@ -76,7 +76,7 @@ class Layout:
     Attributes:
         rows: int64 `[rows, 2]`: the first slot and the number of slots of each row.
         slots: The total number of slots.
-        groups: The tensors of each combination of dtypes.
+        sections: The tensors of each combination of dtypes.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Layout:
             row_table.append((start, self.slots - start))
         self.rows = upload(row_table, torch.int64, device)
 
-        self.groups = []
+        self.sections = []
         for signature in dict.fromkeys(dtypes):
             members = [i for i, s in enumerate(dtypes) if s == signature and numels[i]]
             shapes, first_chunk = [], 0
@@ -114,7 +114,7 @@ class Layout:
                     torch.tensor([chunks[i] for i in members], device="cpu")
                 )
                 tables = upload(shapes, torch.int64, device), upload(owner, torch.int32, device)
-                self.groups.append(Group(signature, members, *tables, {}))
+                self.sections.append(Section(signature, members, *tables, {}))
 
 
 _layouts = Cache(64)
@@ -134,7 +134,7 @@ class Batch:
         row_count: Rows of the table; a row without elements is zero.
 
     Attributes:
-        parts: Its launches.
+        launches: One for each combination of dtypes.
     """
 
     def __init__(
@@ -163,19 +163,19 @@ class Batch:
         self.row_count = row_count
         key = (tuple(numels), tuple(dtypes), tuple(rows), row_count, device)
         self.layout: Layout = _layouts.get(key, [device], lambda: Layout(*key))
-        self.parts = []
-        for group in self.layout.groups:
-            entries = [addresses[i] for i in group.members]
+        self.launches = []
+        for section in self.layout.sections:
+            entries = [addresses[i] for i in section.members]
             aligned = all(entry[3] for entry in entries)
-            tables = upload(entries, torch.int64, device), group.shapes, group.owner, self.layout.rows
-            self.parts.append(
-                Part(
-                    group.dtypes,
-                    len(group.owner),
+            tables = upload(entries, torch.int64, device), section.shapes, section.owner, self.layout.rows
+            self.launches.append(
+                Launch(
+                    section.dtypes,
+                    len(section.owner),
                     tables,
                     tuple(t.data_ptr() for t in tables),
                     aligned,
-                    group.compiled.setdefault(aligned, {}),
+                    section.compiled.setdefault(aligned, {}),
                 )
             )
         self._empty_rows = len(set(rows)) < row_count or 0 in numels

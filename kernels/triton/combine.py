@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sago.rules import Coefficients, Rule, evaluate
 
-from .batch import BLOCK, CHUNK, TRITON_DTYPES, Batch, Part, compute_dtype, options, vector
+from .batch import BLOCK, CHUNK, TRITON_DTYPES, Batch, Launch, compute_dtype, options, vector
 from .formula import on_device, overflow, read_bits
 from .launch import bits, launch
 from .stream import finish, locate, stream
@@ -120,15 +120,15 @@ def combine(
     table = batch.table(sums) if sums else None
     in_memory = [formula is not None and isinstance(w, Tensor) for w in (gamma, alpha)]
 
-    def constants(part: Part) -> dict[str, Any]:
-        forget, retain, out = part.dtypes
+    def constants(one: Launch) -> dict[str, Any]:
+        forget, retain, out = one.dtypes
         return {
             "GAMMA_IN_MEMORY": in_memory[0],
             "ALPHA_IN_MEMORY": in_memory[1],
             "FORGET": TRITON_DTYPES[forget],
             "RETAIN": TRITON_DTYPES[retain],
             "OUT": TRITON_DTYPES[out],
-            "COMPUTE": compute_dtype(part.dtypes),
+            "COMPUTE": compute_dtype(one.dtypes),
             "FORMULA": formula,
             "READS": read_bits(rule),
             "GATED": rule.gated,
@@ -137,8 +137,8 @@ def combine(
             "SUMS": sums,
             "CHUNK": CHUNK,
             "BLOCK": BLOCK,
-            "V": vector(part.dtypes),
-            "ALIGNED": part.aligned,
+            "V": vector(one.dtypes),
+            "ALIGNED": one.aligned,
         }
 
     function = None if formula is None else rule.coefficients

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .batch import BLOCK, CHUNK, TRITON_DTYPES, Batch, Part, compute_dtype, options, vector
+from .batch import BLOCK, CHUNK, TRITON_DTYPES, Batch, Launch, compute_dtype, options, vector
 from .launch import launch
 from .stream import finish, locate, stream
 
@@ -38,17 +38,17 @@ def gram(batch: Batch, sums: int) -> Tensor:
     partials, counters = batch.scratch(sums)
     table = batch.table(sums)
 
-    def constants(part: Part) -> dict[str, Any]:
-        forget, retain, _ = part.dtypes
+    def constants(one: Launch) -> dict[str, Any]:
+        forget, retain, _ = one.dtypes
         return {
             "FORGET": TRITON_DTYPES[forget],
             "RETAIN": TRITON_DTYPES[retain],
-            "COMPUTE": compute_dtype(part.dtypes),
+            "COMPUTE": compute_dtype(one.dtypes),
             "SUMS": sums,
             "CHUNK": CHUNK,
             "BLOCK": BLOCK,
-            "V": vector(part.dtypes),
-            "ALIGNED": part.aligned,
+            "V": vector(one.dtypes),
+            "ALIGNED": one.aligned,
         }
 
     tensors = partials, counters, table

@@ -22,33 +22,33 @@ def launch(
     constants: Callable[[Any], dict[str, Any]],
     options: Callable[..., dict[str, Any]],
 ) -> None:
-    """`kernel[grid](*tables, *tensors, *numbers, **constants, **options)` for every part of the batch.
+    """`kernel[grid](*tables, *tensors, *numbers, **constants, **options)` for every launch of the batch.
 
     Only the first launch goes through Triton's binding and specialisation of the arguments. Nothing is
-    specialised on values, so the compiled kernel depends on `key` and on the dtypes and alignment of the part
-    only. `constants(part)` returns the constexpr arguments in the order of the kernel's parameters. `options`
+    specialised on values, so the compiled kernel depends on `key` and on the dtypes and alignment of a launch
+    only. `constants(one)` returns the constexpr arguments in the order of the kernel's parameters. `options`
     returns the compiler's options.
     """
     try:
         with _on(batch):
-            for part in batch.parts:
-                compiled = part.compiled.get(key)
+            for one in batch.launches:
+                compiled = one.compiled.get(key)
                 if compiled is None:
-                    values = constants(part)
-                    found = kernel[(part.chunks,)](
-                        *part.tables,
+                    values = constants(one)
+                    found = kernel[(one.chunks,)](
+                        *one.tables,
                         *tensors,
                         *numbers,
                         **values,
-                        **options(batch.device, part.aligned, part.dtypes),
+                        **options(batch.device, one.aligned, one.dtypes),
                     )
                     if found is not None:  # not interpreted
-                        part.compiled[key] = found[part.chunks, 1, 1], tuple(values.values())
+                        one.compiled[key] = found[one.chunks, 1, 1], tuple(values.values())
                 else:
                     # For an integer address the launcher does not query the driver, as it does for a tensor.
                     pointers = [None if t is None else t.data_ptr() for t in tensors]
                     run, values = compiled
-                    run(*part.addresses, *pointers, *numbers, *values)
+                    run(*one.addresses, *pointers, *numbers, *values)
     except BaseException:
         batch.discard_counters()
         raise

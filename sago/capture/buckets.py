@@ -154,7 +154,7 @@ class GradientBuckets:
         self.nbytes: int = sum(buffer.nbytes for buffer in buffers)
         everything: list[int | None] = [None, *range(len(self._retain.buffers))]
         owner = self._retain.owner
-        self._members = {b: [i for i, o in enumerate(owner) if b is None or o == b] for b in everything}
+        self._positions = {b: [i for i, o in enumerate(owner) if b is None or o == b] for b in everything}
         self._pipelines = {b: Cache(_PATTERNS) for b in everything}
         if self._ranks is not None:
             self._ranks.start()
@@ -425,10 +425,10 @@ class GradientBuckets:
 
     def _pipeline(self, call: Call, bucket: int | None = None) -> Pipeline:
         """The pipeline of one buffer or of all, for the gradients that are present in this window."""
-        members = self._members[bucket]
+        positions = self._positions[bucket]
         forget, retain = self._forget.touched, self._retain.touched
         if bucket is not None:
-            forget, retain = [forget[i] for i in members], [retain[i] for i in members]
+            forget, retain = [forget[i] for i in positions], [retain[i] for i in positions]
         one_row = call.rule.scope == "global" and not self._grouped
         no_rows = call.rule.scope == "element" and call.sums == 0
         # If parameters need no rows of their own, their whole buffer is synthesized as one tensor.
@@ -437,30 +437,30 @@ class GradientBuckets:
             whole = whole and all(self._shards.counted)
         key = one_row, whole, tuple(forget), tuple(retain)
         return self._pipelines[bucket].get(
-            key, self._backends, lambda: self._new_pipeline(call.rule, members, whole)
+            key, self._backends, lambda: self._new_pipeline(call.rule, positions, whole)
         )
 
-    def _new_pipeline(self, rule: Rule, members: Sequence[int], whole: bool) -> Pipeline:
+    def _new_pipeline(self, rule: Rule, positions: Sequence[int], whole: bool) -> Pipeline:
         rows, keys = self._rows(rule)
         forget, retain = (
-            [side.present(side.views)[i] for i in members] for side in (self._forget, self._retain)
+            [side.present(side.views)[i] for i in positions] for side in (self._forget, self._retain)
         )
         neither = [f is None and r is None for f, r in zip(forget, retain, strict=True)]
-        updates = [None if n else self._updates[i] for i, n in zip(members, neither, strict=True)]
-        devices = {self._retain.views[i].device for i in members}
+        updates = [None if n else self._updates[i] for i, n in zip(positions, neither, strict=True)]
+        devices = {self._retain.views[i].device for i in positions}
         pairs = Pairs(
             forget,
             retain,
             updates,
             updates,
-            rows=[rows[i] for i in members],
+            rows=[rows[i] for i in positions],
             keys=keys,
             backends={d: b for d, b in self._backends.items() if d in devices},
             spread=self._shards,
         )
         numel, own = pairs.numel(), pairs.numel(everywhere=False)
         if whole:
-            owners = list(dict.fromkeys(self._retain.owner[i] for i in members))
+            owners = list(dict.fromkeys(self._retain.owner[i] for i in positions))
             pairs.forget = [self._forget.buffers[b] for b in owners]
             pairs.retain = [self._retain.buffers[b] for b in owners]
             pairs.out, pairs.rows = pairs.retain, [0] * len(owners)

@@ -20,7 +20,7 @@ def layout(numels, dtypes, rows, row_count):
 def slots_of(found):
     """For each tensor of the list its slots, as the kernels compute them from the tables."""
     slots = {}
-    for group in found.groups:
+    for group in found.sections:
         for chunk, member in enumerate(group.owner.tolist()):
             _, first_chunk, first_slot, _ = group.shapes[member].tolist()
             slots.setdefault(group.members[member], []).append(first_slot + chunk - first_chunk)
@@ -29,7 +29,7 @@ def slots_of(found):
 
 def test_a_tensor_is_cut_into_chunks():
     found = layout([CHUNK - 1, CHUNK, CHUNK + 1, 1], [SAME] * 4, range(4), 4)
-    (group,) = found.groups
+    (group,) = found.sections
     assert group.members == [0, 1, 2, 3]
     assert group.owner.tolist() == [0, 1, 2, 2, 3]
     assert group.shapes.tolist() == [
@@ -47,8 +47,8 @@ def test_slots_of_a_row_are_together_and_in_the_order_of_the_list():
     dtypes = [SAME, MIXED, MIXED, SAME, SAME, MIXED]
     rows = [1, 0, 1, 0, 2, 0]
     found = layout(numels, dtypes, rows, 4)
-    assert [group.dtypes for group in found.groups] == [SAME, MIXED]
-    assert [group.members for group in found.groups] == [[0, 4], [1, 2, 5]]
+    assert [group.dtypes for group in found.sections] == [SAME, MIXED]
+    assert [group.members for group in found.sections] == [[0, 4], [1, 2, 5]]
     slots = slots_of(found)
     in_rows = [[s for i in range(6) if rows[i] == row for s in slots.get(i, [])] for row in range(4)]
     for row, (first, count) in enumerate(found.rows.tolist()):
@@ -59,12 +59,12 @@ def test_slots_of_a_row_are_together_and_in_the_order_of_the_list():
 
 def test_launches_do_not_depend_on_the_length_of_the_list():
     for length in (1, 2, 300):
-        assert len(layout([3] * length, [SAME] * length, range(length), length).groups) == 1
+        assert len(layout([3] * length, [SAME] * length, range(length), length).sections) == 1
 
 
 def test_offsets_are_64_bit():
     found = layout([1 << 36], [SAME], [0], 1)
-    (group,) = found.groups
+    (group,) = found.sections
     assert group.shapes.dtype == found.rows.dtype == torch.int64
     assert group.shapes[0, 0] == 1 << 36
     assert len(group.owner) == (1 << 36) // CHUNK
@@ -77,7 +77,7 @@ def make(forget, retain, out):
 def test_addresses():
     f, r, o = (torch.zeros(33) for _ in range(3))
     made = make([f, None, f[1:], f[4:8]], [r, r, None, r[:4]], [o, o, o[1:], o[:4]])
-    (part,) = made.parts
+    (part,) = made.launches
     table, aligned = part.tables[0], part.aligned
     assert table.dtype == torch.int64
     assert table.tolist() == [
@@ -87,13 +87,13 @@ def test_addresses():
         [f.data_ptr() + 16, r.data_ptr(), o.data_ptr(), 1],
     ]
     assert aligned is False
-    assert make([f], [r], [o]).parts[0].aligned is True
+    assert make([f], [r], [o]).launches[0].aligned is True
 
 
 @pytest.mark.parametrize("which", range(3))
 def test_one_unaligned_tensor_is_enough(which):
     tensors = [torch.zeros(40, dtype=BF16)[8 + (i == which) :][:20] for i in range(3)]
-    (part,) = make(*([t] for t in tensors)).parts
+    (part,) = make(*([t] for t in tensors)).launches
     assert part.tables[0][0, 3].item() == 0
     assert not part.aligned
 
@@ -101,7 +101,7 @@ def test_one_unaligned_tensor_is_enough(which):
 def test_dtypes_of_a_missing_gradient_are_its_partners():
     b, d = torch.zeros(4, dtype=BF16), torch.zeros(4, dtype=FP64)
     made = make([b, None, b], [None, d, d], [b, b, d])
-    assert [part.dtypes for part in made.parts] == [
+    assert [part.dtypes for part in made.launches] == [
         (BF16, BF16, BF16),
         (FP64, FP64, BF16),
         (BF16, FP64, FP64),
@@ -110,7 +110,7 @@ def test_dtypes_of_a_missing_gradient_are_its_partners():
 
 def test_tables_are_where_they_are_said_to_be():
     t = torch.zeros(50)
-    (part,) = make([t], [t], [t]).parts
+    (part,) = make([t], [t], [t]).launches
     assert part.addresses == tuple(table.data_ptr() for table in part.tables)
     assert part.chunks == 1
 
@@ -119,8 +119,8 @@ def test_a_layout_is_kept_and_its_addresses_renewed():
     f, r, o, other = (torch.zeros(50) for _ in range(4))
     first, moved = make([f], [r], [o]), make([other], [r], [o])
     assert first.layout is moved.layout
-    assert moved.parts[0].tables[0][0, 0].item() == other.data_ptr()
-    assert first.parts[0].tables[0][0, 0].item() == f.data_ptr()
+    assert moved.launches[0].tables[0][0, 0].item() == other.data_ptr()
+    assert first.launches[0].tables[0][0, 0].item() == f.data_ptr()
 
 
 def test_many_layouts():
@@ -128,8 +128,8 @@ def test_many_layouts():
     tensors = [torch.zeros(51 + i % 70) for i in range(300)]
     made = [make([t], [t], [t]) for t in tensors]
     for b, t in zip(made, tensors, strict=True):
-        assert b.parts[0].tables[0].tolist() == [[t.data_ptr()] * 3 + [int(t.data_ptr() % 16 == 0)]]
-        assert b.layout.groups[0].shapes[0, 0] == t.numel()
+        assert b.launches[0].tables[0].tolist() == [[t.data_ptr()] * 3 + [int(t.data_ptr() % 16 == 0)]]
+        assert b.layout.sections[0].shapes[0, 0] == t.numel()
 
 
 def test_counters_are_kept_until_they_are_discarded():

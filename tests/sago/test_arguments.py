@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import sago
-from sago.core import checks as arguments
+from sago.backends import choose
 from tests.properties import equal_bits
 
 
@@ -263,7 +263,7 @@ def test_reduce_gram_gives_something_else(backend, wrong):
 
 def test_triton_asked_for_on_the_cpu(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(arguments, "triton_version", lambda: "3.9.0")
+    monkeypatch.setattr(choose, "triton_version", lambda: "3.9.0")
     retain = -ones(3)
     with pytest.raises(ValueError, match=r"'triton'.*GPU.*CPU"):
         sago.synthesize_(ones(3), retain, backend="triton")
@@ -271,7 +271,7 @@ def test_triton_asked_for_on_the_cpu(monkeypatch):
 
 
 def test_triton_asked_for_without_triton(monkeypatch):
-    monkeypatch.setattr(arguments, "triton_version", lambda: None)
+    monkeypatch.setattr(choose, "triton_version", lambda: None)
     retain = -ones(3)
     with pytest.raises(ValueError, match=r"'triton'.*Triton.*none"):
         sago.synthesize_(ones(3), retain, backend="triton")

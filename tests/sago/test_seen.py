@@ -171,11 +171,11 @@ def test_a_launch_that_fails_midway(run, monkeypatch):
     launch = combine.launch
 
     def failing(kernel, batch, *rest):
-        whole, batch.parts = batch.parts, [batch.parts[0], None]
+        whole, batch.launches = batch.launches, [batch.launches[0], None]
         try:
             launch(kernel, batch, *rest)
         finally:
-            batch.parts = whole
+            batch.launches = whole
 
     with monkeypatch.context() as patched:
         patched.setattr(combine, "launch", failing)
