@@ -184,7 +184,7 @@ def _of_update(chosen: list[Coefficients], outside: Tensor, inside: Tensor) -> T
             total[i, 0] += _times(p * p, ff) + _times(2 * p * q, fr) + _times(q * q, rr)
             total[i, 1] += _times(p, ff) + _times(q, fr)
             total[i, 2] += _times(p, fr) + _times(q, rr)
-    total[:, 0].clamp_(min=0.0)  # what cancels leaves an error of either sign
+    total[:, 0].clamp_(min=0.0)  # cancellation leaves an error of either sign
     return total
 
 

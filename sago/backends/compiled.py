@@ -39,8 +39,8 @@ COMPILE_AFTER = 1 << 27  # elements that run uncompiled first: some seconds, as 
 _LINE = 64  # bytes: a lane an element of a cache line, so that memory is read in order
 _DEPTH = 128  # elements a lane adds: that many squares of 1e18 stay in the range of fp32
 _FAN_IN = 1024
-# Elements at a time, which bounds what is allocated: partial sums below 1 MiB where the code is
-# compiled, a few MiB of temporaries where it is not.
+# Elements at a time, which bounds the memory that is allocated: partial sums below 1 MiB if the code is
+# compiled, a few MiB of temporaries if it is not.
 _SUMMED = {torch.float32: 1 << 21, torch.float64: 1 << 20}
 _EAGER = 1 << 15
 

@@ -1,4 +1,4 @@
-"""What a backend is: a module with `Batch`, `gram` and `combine`."""
+"""The protocol of a backend: a module with `Batch`, `gram` and `combine`."""
 
 from __future__ import annotations
 

@@ -398,7 +398,7 @@ class GradientBuckets:
             raise ValueError(
                 f"Parameter `{found}` should be reached by {name} backwards on every rank or on none, as "
                 "the ranks reduce their gradients together. Found that some ranks only reached it, so that "
-                "gradients may be mixed: on the other ranks, add 0 times what it computes to the loss."
+                "gradients may be mixed: on the other ranks, add 0 times its output to the loss."
             )
         self._window.agreed = True
 

@@ -19,7 +19,7 @@ Arrived = Callable[[int, torch.device], None]
 
 
 class Host(Protocol):
-    """What a window needs of the place where a training loop keeps its gradients."""
+    """The place where a training loop keeps its gradients, as a window uses it."""
 
     def mount(self, capture: Capture) -> None:
         """Puts the accumulators of the capture in place and notes their versions."""
@@ -28,7 +28,7 @@ class Host(Protocol):
         """Registers the hooks of the capture, which call `arrived(i, device)` for each complete gradient."""
 
     def collect(self, capture: Capture) -> None:
-        """Notes in the capture and its side what backwards have done since `mount`."""
+        """Records in the capture and its side which parameters a backward reached since `mount`."""
 
     def unmount(self) -> None:
         """Takes the accumulators away, so that a backward outside of captures is noticed."""
@@ -188,7 +188,7 @@ class GradHost:
 
     @torch.no_grad()
     def _settle(self, side: Side, i: int) -> None:
-        """Copies into the accumulator what is in `p.grad` instead of it.
+        """Copies `p.grad` into the accumulator, if it is another tensor.
 
         Autograd makes a new tensor after zero_grad(set_to_none=True), and with create_graph=True.
         """
@@ -201,7 +201,7 @@ class GradHost:
 
     @torch.no_grad()
     def _widen(self, capture: Capture, i: int, p: Tensor) -> None:
-        """Adds to the wider accumulator what autograd has put into `p.grad`."""
+        """Adds `p.grad`, which autograd has written, to the wider accumulator."""
         if self._mounted is capture and p.grad is not None:
             part = local_as(p.grad, p)
             if part.device.type == "cpu" and torch.cuda.is_initialized() and part.is_pinned():

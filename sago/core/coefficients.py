@@ -1,4 +1,4 @@
-"""The coefficients of an update: those of the rule, and what clipping, scales and NaN or inf make of them."""
+"""The coefficients of an update: those of the rule, changed by clipping, scales and NaN or inf."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checked call: gradient pairs, and what is asked of their synthesis."""
+"""A checked call: the gradient pairs and the arguments of their synthesis."""
 
 from __future__ import annotations
 

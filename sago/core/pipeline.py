@@ -35,7 +35,7 @@ class OnDevice(NamedTuple):
 
 
 class Pipeline:
-    """Gradient pairs, laid out on their devices. Each synthesis works on what is then in their memory.
+    """Gradient pairs, laid out on their devices. Each synthesis reads the current values of their memory.
 
     Args:
         pairs: The pairs.
