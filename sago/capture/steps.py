@@ -5,14 +5,24 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-if TYPE_CHECKING:
-    from sago.capture.window import Window
+from sago.capture.side import Capture, Side
+
+
+class Captures(Protocol):
+    """The window, as far as it matters for a step."""
+
+    forget: Side
+    retain: Side
+
+    @property
+    def current(self) -> Capture | None:
+        """The innermost open capture."""
 
 
 class StepWatch:
@@ -26,7 +36,7 @@ class StepWatch:
         params: The captured parameters.
     """
 
-    def __init__(self, window: Window, params: Sequence[Tensor]) -> None:
+    def __init__(self, window: Captures, params: Sequence[Tensor]) -> None:
         self._window = weakref.ref(window)
         self._params = params
         self._remove: Callable[[], object] | None = None
