@@ -1,113 +1,115 @@
-"""`python -m benchmarks`: the commands, their tables and records."""
+"""`python -m benchmarks`: the commands, their tables and their records."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
+from typing import Any
 
 import torch
 
 from benchmarks import speed, workloads
+from benchmarks.gradients import WrongResult
 from benchmarks.measure import table, write_json
 from benchmarks.released import RULES
 
 
 def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        result: int = options.run(options)
+    except WrongResult as error:
+        print(error, file=sys.stderr)
+        return 1
+    return result
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    command = commands.add_parser(
-        "compile",
-        help="compile every kernel configuration without a GPU: registers, spills, vector widths",
-    )
-    command.set_defaults(run=_compile)
-    command.add_argument("--arch", nargs="+", metavar="ARCH", help="default: sm_80 sm_90 sm_100 gfx942")
-    command.add_argument("--quick", action="store_true", help="the subset that the tests compile")
-    command.add_argument("--jobs", type=int, help="processes (default: one a CPU)")
-    command.add_argument("--json", metavar="FILE")
+    def add(run: Callable[[argparse.Namespace], int], text: str) -> Any:
+        command = commands.add_parser(run.__name__[1:], help=text)
+        command.set_defaults(run=run)
+        if run is not _sanitize:
+            command.add_argument("--json", metavar="FILE", help="write the record to a file or folder")
+        return command.add_argument
 
-    command = commands.add_parser("cpu", help="time sago beside its peers on the CPU")
-    command.set_defaults(run=_cpu)
-    command.add_argument("--elements", type=int, default=1 << 26, help="in all (default: 64 Mi)")
-    command.add_argument("--tensors", type=int, default=1, help="to spread them over (default: 1)")
-    command.add_argument("--repeats", type=int, default=10, help="rounds (default: 10)")
-    command.add_argument("--accuracy", action="store_true", help="measure the errors of the sums instead")
-    command.add_argument("--json", metavar="FILE")
+    option = add(_compile, "compile every kernel without a GPU, and inspect the code")
+    option("--arch", nargs="+", metavar="ARCH", help="default: sm_80 sm_90 sm_100 gfx942")
+    option("--quick", action="store_true", help="compile the subset of the tests")
+    option("--configuration", type=int, nargs=3, metavar=("CHUNK", "BLOCK", "THREADS"))
+    option("--jobs", type=int, help="number of processes (default: one a CPU)")
 
-    command = commands.add_parser("speed", help="time sago beside its peers on lists of gradients of models")
-    command.set_defaults(run=_speed)
-    command.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
-    command.add_argument("--suite", choices=speed.SUITES, default="quick", help="default: quick")
-    names = [*workloads.WORKLOADS, *workloads.SWEEP]
-    command.add_argument(
-        "--workload", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}"
-    )  # fmt: skip
-    command.add_argument("--rule", nargs="+", choices=RULES, metavar="RULE", help=f"of {', '.join(RULES)}")
-    command.add_argument("--dtype", nargs="+", choices=speed.DTYPES, metavar="DTYPE")
-    command.add_argument(
-        "--elements", type=int, metavar="N",
-        help="shrink the tensors of larger lists (default: 4 Mi on the CPU, not at all on a GPU)",
-    )  # fmt: skip
-    command.add_argument("--repeats", type=int, default=20, help="rounds (default: 20)")
-    command.add_argument("--json", metavar="FILE", help="or a folder; written anew after each list")
+    option = add(_cpu, "time sago beside its peers on the CPU")
+    option("--elements", type=int, default=1 << 26, help="in all (default: 64 Mi)")
+    option("--tensors", type=int, default=1, help="that hold the elements (default: 1)")
+    option("--repeats", type=int, default=10, help="number of rounds (default: 10)")
 
-    command = commands.add_parser("plot", help="draw a record of speed, and one of memory if there is one")
-    command.set_defaults(run=_plot)
-    command.add_argument("record", metavar="RECORD")
-    command.add_argument("--memory", metavar="FILE")
-    command.add_argument("--out", metavar="DIR", default=".", help="default: here")
+    names = [*workloads.WORKLOADS, *workloads.SIZES]
+    for run, text in (
+        (_speed, "time sago beside its peers on the gradients of models"),
+        (_sweep, "time the kernels in other configurations on a GPU"),
+    ):
+        option = add(run, text)
+        option("--device", choices=["cpu", "cuda"], default="cpu" if run is _speed else "cuda")
+        option("--workload", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
+        option("--rule", nargs="+", choices=RULES, metavar="RULE", help=", ".join(RULES))
+        option("--dtype", nargs="+", choices=speed.DTYPES, metavar="DTYPE", help=", ".join(speed.DTYPES))
+        option("--elements", type=int, help="of a list, to which longer lists are shrunk (CPU: 4 Mi)")
+        option("--repeats", type=int, default=20, help="number of rounds (default: 20)")
+    option("--chunk", type=int, nargs="+", default=[16384, 32768, 65536], help="default: 16384 32768 65536")
+    option("--block", type=int, nargs="+", default=[1024, 2048, 4096], help="default: 1024 2048 4096")
+    option("--threads", type=int, nargs="+", default=[128, 256, 512], help="an 8th or a 16th of the block")
 
-    command = commands.add_parser("sanitize", help="a few launches for compute-sanitizer, checked")
-    command.set_defaults(run=_sanitize)
-    command.add_argument("--device", choices=["cpu", "cuda"], default="cuda", help="default: cuda")
+    option = add(_sanitize, "launch both kernels a few times for compute-sanitizer")
+    option("--device", choices=["cpu", "cuda"], default="cuda", help="default: cuda")
 
-    command = commands.add_parser("host", help="what a call costs the host, without a GPU")
-    command.set_defaults(run=_host)
-    command.add_argument("--pairs", type=int, nargs="+", default=[291], metavar="N", help="default: 291")
-    command.add_argument("--repeats", type=int, default=300, help="timed calls (default: 300)")
-    command.add_argument("--json", metavar="FILE")
+    option = add(_host, "measure the host time of a call, without a GPU")
+    option("--pairs", type=int, nargs="+", default=[291], metavar="N", help="default: 291")
+    option("--repeats", type=int, default=300, help="timed calls (default: 300)")
 
-    command = commands.add_parser(
-        "shards", help="what several ranks put on the wire, and how far updates move with their number"
-    )
-    command.set_defaults(run=_shards)
-    command.add_argument(
-        "--shards", type=int, nargs="+", metavar="N", help="simulated (default: 1 2 3 8 64 255 1024)"
-    )  # fmt: skip
-    command.add_argument("--rule", nargs="+", choices=RULES, metavar="RULE")
-    command.add_argument("--dtype", nargs="+", choices=["bfloat16", "float32"])
-    command.add_argument("--json", metavar="FILE")
+    option = add(_shards, "count the communication of a synthesis, and compare sharded with whole gradients")
+    option("--shards", type=int, nargs="+", metavar="N", help="default: 1 2 3 8 64 255 1024")
+    option("--rule", nargs="+", choices=RULES, metavar="RULE")
+    option("--dtype", nargs="+", choices=speed.DTYPES)
 
-    command = commands.add_parser("memory", help="peak memory of an unlearning step, and passes it adds")
-    command.set_defaults(run=_memory)
-    command.add_argument("--shape", choices=["small", "llama-3-8b"], default="small", help="default: small")
-    command.add_argument("--hidden", type=int, help="in place of the shape's, as the next two")
-    command.add_argument("--layers", type=int)
-    command.add_argument("--vocabulary", type=int)
-    command.add_argument(
-        "--rule", nargs="+", choices=RULES, default=["sago", "pcgrad_global"], metavar="RULE",
-        help="default: sago pcgrad_global",
-    )  # fmt: skip
-    command.add_argument(
-        "--dtype", nargs="+", choices=["bfloat16", "float32"],
-        help="default: both; bfloat16 for llama-3-8b",
-    )  # fmt: skip
-    command.add_argument("--micro-batches", type=int, default=2, metavar="N", help="default: 2")
-    command.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
-    command.add_argument("--json", metavar="FILE")
+    option = add(_memory, "measure the peak memory of an unlearning step")
+    option("--shape", choices=["small", "llama-3-8b"], default="small", help="default: small")
+    for name in ("hidden", "layers", "vocabulary"):
+        option(f"--{name}", type=int, help="replaces the value of the shape")
+    option("--rule", nargs="+", choices=RULES, default=["sago", "pcgrad_global"], metavar="RULE")
+    option("--dtype", nargs="+", choices=speed.DTYPES, help="default: both, for llama-3-8b bfloat16")
+    option("--micro-batches", type=int, default=2, metavar="N", help="default: 2")
+    option("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
+    return parser
 
-    options = parser.parse_args(arguments)
-    result: int = options.run(options)
-    return result
+
+def _save(options: argparse.Namespace, suffix: str, record: Any) -> None:
+    if options.json:
+        write_json(options.json, record, suffix)
+
+
+def _report(options: argparse.Namespace, record: Any, columns: Sequence[str], suffix: str = "") -> int:
+    """Writes the record, and prints its numbers and names on one line and its rows as a table."""
+    _save(options, suffix, record)
+    plain = {key: value for key, value in record.items() if not isinstance(value, (list, dict))}
+    print(", ".join(f"{key} {value}" for key, value in plain.items()), end="\n\n")
+    print(table(record["rows"], columns))
+    return 0
 
 
 def _compile(options: argparse.Namespace) -> int:
     from benchmarks import compile
+    from benchmarks.sweep import SHIPPED, Configuration
 
-    record = compile.run(options.arch or compile.ARCHS, options.quick, options.jobs)
-    if options.json:
-        write_json(options.json, record)
+    configuration = Configuration(*options.configuration or SHIPPED)
+    record = compile.run(options.arch or compile.ARCHS, options.quick, options.jobs, configuration)
+    _save(options, "", record)
     print(table([compile.shown(row) for row in record["rows"]], compile.COLUMNS))
     failed = sum(bool(row["failures"]) for row in record["rows"])
     print(f"\n{len(record['rows'])} configurations, {failed} with failures (Triton {record['triton']})")
@@ -116,121 +118,71 @@ def _compile(options: argparse.Namespace) -> int:
 
 def _cpu(options: argparse.Namespace) -> int:
     from benchmarks import cpu
-    from benchmarks.gradients import WrongResult
 
-    try:
-        if options.accuracy:
-            record, columns = cpu.accuracy(options.elements), cpu.ACCURACY_COLUMNS
-        else:
-            record = cpu.run(options.elements, options.tensors, options.repeats)
-            columns = cpu.COLUMNS
-    except WrongResult as error:
-        print(error, file=sys.stderr)
-        return 1
-    if options.json:
-        write_json(options.json, record)
-    print(", ".join(f"{key} {value}" for key, value in record.items() if key != "rows"), end="\n\n")
-    print(table(record["rows"], columns))
-    return 0
+    return _report(options, cpu.run(options.elements, options.tensors, options.repeats), cpu.COLUMNS)
 
 
 def _speed(options: argparse.Namespace) -> int:
-    most = 1 << 22 if options.elements is None and options.device == "cpu" else options.elements
-    record = speed.run(
-        options.device,
-        options.suite,
-        options.workload,
-        options.rule,
-        options.dtype,
-        most,
-        options.repeats,
-        write=lambda so_far: write_json(options.json, so_far) if options.json else None,
+    chosen = options.workload, options.rule, options.dtype
+    return _timed(options, speed.cases(options.device == "cuda", *chosen))
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from benchmarks import sweep
+
+    cases = sweep.cases(
+        options.workload or ("llama-3.2-1b", "lora"),
+        options.rule or ("sago", "pcgrad"),
+        options.dtype or ("bfloat16",),
+        [sweep.Configuration(*c) for c in product(options.chunk, options.block, options.threads)],
+        "graph" if options.device == "cuda" else "eager",
     )
-    shown = ("workloads", "targets", "rows")
-    print(", ".join(f"{key} {value}" for key, value in record.items() if key not in shown), end="\n\n")
-    print(table(record["rows"], speed.COLUMNS))
+    return _timed(options, cases, "-sweep")
+
+
+def _timed(options: argparse.Namespace, cases: Any, suffix: str = "") -> int:
+    most = 1 << 22 if options.elements is None and options.device == "cpu" else options.elements
+    write = partial(_save, options, suffix)
+    record = speed.run(options.device, cases, most, options.repeats, write=write)
+    _report(options, record, speed.COLUMNS, suffix)
     if record["targets"]:
-        print("\n" + table(record["targets"], ("target", "bound", "found", "met")))
-    # A peer that does not fit in memory is a result.
+        print("\n" + table(record["targets"], tuple(record["targets"][0])))
+    # A peer that does not fit in memory is a result, not a failure.
     return int(any(row["note"] not in (None, "out of memory") for row in record["rows"]))
-
-
-def _plot(options: argparse.Namespace) -> int:
-    from benchmarks import plot
-
-    for path in plot.draw(options.record, options.memory, options.out):
-        print(path)
-    return 0
 
 
 def _sanitize(options: argparse.Namespace) -> int:
     from benchmarks import sanitize
 
-    print(f"{sanitize.run(options.device)} syntheses as the reference has them")
+    print(f"{sanitize.run(options.device)} syntheses have the updates of the reference")
     return 0
 
 
 def _host(options: argparse.Namespace) -> int:
     from benchmarks import host
 
-    record = host.run(options.pairs, options.repeats)
-    if options.json:
-        write_json(options.json, record)
-    print(", ".join(f"{key} {value}" for key, value in record.items() if key != "rows"), end="\n\n")
-    print(table(record["rows"], host.COLUMNS))
-    return 0
+    return _report(options, host.run(options.pairs, options.repeats), host.COLUMNS)
 
 
 def _shards(options: argparse.Namespace) -> int:
-    from benchmarks import shards, wire
-    from benchmarks.gradients import WrongResult
+    from benchmarks import shards
 
-    dtypes = [getattr(torch, dtype) for dtype in options.dtype or ()]
-    try:
-        record = shards.run(
-            options.shards or shards.SHARDS, options.rule or shards.RULES, dtypes or shards.DTYPES
-        )
-    except WrongResult as error:
-        print(error, file=sys.stderr)
-        return 1
-    if options.json:
-        write_json(options.json, record)
-    tables = ("engines", "tables", "latencies", "rows")
-    print(", ".join(f"{key} {value}" for key, value in record.items() if key not in tables), end="\n\n")
-    print(table(record["engines"], wire.ENGINE_COLUMNS), end="\n\n")
-    print(table(record["tables"], tuple(record["tables"][0])), end="\n\n")
-    print(table(record["latencies"], wire.LATENCY_COLUMNS), end="\n\n")
-    print(table(record["rows"], shards.COLUMNS))
-    return 0
+    dtypes = [getattr(torch, dtype) for dtype in options.dtype or speed.DTYPES]
+    record = shards.run(options.shards or shards.SHARDS, options.rule or RULES, dtypes)
+    return _report(options, record, shards.COLUMNS)
 
 
 def _memory(options: argparse.Namespace) -> int:
     from benchmarks import memory
 
-    # libkineto, which counts the memory of the CPU, announces the start and stop of every count on stderr.
+    # libkineto, which counts the memory of the CPU, otherwise logs the start and stop of every count.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     named = {name: getattr(options, name) for name in ("hidden", "layers", "vocabulary")}
     shape = memory.SHAPES[options.shape]._replace(**{k: v for k, v in named.items() if v is not None})
     dtypes = options.dtype or ["bfloat16", "float32"][: 1 if options.shape == "llama-3-8b" else 2]
-    try:
-        record = memory.run(
-            shape,
-            options.rule,
-            [getattr(torch, dtype) for dtype in dtypes],
-            options.device,
-            options.micro_batches,
-        )
-    except memory.WrongResult as error:
-        print(error, file=sys.stderr)
-        return 1
-    if options.json:
-        write_json(options.json, record, "-memory")
-    print(", ".join(f"{k} {v}" for k, v in record.items() if k not in ("sizes", "rows")))
-    for dtype, sizes in record["sizes"].items():
-        print(f"{dtype}:", ", ".join(f"{k} {v:.4g}" for k, v in sizes.items()))
-    print()
-    print(table(record["rows"], memory.COLUMNS))
-    return 0
+    dtypes = [getattr(torch, dtype) for dtype in dtypes]
+    record = memory.run(shape, options.rule, dtypes, options.device, options.micro_batches)
+    return _report(options, record, memory.COLUMNS, "-memory")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""Compiles every kernel configuration that the launchers can ask for, without a GPU, and inspects the code.
+"""Compiles every kernel variant that the launchers can ask for, without a GPU, and inspects the code.
 
-The launchers themselves say what to compile: they run on small CPU tensors with a recorder in the place
-of the kernel. What the recorder is given goes through Triton's own specialisation for the target and
-through its compiler.
+The launchers run on small CPU tensors, with a recorder in the place of the kernel. The recorded arguments
+pass through Triton's specialisation for the target and through its compiler.
 
-Checked for each: every gradient is read and written 16 bytes at a time where the tensors are aligned,
-nothing is spilled, and no product is fused into a sum.
+A variant fails if aligned gradients are not read or written 16 bytes at a time, if registers are spilled, or
+if a product is fused into a sum. `instructions` are those of the main loop for one pair of elements (NVIDIA).
 """
 
 from __future__ import annotations
@@ -33,35 +32,29 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from benchmarks.measure import source_hash
+from benchmarks.sweep import SHIPPED, Configuration, configured
 from sago.rules import RULES, Rule
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 COLUMNS = (
     "kernel", "rule", "sums", "dtypes", "alignment", "arch", "registers", "spill_bytes", "shared_bytes",
-    "load_bytes", "store_bytes", "vector_loads", "vector_stores", "fma", "failures",
+    "load_bytes", "store_bytes", "vector_loads", "vector_stores", "instructions", "fma", "failures",
 )  # fmt: skip
 
-Pair = tuple[torch.dtype, torch.dtype]  # of forget and of retain, where the update goes
+Pair = tuple[torch.dtype, torch.dtype]  # the dtype of forget, and the dtype of retain and of the update
 
-_bf16, _fp16, _fp32, _fp64 = TRITON_DTYPES
-PAIRS: tuple[Pair, ...] = (
-    (_bf16, _bf16),
-    (_fp16, _fp16),
-    (_fp32, _fp32),
-    (_fp64, _fp64),
-    (_bf16, _fp32),
-    (_fp32, _bf16),
-)
+_bf16, _, _fp32, _ = TRITON_DTYPES
+PAIRS: tuple[Pair, ...] = (*((dtype, dtype) for dtype in TRITON_DTYPES), (_bf16, _fp32), (_fp32, _bf16))
 _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-# A coefficient function that runs as torch code ahead of the kernel, which then reads a table.
+# torch evaluates this coefficient function before the launch, and the kernel reads a table.
 _FROM_TABLE = Rule("(torch)", lambda *numbers: (0.0, 1.0, 1.0, 1.0), "element", gated=True)
-# NaN and inf propagate in GradientBuckets. What that adds to a kernel is behind the rule: one without a gate,
-# one with, and one that reads a table stand for all.
+# NaN and inf propagate in GradientBuckets. The added code does not depend on the formula of the rule: a rule
+# without a gate, a rule with a gate and a rule that reads a table stand for all.
 _PROPAGATING = (RULES["sum"], RULES["sago"], _FROM_TABLE)
 
 
 class Launch(NamedTuple):
-    """What a launcher asked of a kernel, and the labels of its row in the table."""
+    """The arguments that a launcher gives a kernel, and the labels of the row in the table."""
 
     labels: dict[str, Any]
     kernel: Any
@@ -70,7 +63,7 @@ class Launch(NamedTuple):
 
 
 class _Recorder:
-    """Stands in for a kernel: `recorder[grid](*args, **kwargs)` is written down."""
+    """Takes the place of a kernel, and records the calls of `recorder[grid](*args, **kwargs)`."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -79,16 +72,19 @@ class _Recorder:
         return lambda *args, **kwargs: self.calls.append((args, kwargs))
 
 
-def record(arch: str, name: str, *arguments: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """The kernel behind the launcher `name`, and what the launcher calls it with on `arch`."""
+def record(
+    arch: str, configuration: Configuration, name: str, *arguments: Any
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Returns the kernel of the launcher `name`, and the arguments that the launcher gives it on `arch`."""
     module = import_module(f"sago.kernels.{name}")
     kernel = getattr(module, f"_{name}_kernel")
     if not isinstance(kernel, JITFunction):
         raise RuntimeError("Kernels are compiled only where the variable TRITON_INTERPRET is unset.")
     recorder, options = _Recorder(), import_module("sago.kernels.batch").options
     with (
+        configured(configuration),
         mock.patch.object(module, f"_{name}_kernel", recorder),
-        # The compiler options are asked for as on the target.
+        # The compiler options are those of the target.
         mock.patch.object(module, "options", lambda _, *a, **k: options(torch.device("cuda"), *a, **k)),
         mock.patch("sago.kernels.batch.lanes", return_value=target(arch).warp_size),
         mock.patch.object(torch.version, "hip", None if target(arch).backend == "cuda" else "6"),
@@ -99,12 +95,12 @@ def record(arch: str, name: str, *arguments: Any) -> tuple[Any, tuple[Any, ...],
 
 
 @lru_cache
-def launches(arch: str, quick: bool = False) -> list[Launch]:
-    """Every launch of both kernels on `arch` that differs in its code; where NaN propagates, of three rules.
+def launches(arch: str, quick: bool = False, configuration: Configuration = SHIPPED) -> list[Launch]:
+    """Returns every launch of both kernels on `arch` that differs in its code.
 
-    Quick: the longest gram, `sago` without statistics and the longest combine for every pair of dtypes, and
-    the other rules, without statistics, for the first pair. All tensors are aligned but those of the longest
-    combine.
+    For every pair of dtypes the quick set has the longest gram, `sago` without statistics and the longest
+    combine. For the first pair it also has all other rules, without statistics. All tensors are aligned,
+    except those of the longest combine.
     """
     rules = [(rule, False) for rule in (*RULES.values(), _FROM_TABLE)]
     rules += [(rule, True) for rule in _PROPAGATING]
@@ -118,7 +114,9 @@ def launches(arch: str, quick: bool = False) -> list[Launch]:
             "dtypes": "/".join(str(TRITON_DTYPES[dtype]) for dtype in pair),
             "alignment": "aligned" if aligned else "mixed",
         }
-        launch = Launch(labels, *record(arch, kernel, _batch(pair, aligned), *arguments))
+        forget, retain = (torch.zeros(65, dtype=dtype)[0 if aligned else 1 :] for dtype in pair)
+        batch = Batch(retain.device, [forget], [retain], [retain], [0], 1)
+        launch = Launch(labels, *record(arch, configuration, kernel, batch, *arguments))
         key = kernel, *((k, id(v) if k == "FORMULA" else v) for k, v in launch.kwargs.items())
         if key in found:  # rules that share a coefficient function share a kernel
             found[key].labels["rule"] += f", {labels['rule']}"
@@ -142,17 +140,12 @@ def launches(arch: str, quick: bool = False) -> list[Launch]:
     return list(found.values())
 
 
-def _batch(pair: Pair, aligned: bool) -> Batch:
-    forget, retain = (torch.zeros(65, dtype=dtype)[0 if aligned else 1 :] for dtype in pair)
-    return Batch(retain.device, [forget], [retain], [retain], [0], 1)
-
-
 def target(arch: str) -> GPUTarget:
     return GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
 
 
 def compile_launch(launch: Launch, arch: str) -> tuple[Any, dict[str, Any]]:
-    """The compiled kernel, and the arguments by name."""
+    """Returns the compiled kernel, and the arguments by name."""
     kernel, backend = launch.kernel, make_backend(target(arch))
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(*launch.args, **launch.kwargs)
@@ -168,19 +161,16 @@ def compile_launch(launch: Launch, arch: str) -> tuple[Any, dict[str, Any]]:
 
 
 def inspect(launch: Launch, arch: str) -> dict[str, Any]:
-    """One row of the table."""
+    """Compiles a launch, and returns its row of the table."""
     compiled, arguments = compile_launch(launch, arch)
     assembly = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
     loads, stores = _accesses(assembly, "load"), _accesses(assembly, "store")
     cubin = compiled.asm.get("cubin")
     registers, spilled = _nvidia_usage(cubin) if cubin else _amd_usage(assembly)
-
-    # What a thread holds of a block, in pieces of 16 bytes at most.
+    bits = {n: x.primitive_bitwidth for n in ("FORGET", "RETAIN", "OUT") if (x := arguments.get(n))}
+    # The elements of a block that a thread holds, in pieces of at most 16 bytes.
     held = arguments["BLOCK"] / (arguments["num_warps"] * target(arch).warp_size)
-    pieces = {
-        name: -int(-held * dtype.primitive_bitwidth // 128) if dtype else 0
-        for name, dtype in ((n, arguments.get(n)) for n in ("FORGET", "RETAIN", "OUT"))
-    }
+    pieces = {name: -int(-held * bits.get(name, 0) // 128) for name in ("FORGET", "RETAIN", "OUT")}
     row = {
         **launch.labels,
         "arch": arch,
@@ -193,6 +183,7 @@ def inspect(launch: Launch, arch: str) -> dict[str, Any]:
         "vector_loads_expected": pieces["FORGET"] + pieces["RETAIN"],
         "vector_stores": sum(width >= 16 for width in stores),
         "vector_stores_expected": pieces["OUT"],
+        "instructions": _instructions(cubin, bits["FORGET"] + bits["RETAIN"]) if cubin else None,
         "fma": _fused(assembly),
     }
     row["failures"] = failures(row)
@@ -200,27 +191,24 @@ def inspect(launch: Launch, arch: str) -> dict[str, Any]:
 
 
 def shown(row: dict[str, Any]) -> dict[str, Any]:
-    """The row as the table prints it."""
+    """Returns the row in the form that the table prints."""
     vectors = {name: f"{row[name]}/{row[f'{name}_expected']}" for name in ("vector_loads", "vector_stores")}
     return {**row, **vectors, "failures": ", ".join(row["failures"])}
 
 
 def failures(row: dict[str, Any]) -> list[str]:
-    """Which expectations a row does not meet."""
-    found = []
-    if row["vector_loads"] < row["vector_loads_expected"]:
-        found.append("narrow loads")
-    if row["vector_stores"] < row["vector_stores_expected"]:
-        found.append("narrow stores")
-    if row["spill_bytes"]:
-        found.append("spills")
-    if row["fma"]:
-        found.append("fused multiply-add")
-    return found
+    """Names the expectations that a row does not meet."""
+    failed = {
+        "narrow loads": row["vector_loads"] < row["vector_loads_expected"],
+        "narrow stores": row["vector_stores"] < row["vector_stores_expected"],
+        "spills": row["spill_bytes"] > 0,
+        "fused multiply-add": row["fma"] > 0,
+    }
+    return [name for name, yes in failed.items() if yes]
 
 
 def _accesses(assembly: str, kind: str) -> list[int]:
-    """The bytes a thread moves with each "load" from, or "store" to, global memory."""
+    """Returns the bytes that a thread moves with each "load" from, or "store" to, global memory."""
     short = {"load": "ld", "store": "st"}[kind]
     ptx = re.findall(rf"\b{short}\.[.\w]*?global[.\w:]*?(?:\.v(\d))?\.[bsuf](\d+)\b", assembly)
     amd = re.findall(rf"\b(?:global|buffer|flat)_{kind}_(dword|[a-z]+)(?:x(\d))?", assembly)
@@ -229,30 +217,55 @@ def _accesses(assembly: str, kind: str) -> list[int]:
 
 
 def _fused(assembly: str) -> int:
-    """The fused multiply-adds, and in PTX what the assembler would still be free to fuse."""
+    """Counts the fused multiply-adds, and in PTX also the operations that the assembler may fuse."""
     ptx = re.findall(r"\bfma\.|\b(?:mul|add|sub)(?:\.ftz)?\.f(?:32|64)", assembly)
     amd = re.findall(r"\bv_(?:pk_)?(?:fma|fmac|mad|mac)\w*_b?f(?:16|32|64)\w* .*", assembly)
-    # Of fp16 operands, a product is written as one with the addend -0, a sum as one with the factor 1 and a
-    # difference as one with the factor -1: each has a single rounding.
+    # The compiler writes an fp16 product as one with the addend -0, a sum as one with the factor 1, and a
+    # difference as one with the factor -1. Each has a single rounding.
     single = ("neg(0)", ", 1.0,", ", -1.0,")
     fused = sum(not any(operand in line for operand in single) for line in amd)
-    # The division of two fp64 scalars is spelled out: five of them and one v_div_fmas.
+    # The division of two fp64 scalars takes five of them and one v_div_fmas.
     return len(ptx) + fused - 5 * len(re.findall(r"\bv_div_fmas_f64", assembly))
 
 
-def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers, and bytes of stack and local memory."""
+def _cuobjdump(cubin: bytes, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [_CUOBJDUMP, "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [_CUOBJDUMP, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
+    """Returns the registers, and the bytes of stack and local memory."""
+    text = _cuobjdump(cubin, "-res-usage")
     usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
     return usage["REG"], usage["STACK"] + usage["LOCAL"]
 
 
+def _instructions(cubin: bytes, bits: int) -> float:
+    """Returns the instructions of the main loop for each pair of elements, which has so many bits."""
+    count, loaded = main_loop(_cuobjdump(cubin, "-sass"))
+    return count * bits / (8 * loaded)
+
+
+def main_loop(sass: str) -> tuple[int, int]:
+    """Returns the instructions of the loop that loads most, and the bytes that a thread loads in one pass."""
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(\S[^;]*);", sass)]
+    found = [(0, 0)]
+    for end, text in code:
+        branch = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        if branch and int(branch[1], 16) < end:
+            body = [t for at, t in code if int(branch[1], 16) <= at <= end]
+            loads = [load[0] for t in body if (load := re.search(r"\bLDG\S*", t))]
+            widths = [re.search(r"\.(U8|U16|64|128)\b", x) for x in loads if "STRONG" not in x]  # no sums
+            sizes = {"U8": 1, "U16": 2, "64": 8, "128": 16}
+            found.append((len(body), sum(sizes[width[1]] if width else 4 for width in widths)))
+    return max(found, key=lambda loop: (loop[1], -loop[0]))
+
+
 def _amd_usage(assembly: str) -> tuple[int, int]:
-    """Vector registers, and bytes of scratch memory or of spilled registers, whichever is more."""
+    """Returns the vector registers, and the bytes of scratch memory or of spilled registers."""
     usage = {
         key: int(value)
         for key, value in re.findall(
@@ -263,14 +276,20 @@ def _amd_usage(assembly: str) -> tuple[int, int]:
     return usage["vgpr_count"], max(spilled, usage["private_segment_fixed_size"])
 
 
-def _inspect(task: tuple[str, bool, int]) -> dict[str, Any]:
-    arch, quick, index = task
-    return inspect(launches(arch, quick)[index], arch)
+def _inspect(task: tuple[int, str, bool, Configuration]) -> dict[str, Any]:
+    index, arch, *chosen = task
+    return inspect(launches(arch, *chosen)[index], arch)
 
 
-def run(archs: Sequence[str] = ARCHS, quick: bool = False, jobs: int | None = None) -> dict[str, Any]:
-    """Compiles and inspects `launches` of every target in `jobs` processes (one a CPU)."""
-    tasks = [(arch, quick, i) for arch in archs for i in range(len(launches(arch, quick)))]
+def run(
+    archs: Sequence[str] = ARCHS,
+    quick: bool = False,
+    jobs: int | None = None,
+    configuration: Configuration = SHIPPED,
+) -> dict[str, Any]:
+    """Compiles and inspects `launches` of every target in `jobs` processes (by default one for each CPU)."""
+    each = [(arch, quick, configuration) for arch in archs]
+    tasks = [(i, *chosen) for chosen in each for i in range(len(launches(*chosen)))]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs or os.cpu_count(), context) as pool:
         rows = list(tqdm(pool.map(_inspect, tasks), total=len(tasks), desc="compile"))
@@ -278,5 +297,6 @@ def run(archs: Sequence[str] = ARCHS, quick: bool = False, jobs: int | None = No
         "triton": triton.__version__,
         "source": source_hash("kernels", "sago/rules"),
         "archs": list(archs),
+        "configuration": configuration._asdict(),
         "rows": rows,
     }

@@ -1,10 +1,10 @@
-"""What is timed: the entry points of sago, what people write instead, and the ceiling."""
+"""The contenders that are timed: the entry points of sago, their peers, and the ceiling."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,27 +13,26 @@ from benchmarks import peers
 from benchmarks.gradients import ALPHA, GAMMA, Gradients, Prepared, Tensors
 from benchmarks.released import released
 
-# Tolerances by dtype, of `Gradients.check`; 0 asks for the same bits.
+# Tolerances of `Gradients.check`, by dtype. A tolerance of 0 asks for the same bits.
 EXACT = {torch.bfloat16: 0.0, torch.float32: 0.0}
-# The coefficient may differ in its last bits, and the update be rounded the other way: one step of bf16 is
-# 2^-7 of its value.
+# The coefficient may differ in its last bits, so that the update may be rounded the other way. One step of
+# bf16 is 2^-7 of its value.
 ROUNDING = {torch.bfloat16: 2**-7, torch.float32: 2**-22}
-# Every step is rounded, and in the released code so are products before they are summed.
+# Peers round every step, and the released code also rounds products before it sums them.
 STEPWISE = {torch.bfloat16: 2**-6, torch.float32: 2**-20}
 
-Update = Callable[[Tensors, Tensors, float, float], Tensors]
 ENTRIES = ("synthesize_", "Plan", "GradientBuckets")
 CEILING = "torch.add, flat"
 
 
 class Contender(NamedTuple):
-    """`prepare(gradients)` gives what is called once a round.
+    """`prepare(gradients)` returns the call that is timed once a round.
 
     Attributes:
-        stats: Whether it takes statistics; None for those that know none.
-        mode: "eager" or "graph", a CUDA graph.
-        passes: Over one gradient, that the rule has to read or write at the least.
-        compiles: Whether its first call runs torch.compile.
+        stats: Whether the call takes statistics. None for peers, which have none.
+        mode: "eager", or "graph" for a CUDA graph.
+        passes: The least number of passes over one gradient that the rule reads or writes.
+        compiles: Whether the first call runs torch.compile.
     """
 
     name: str
@@ -53,7 +52,7 @@ class Contender(NamedTuple):
 
 
 def passes(rule: str) -> int:
-    """Reads of f and r and the write of the update; a second read for the inner products of a rule."""
+    """Counts the reads of f and r and the write of the update. Inner products take a second read."""
     return 3 if rule in ("add", "sum", "sago", "sago_prefer_retain") else 5
 
 
@@ -61,117 +60,79 @@ def ours(
     rule: str, stats: bool, entry: str = "synthesize_", mode: str = "eager", name: str | None = None
 ) -> Contender:
     """`sago.synthesize_` on lists, `sago.Plan` or `sago.GradientBuckets`."""
-    prepare = {"synthesize_": _list, "Plan": _plan, "GradientBuckets": _buckets}[entry]
-    make = partial(prepare, rule=rule, stats=stats)
-    return Contender(
-        name or f"sago.{entry}",
-        rule,
-        partial(_graph, make) if mode == "graph" else make,
-        EXACT if passes(rule) == 3 else ROUNDING,
-        stats,
-        mode,
-        passes=passes(rule),
-    )
+    make = partial(_entry, entry=entry, rule=rule, stats=stats)
+    prepare = partial(_graph, make) if mode == "graph" else make
+    tolerance = EXACT if passes(rule) == 3 else ROUNDING
+    return Contender(name or f"sago.{entry}", rule, prepare, tolerance, stats, mode, True, passes(rule))
 
 
 def peer(
-    name: str,
-    rule: str,
-    update: Update,
-    tolerance: dict[torch.dtype, float] = EXACT,
-    in_place: bool = True,
-    flat: bool = False,
+    name: str, rule: str, update: Any, in_place: bool = True, flat: bool = False, compiles: bool = False
 ) -> Contender:
-    """A function of lists, or of the flat buffers that they lie in."""
-    prepare = partial(_function, update, flat)
-    return Contender(name, rule, prepare, tolerance, in_place=in_place, passes=passes(rule))
+    """Makes a contender of a function of lists, or of the flat buffers that hold them.
 
-
-def compiled_peer(
-    name: str, rule: str, make: Callable[[], Update], in_place: bool = True, flat: bool = False
-) -> Contender:
-    """A peer that `make` compiles, anew whenever it is prepared."""
+    If it compiles, `update` makes the function, and is called whenever the contender is prepared.
+    """
 
     def prepare(gradients: Gradients) -> Prepared:
-        return _function(make(), flat, gradients)
+        g, function = gradients, update() if compiles else update
+        if not flat:
+            return Prepared(lambda: function(g.forget, g.retain, GAMMA, ALPHA), g.restore)
+        return _in_place(g, partial(function, g.flat_forget, g.flat_retain, GAMMA, ALPHA), g.restore)
 
-    tolerance = EXACT if rule == "sago" else STEPWISE  # which sums it takes, and how, is left to the compiler
-    return Contender(name, rule, prepare, tolerance, None, "eager", in_place, passes(rule), compiles=True)
+    tolerance = EXACT if rule in ("add", "sago") else STEPWISE
+    return Contender(name, rule, prepare, tolerance, None, "eager", in_place, passes(rule), compiles)
 
 
 def ceiling() -> list[Contender]:
-    """Two reads and a write of the same bytes."""
-    return [
-        peer(CEILING, "add", peers.add_, flat=True),
-        peer("torch.add, foreach", "add", peers.foreach_add_),
-    ]
+    """Returns the contenders that read and write the same bytes with one addition."""
+    flat = peer(CEILING, "add", peers.add_, flat=True)
+    return [flat, peer("torch.add, foreach", "add", peers.foreach_add_)]
 
 
 def others(rule: str, compile_lists: bool) -> list[Contender]:
-    """The peers that have `rule`."""
-    found = [peer("released", rule, partial(_released, rule), EXACT if rule == "sago" else STEPWISE, False)]
+    """Returns the peers that implement `rule`."""
+    found = [peer("released", rule, lambda f, r, *weights: released(f, r, rule, *weights), in_place=False)]
     if rule == "sago":
         found.append(peer("torch.where", rule, peers.where, in_place=False))
     if rule in peers.FOREACH:
-        found.append(peer("foreach", rule, peers.FOREACH[rule], EXACT if rule == "sago" else STEPWISE))
+        found.append(peer("foreach", rule, peers.FOREACH[rule]))
     if rule in ("sum", "sago"):
-        flat = partial(peers.compiled, peers.FORMULAS[rule])
-        found.append(compiled_peer("torch.compile, flat", rule, flat, flat=True))
+        each = partial(peers.compiled, peers.FORMULAS[rule])
+        found.append(peer("torch.compile, flat", rule, each, flat=True, compiles=True))
     if rule in peers.FORMULAS and compile_lists:
         whole = partial(peers.compiled_list, peers.FORMULAS[rule])
-        found.append(compiled_peer("torch.compile, list", rule, whole))
+        found.append(peer("torch.compile, list", rule, whole, compiles=True))
     return found
 
 
-def _released(rule: str, forget: Tensors, retain: Tensors, gamma: float, alpha: float) -> Tensors:
-    return released(forget, retain, rule, gamma, alpha)
-
-
-def _function(update: Update, flat: bool, gradients: Gradients) -> Prepared:
+def _entry(gradients: Gradients, entry: str, rule: str, stats: bool) -> Prepared:
     g = gradients
-    if not flat:
-        return Prepared(lambda: update(g.forget, g.retain, GAMMA, ALPHA), g.restore)
+    if entry == "GradientBuckets":
+        call: Callable[[], Any] = partial(g.buckets.synthesize_, rule, GAMMA, ALPHA, stats=stats)
+        return _in_place(g, call, g.restore_buckets)
+    if entry == "Plan":
+        call = partial(sago.Plan(g.forget, g.retain, rule, stats=stats).synthesize_, GAMMA, ALPHA)
+    else:
+        call = partial(sago.synthesize_, g.forget, g.retain, rule, GAMMA, ALPHA, stats=stats)
+    return _in_place(g, call, g.restore)
 
+
+def _in_place(gradients: Gradients, call: Callable[[], Any], restore: Callable[[], None]) -> Prepared:
     def run() -> Tensors:
-        update(g.flat_forget, g.flat_retain, GAMMA, ALPHA)
-        return g.retain
-
-    return Prepared(run, g.restore)
-
-
-def _list(gradients: Gradients, rule: str, stats: bool) -> Prepared:
-    def run() -> Tensors:
-        sago.synthesize_(gradients.forget, gradients.retain, rule, GAMMA, ALPHA, stats=stats)
+        call()
         return gradients.retain
 
-    return Prepared(run, gradients.restore)
-
-
-def _plan(gradients: Gradients, rule: str, stats: bool) -> Prepared:
-    plan = sago.Plan(gradients.forget, gradients.retain, rule, stats=stats)
-
-    def run() -> Tensors:
-        plan.synthesize_(GAMMA, ALPHA)
-        return gradients.retain
-
-    return Prepared(run, gradients.restore)
-
-
-def _buckets(gradients: Gradients, rule: str, stats: bool) -> Prepared:
-    def run() -> Tensors:
-        gradients.buckets.synthesize_(rule, GAMMA, ALPHA, stats=stats)
-        return gradients.retain
-
-    return Prepared(run, gradients.restore_buckets)
+    return Prepared(run, restore)
 
 
 def _graph(make: Callable[[Gradients], Prepared], gradients: Gradients) -> Prepared:
-    """The call captured in a CUDA graph, to be replayed on the same memory."""
+    """Captures the call in a CUDA graph, which is replayed on the same memory."""
     prepared = make(gradients)
     stream = torch.cuda.Stream()
     prepared.restore()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # what a first call makes is not captured
+    with torch.cuda.stream(stream):  # allocations of a first call are not captured
         prepared.run()
     torch.cuda.current_stream().wait_stream(stream)
     prepared.restore()
@@ -179,8 +140,6 @@ def _graph(make: Callable[[Gradients], Prepared], gradients: Gradients) -> Prepa
     with torch.cuda.graph(graph):
         prepared.run()
 
-    def run() -> Tensors:
-        graph.replay()
-        return gradients.retain
-
-    return Prepared(run, prepared.restore, keeps=prepared)  # a replay needs its plan
+    replay = _in_place(gradients, graph.replay, prepared.restore)
+    replay.keeps = prepared  # a replay needs the plan alive
+    return replay

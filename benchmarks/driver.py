@@ -1,7 +1,7 @@
 """Runs Triton's launch path without a GPU: a stub of `libcuda.so.1` records the launches.
 
-The driver of the process is replaced for good. Use a process of its own, without TRITON_INTERPRET. CPU tensors
-stand for tensors on the device. The kernels are compiled for sm_90, and do not run.
+The driver of the process is replaced for good. Use a process of its own, without TRITON_INTERPRET. CPU
+tensors stand for tensors on the device. The kernels are compiled for sm_90, and do not run.
 """
 
 import ctypes
@@ -105,7 +105,7 @@ def parameter_sizes(cubin: bytes) -> list[int]:
 
 def _build(folder: Path) -> ctypes.CDLL:
     source = Path(__file__).with_name("stub_driver.c")
-    # Triton's modules load only if every function that they name exists. Functions that no launch calls are empty.
+    # Triton's modules load only if every function that they name exists. The added functions are empty.
     named = [Path(nvidia.dirname, name).read_text() for name in ("driver.c", "driver.py")]
     wanted = sorted(set(re.findall(r"\bcu[A-Z]\w*(?=\()", "".join(named))))
     idle = folder / "idle.c"

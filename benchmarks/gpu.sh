@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Everything that wants a CUDA machine, in one go and without network: installs this checkout with what is there,
-# runs the gpu tests, compute-sanitizer and the benchmarks, and leaves logs, records and a summary in OUT.
+# Runs everything that needs a CUDA machine, without network: installs this checkout with the packages that are there,
+# runs the gpu tests, compute-sanitizer, the benchmarks beside their peers and the sweep of configurations. Logs,
+# records and a summary are left in OUT.
 #
 #     benchmarks/gpu.sh OUT [SECONDS]
 #
-# Takes about SECONDS at most, 480 by default, of which every step has its share. A step that fails or runs out of time
-# does not stop the others; the exit status is 1 then. PYTHON names the interpreter.
+# Takes at most about SECONDS, 480 by default. Every step has a share of them. A step that fails or runs out of time
+# does not stop the others, and the exit status is 1 then. The variable PYTHON names the interpreter.
 set -uo pipefail
 
 if [[ $# -lt 1 || $# -gt 2 ]]; then
@@ -23,12 +24,12 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 : >"$summary"
 
-# step NAME PERCENT COMMAND...: the output goes to NAME.log.
+# step NAME PERCENT COMMAND... writes the output of the command to NAME.log.
 step() {
     local name=$1 limit start=$SECONDS code result
     limit=$(printf '%d.%03d' $((total * $2 / 100)) $((total * $2 % 100 * 10)))
     shift 2
-    # Interrupted and not terminated, pytest says what has failed so far.
+    # If it is interrupted and not terminated, pytest reports the failures so far.
     timeout --signal=INT --kill-after=2 "$limit" "$@" >"$out/$name.log" 2>&1
     code=$?
     case $code in
@@ -43,7 +44,7 @@ step() {
 # sanitizer TOOL PERCENT
 sanitizer() {
     if command -v compute-sanitizer >/dev/null; then
-        # Each tensor an allocation of its own, so that a step beyond its end is seen.
+        # Each tensor is an allocation of its own, so that an access beyond its end is seen.
         step "$1" "$2" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
             compute-sanitizer --tool "$1" --error-exitcode 99 "$python" -m benchmarks sanitize
     else
@@ -52,15 +53,15 @@ sanitizer() {
 }
 
 step install 5 "$python" -m pip install -e . --no-deps --no-build-isolation
-step nvidia-smi 2 nvidia-smi
-step environment 6 "$python" -m sago
-# A cache of its own: first calls compile.
-step speed 38 env TRITON_CACHE_DIR="$scratch" \
-    "$python" -m benchmarks speed --device cuda --suite quick --json "$out"
-step tests 28 "$python" -m pytest -m gpu -q -p no:cacheprovider --maxfail=20
-step memory 7 "$python" -m benchmarks memory --device cuda --json "$out"
+step nvidia-smi 1 nvidia-smi
+step environment 4 "$python" -m sago
+step tests 26 "$python" -m pytest -m gpu -q -p no:cacheprovider --maxfail=20
 sanitizer memcheck 7
 sanitizer racecheck 7
+# A new cache makes the first calls compile, so that their time is that of a new installation.
+step speed 30 env TRITON_CACHE_DIR="$scratch" "$python" -m benchmarks speed --device cuda --json "$out"
+step sweep 14 "$python" -m benchmarks sweep --json "$out"
+step memory 6 "$python" -m benchmarks memory --device cuda --json "$out"
 
 printf 'in all %d s, %s\n' "$SECONDS" "$( ((failed)) && echo "with failures" || echo "all well")" | tee -a "$summary"
 exit "$failed"

@@ -26,7 +26,7 @@ class WrongResult(RuntimeError):
 
 
 class Gradients:
-    """Pairs of random normal numbers with a correlation of -0.29. About two thirds of the elements conflict.
+    """Pairs of random normal numbers with a correlation of -0.29, of which about two thirds conflict.
 
     The pairs lie in the accumulators of `sago.GradientBuckets`. Lists, flat buffers and buckets are therefore
     timed on the same memory, which is two copies of the gradients. The values come from a pool of a few
@@ -55,7 +55,8 @@ class Gradients:
         self._pool = [t.to(device, dtype).repeat(2) for t in (f, r)]  # twice, so that a stretch is one slice
         self._pieces: list[list[Tensor]] = []
         self.restore_buckets()
-        self.forget, self.retain = self._lists()
+        both = self.buckets.forget_grads, self.buckets.retain_grads
+        self.forget, self.retain = ([v for v in views if v is not None] for views in both)
         self.flat_forget, self.flat_retain = (_buffers(side) for side in (self.forget, self.retain))
 
     def stretch(self, i: int) -> tuple[Tensor, Tensor]:
@@ -78,7 +79,7 @@ class Gradients:
                 self._copy(side)
 
     def check(self, name: str, rule: str, updates: Tensors, tolerance: float) -> None:
-        """Raises `WrongResult` unless the error against the reference is at most `tolerance * (|a*f| + |b*r|)`.
+        """Raises `WrongResult` if an error against the reference is above `tolerance * (|a*f| + |b*r|)`.
 
         `a` and `b` are the coefficients of the rule, or the larger ones of both branches of a gated rule. The
         rule "add" is `f + r`, rounded once.
@@ -122,11 +123,6 @@ class Gradients:
             gram = [[sum(column) for column in zip(*gram, strict=True)]] * len(gram)
         return [function(*row, GAMMA, ALPHA) for row in gram]
 
-    def _lists(self) -> tuple[list[Tensor], list[Tensor]]:
-        both = self.buckets.forget_grads, self.buckets.retain_grads
-        forget, retain = ([v for v in views if v is not None] for views in both)
-        return forget, retain
-
     def _split(self, t: Tensor | None) -> Sequence[Tensor]:
         return () if t is None else t.view(-1).split(self._length)
 
@@ -156,4 +152,3 @@ def _buffers(views: Tensors) -> list[Tensor]:
     storages = {v.untyped_storage().data_ptr(): v.untyped_storage() for v in views}
     like = views[0]
     return [torch.empty(0, dtype=like.dtype, device=like.device).set_(s) for s in storages.values()]
-

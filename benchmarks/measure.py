@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import platform
 import re
 import subprocess
@@ -25,10 +24,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Interpolates linearly between the two nearest of the sorted values."""
-    at = share * (len(values) - 1)
-    low, high = sorted(values)[math.floor(at)], sorted(values)[math.ceil(at)]
-    return low + (at - math.floor(at)) * (high - low)
+    return torch.tensor(values, dtype=torch.float64).quantile(share).item()
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
@@ -102,7 +98,8 @@ def warn_if_stale(path: str | Path) -> None:
     """Warns with `StaleRecord` if the sources have changed since the record was taken."""
     record = json.loads(Path(path).read_text())
     sources = record.get("sources")
-    if not sources or record["source"] != source_hash(*sources):
+    known = sources and all((ROOT / source).exists() for source in sources)
+    if not known or record["source"] != source_hash(*sources):
         named = ", ".join(sources or ["the record does not name them"])
         message = f"{Path(path).name} was taken with other sources ({named}). Take the record again."
         warnings.warn(message, StaleRecord, stacklevel=2)

@@ -1,63 +1,50 @@
-"""The peak memory of one unlearning step, and the passes over gradients that extraction adds to it.
+"""Measures the peak memory of one unlearning step.
 
-A step has micro-batches, two unless said otherwise, with a forward and a backward of the forget and of the
-retain loss in each. Then the update is synthesized into `p.grad`; there is no optimizer. The model is a Llama
-with random weights, the batches are so small that activations hardly count beside gradients. Contenders:
+A step has two micro-batches by default, each with a forward and a backward of both losses. Then the update is
+synthesized into `p.grad`. The model is a Llama with random weights. Batches are small, so that the gradients
+are much larger than the activations. Contenders:
 
-- "summed loss, one backward": `(gamma * forget_loss + alpha * retain_loss).backward()`, as most code has it.
-  Within that backward autograd holds the gradient of one loss until that of the other arrives, so from the
-  second micro-batch on it needs room for two.
-- "summed loss, two backwards": `(gamma * forget_loss).backward()` and `(alpha * retain_loss).backward()` into
-  one `p.grad`. One copy of the gradients is the floor.
-- "GradientBuckets": of sago, made within what is measured, so that its accumulators are counted.
-- "released": the steps of the paper's code (`grad_surgery.py` in github.com/sustech-nlp/SAGO) on one device,
-  with the synthesis of `benchmarks.released`. The copy of either gradient that accelerate's `reduce` makes
-  there, even for a single process, and the emptying of the cache are left out.
+- "summed loss, one backward": `(gamma * forget_loss + alpha * retain_loss).backward()`. Autograd holds the
+  gradient of one loss until that of the other arrives, from the second micro-batch on besides `p.grad`.
+- "summed loss, two backwards": one backward of each weighted loss. One copy of the gradients is the floor.
+- "GradientBuckets": the buckets of sago, made inside the measured block, so that accumulators are counted.
+- "released": the steps of the paper's code on one device, with the synthesis of `benchmarks.released` and
+  without the copies of accelerate's `reduce`.
 
-The peak is that of two steps, above a level with nothing but the weights, so it holds what is kept between
-steps. On the CPU it is counted from torch's allocator through its profiler, on a GPU it is
-`torch.cuda.max_memory_allocated`. No record of a GPU exists yet, neither of the small nor of the full size.
-
-`copies` is the peak in units of the gradients, `copies_kept` what is held while an optimizer would run. The
-rest is about one step without its synthesis: `extra_ops` and `extra_passes` count what is issued outside of
-forwards and backwards, in operations and in elements over those of the gradients, and `adds_in_backward` the
-additions of gradients within; the first gradient to reach an empty `p.grad` is not added, but moved there.
+The peak is that of two steps, above a level with nothing but the weights. On the CPU the profiler counts the
+allocations of torch. On a GPU the peak is `torch.cuda.max_memory_allocated`. `copies` is the peak in units of
+the gradients, and `copies_kept` the memory that is held when an optimizer would run.
 """
 
 from __future__ import annotations
 
 import gc
 import itertools
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import sago
-from benchmarks.gradients import WrongResult
-from benchmarks.measure import origin
+from benchmarks.gradients import ALPHA, GAMMA, WrongResult
+from benchmarks.measure import dtype_name, origin
 from benchmarks.released import released
 
-GAMMA, ALPHA = 0.75, 1.25
 SEQUENCE = 4
-COLUMNS = (
-    "dtype", "contender", "rule", "peak_mib", "copies", "copies_kept", "extra_ops", "extra_passes",
-    "adds_in_backward",
-)  # fmt: skip
-# For `difference`. Where the arithmetic is the same, so are the bits: autograd adds micro-batches in the
-# order of the released code, and `sago` rounds once. The others round intermediate results to the dtype of
-# the gradients.
+COLUMNS = ("dtype", "contender", "rule", "peak_mib", "copies", "copies_kept")
+# Tolerances of the relative error of an update. `sago` in the dtype of the gradients needs the same bits. The
+# others round intermediate results.
 ROUNDING = {torch.bfloat16: 2**-6, torch.float32: 1e-6}
 MIB = 2**20
 
+Batches = Sequence[tuple[Tensor, Tensor]]
 Losses = Iterable[tuple[Tensor, Tensor]]
-Backward = Callable[[Tensor], None]
+# Accumulates the gradients of the losses and makes the update in `p.grad`; prepares the next step.
+Contender = tuple[Callable[[Losses], None], Callable[[], Any]]
 
 
 class Shape(NamedTuple):
@@ -68,105 +55,65 @@ class Shape(NamedTuple):
     vocabulary: int
 
 
-# Embedding and head have the same share of all elements in both, because the gradient of the largest tensor
-# is what a backward holds besides the accumulators.
+# The largest tensor has the same share of all elements in both shapes: a backward holds its gradient.
 SHAPES = {"small": Shape(512, 8, 4096), "llama-3-8b": Shape(4096, 32, 128256)}
 
 
-class Contender(Protocol):
-    """One way to come from the losses of the micro-batches to an update in `p.grad`."""
-
-    def __init__(self, params: Sequence[Tensor], rule: str) -> None: ...
-
-    def accumulate(self, losses: Losses, backward: Backward) -> None: ...
-
-    def synthesize(self) -> None: ...
-
-    def zero(self) -> None: ...
-
-
-class _Summed:
-    def __init__(self, params: Sequence[Tensor], rule: str) -> None:
-        self.params = params  # `rule` is "sum"
-
-    def synthesize(self) -> None:
-        pass
-
-    def zero(self) -> None:
-        _clear(self.params)
-
-
-class OneBackward(_Summed):
-    def accumulate(self, losses: Losses, backward: Backward) -> None:
+def one_backward(params: Sequence[Tensor], rule: str) -> Contender:
+    def step(losses: Losses) -> None:
         for forget, retain in losses:
-            backward(GAMMA * forget + ALPHA * retain)
+            (GAMMA * forget + ALPHA * retain).backward()
+
+    return step, partial(_clear, params)
 
 
-class TwoBackwards(_Summed):
-    def accumulate(self, losses: Losses, backward: Backward) -> None:
+def two_backwards(params: Sequence[Tensor], rule: str) -> Contender:
+    def step(losses: Losses) -> None:
         for forget, retain in losses:
-            backward(GAMMA * forget)
-            backward(ALPHA * retain)
+            (GAMMA * forget).backward()
+            (ALPHA * retain).backward()
+
+    return step, partial(_clear, params)
 
 
-class Buckets:
-    accumulate_dtype: torch.dtype | None = None
+def buckets(params: Sequence[Tensor], rule: str, dtype: torch.dtype | None = None) -> Contender:
+    made = sago.GradientBuckets(params, accumulate_dtype=dtype)
 
-    def __init__(self, params: Sequence[Tensor], rule: str) -> None:
-        self.rule = rule
-        self.buckets = sago.GradientBuckets(params, accumulate_dtype=self.accumulate_dtype)
-
-    def accumulate(self, losses: Losses, backward: Backward) -> None:
+    def step(losses: Losses) -> None:
         for forget, retain in losses:
-            with self.buckets.forget():
-                backward(forget)
-            with self.buckets.retain():
-                backward(retain)
+            with made.forget():
+                forget.backward()
+            with made.retain():
+                retain.backward()
+        made.synthesize_(rule, GAMMA, ALPHA)
 
-    def synthesize(self) -> None:
-        self.buckets.synthesize_(self.rule, GAMMA, ALPHA)
-
-    def zero(self) -> None:
-        self.buckets.zero_()
+    return step, made.zero_
 
 
-class BucketsInFloat32(Buckets):
-    accumulate_dtype = torch.float32
-
-
-class Released:
-    def __init__(self, params: Sequence[Tensor], rule: str) -> None:
-        self.params, self.rule = params, rule
-        self.sums: list[list[Tensor] | None] = [None, None]
-
-    def accumulate(self, losses: Losses, backward: Backward) -> None:
+def by_released(params: Sequence[Tensor], rule: str) -> Contender:
+    def step(losses: Losses) -> None:
+        sums: list[list[Tensor]] = [[], []]
         for pair in losses:
-            for side, loss in enumerate(pair):
-                backward(loss)
-                so_far = self.sums[side]
-                if so_far is None:
-                    self.sums[side] = [p.grad.clone() for p in self.params]
-                else:
-                    for total, p in zip(so_far, self.params, strict=True):
+            for side, loss in zip(sums, pair, strict=True):
+                loss.backward()
+                if side:
+                    for total, p in zip(side, params, strict=True):
                         total.add_(p.grad)
-                _clear(self.params)
-
-    def synthesize(self) -> None:
-        (forget, retain), self.sums = self.sums, [None, None]
-        updates = released(forget, retain, self.rule, GAMMA, ALPHA)
-        for p, update in zip(self.params, updates, strict=True):
+                else:
+                    side += [p.grad.clone() for p in params]
+                _clear(params)
+        for p, update in zip(params, released(*sums, rule, GAMMA, ALPHA), strict=True):
             p.grad = update
 
-    def zero(self) -> None:
-        _clear(self.params)
+    return step, partial(_clear, params)
 
 
-CONTENDERS: dict[str, type[Contender]] = {
-    "summed loss, one backward": OneBackward,
-    "summed loss, two backwards": TwoBackwards,
-    "GradientBuckets": Buckets,
-    "GradientBuckets, float32": BucketsInFloat32,
-    "released": Released,
+SUMMED = {"summed loss, one backward": one_backward, "summed loss, two backwards": two_backwards}
+CONTENDERS: dict[str, Callable[[Sequence[Tensor], str], Contender]] = {
+    **SUMMED,
+    "GradientBuckets": buckets,
+    "GradientBuckets, float32": partial(buckets, dtype=torch.float32),
+    "released": by_released,
 }
 
 
@@ -177,38 +124,35 @@ def run(
     device: str = "cpu",
     micro_batches: int = 2,
 ) -> dict[str, Any]:
-    """Measures every contender; raises `WrongResult` where their updates disagree.
+    """Measures every contender. Raises `WrongResult` where their updates disagree.
 
-    A contender that the device has no memory for has a row without numbers.
+    If the device has too little memory for a contender, its row has no numbers.
     """
     import transformers
 
     batches = make_batches(shape, micro_batches, device)
-    rows, sizes = [], {}
+    rows = []
     for dtype in dtypes:
         model = make_model(shape, dtype, device)
         params = list(model.parameters())
         copy = sum(p.nbytes for p in params)
-        sizes[_name(dtype)] = {
-            "copy_mib": copy / MIB,
-            "largest_tensor_copies": max(p.nbytes for p in params) / copy,
-            "activations_copies": _activations(model, batches, device) / copy,
-        }
         expected: dict[str, tuple[str, list[Tensor]]] = {}
-        for name, rule in tqdm(list(_cases(rules, dtype)), desc=f"memory {_name(dtype)}"):
-            row = dict.fromkeys((*COLUMNS, "ops"))
-            row.update(dtype=_name(dtype), contender=name, rule=rule)
+        for name, rule in tqdm(list(_cases(rules, dtype)), desc=f"memory {dtype_name(dtype)}"):
+            row = dict.fromkeys(COLUMNS)
+            row.update(dtype=dtype_name(dtype), contender=name, rule=rule)
             try:
-                # First, because torch.compile works in it, which is not to be measured.
-                counts = _counts(CONTENDERS[name](params, rule), model, batches)
-                updates = [p.grad.cpu() for p in params]  # a GPU has no room for them
+                # The first two steps are not measured, because torch.compile compiles in them.
+                _steps(CONTENDERS[name], rule, model, batches)
+                updates = [p.grad.cpu() for p in params]  # a GPU may not have the memory to keep them
                 _clear(params)
                 check(name, rule, updates, *expected.setdefault(rule, (name, updates)))
-                found = _peak(CONTENDERS[name], rule, model, batches, device)
-                row.update(peak_mib=found.bytes / MIB, copies=found.bytes / copy, **counts)
+                with peak(device) as found:
+                    kept = _steps(CONTENDERS[name], rule, model, batches)
+                del kept
+                row.update(peak_mib=found.bytes / MIB, copies=found.bytes / copy)
                 row.update(copies_kept=found.kept / copy)
             except torch.OutOfMemoryError:
-                pass  # the row says so
+                pass  # the row has no numbers
             _clear(params)
             rows.append(row)
         elements, tensors = sum(p.numel() for p in params), len(params)
@@ -223,7 +167,6 @@ def run(
         "sequence": SEQUENCE,
         "gamma": GAMMA,
         "alpha": ALPHA,
-        "sizes": sizes,
         "rows": rows,
     }
 
@@ -240,18 +183,18 @@ def make_model(shape: Shape, dtype: torch.dtype, device: str) -> torch.nn.Module
         num_attention_heads=heads,
         num_key_value_heads=max(1, heads // 4),
         use_cache=False,
-        attn_implementation="eager",  # deterministic on a GPU too: updates are compared to the bit
+        attn_implementation="eager",  # deterministic on a GPU, because updates are compared bit for bit
     )
     torch.manual_seed(0)
     with torch.device(device):
         return LlamaForCausalLM(config).to(dtype)
 
 
-def make_batches(shape: Shape, micro_batches: int, device: str) -> list[tuple[Tensor, Tensor]]:
-    """Token ids of a forget and a retain text for every micro-batch.
+def make_batches(shape: Shape, micro_batches: int, device: str) -> Batches:
+    """Returns the token ids of a forget and a retain text for every micro-batch.
 
-    They differ in the last token only, so that the gradients conflict and `pcgrad_global` projects: the
-    released code needs a copy more then.
+    The two texts differ in the last token only. Their gradients therefore conflict, and `pcgrad_global`
+    projects, which takes one more copy in the released code.
     """
     generator = torch.Generator().manual_seed(0)
     texts = torch.randint(shape.vocabulary, (micro_batches, 2, 1, SEQUENCE), generator=generator)
@@ -259,16 +202,14 @@ def make_batches(shape: Shape, micro_batches: int, device: str) -> list[tuple[Te
     return [(forget, retain) for forget, retain in texts.to(device)]
 
 
-def losses(
-    model: torch.nn.Module, batches: Sequence[tuple[Tensor, Tensor]]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The forget loss, a negated likelihood, and the retain loss of each micro-batch, when asked for."""
+def losses(model: torch.nn.Module, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+    """Computes the forget loss, a negated likelihood, and the retain loss of each micro-batch when asked."""
     for forget, retain in batches:
         yield -model(input_ids=forget, labels=forget).loss, model(input_ids=retain, labels=retain).loss
 
 
 class Peak:
-    """Bytes above the level at the start: `bytes` at the highest, `kept` at the end."""
+    """Bytes above the level at the start: `bytes` at the highest point, `kept` at the end."""
 
     bytes = 0
     kept = 0
@@ -276,9 +217,9 @@ class Peak:
 
 @contextmanager
 def peak(device: str = "cpu") -> Iterator[Peak]:
-    """Counts what torch allocates within the block.
+    """Counts the memory that torch allocates inside the block.
 
-    Nothing of before should be freed in it: the profiler of the CPU does not see that, a GPU's count does.
+    Older memory should not be freed inside the block: the profiler of the CPU does not see that, a GPU does.
     """
     found = Peak()
     gc.collect()
@@ -300,134 +241,37 @@ def peak(device: str = "cpu") -> Iterator[Peak]:
     found.bytes, found.kept = max(levels), levels[-1]
 
 
-class Passes(TorchDispatchMode):
-    """Counts the operations that write a tensor of a gradient's size, apart for inside of backwards and out.
-
-    Outside, forwards excepted, these are the copies, additions and fills of an extraction. Inside, only the
-    additions are counted, by autograd or in its place by a hook: the others make the gradients.
-
-    Attributes:
-        outside: Names of operations and how many there were.
-        written, added: Elements that they wrote, outside; and that were added inside.
-    """
-
-    def __init__(self, params: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.shapes = {p.shape for p in params}
-        # An accumulator may be flat, with many parameters in it.
-        self.least = min(p.numel() for p in params if p.dim() > 1)
-        self.outside: Counter[str] = Counter()
-        self.written = self.added = 0
-        self._in_backward = False
-
-    def backward(self, loss: Tensor) -> None:
-        self._in_backward = True
-        try:
-            loss.backward()
-        finally:
-            self._in_backward = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        schema = func._schema
-        given = {**dict(zip((a.name for a in schema.arguments), args, strict=False)), **(kwargs or {})}
-        written: Any = [given.get(a.name) for a in schema.arguments if a.alias_info and a.alias_info.is_write]
-        if not written and not any(r.alias_info for r in schema.returns):  # else it is a view
-            written = result
-        name = schema.name.removeprefix("aten::")
-        elements = sum(t.numel() for t in tree_leaves(written) if self._is_gradient(t))
-        if elements == 0 or name.startswith(("empty", "new_empty")):
-            return result
-        if not self._in_backward:
-            self.outside[name] += 1
-            self.written += elements
-        elif name in ("add", "add_"):
-            self.added += elements
-        return result
-
-    def _is_gradient(self, t: Any) -> bool:
-        return isinstance(t, Tensor) and (t.shape in self.shapes or t.numel() >= self.least)
-
-
 def check(name: str, rule: str, updates: Sequence[Tensor], other: str, right: Sequence[Tensor]) -> None:
     """Raises `WrongResult` unless the updates of the contenders `name` and `other` are the same."""
     dtype = updates[0].dtype
     exact = rule == "sago" and "float32" not in name
     allowed = 0.0 if exact else ROUNDING[dtype]
-    error = difference(updates, right)
-    if not error <= allowed:  # not `>`: a NaN is wrong
+    pairs = [(u.double(), e.double()) for u, e in zip(updates, right, strict=True)]
+    norm = sum(e.square().sum().item() for _, e in pairs)
+    error = (sum((u - e).square().sum().item() for u, e in pairs) / norm) ** 0.5 if norm else float("nan")
+    if not error <= allowed:  # not `>`: a NaN must fail
         raise WrongResult(
-            f"{name} ({_name(dtype)}, {rule}) has not the update of {other}: relative error {error:.1e}, "
-            f"allowed {allowed:.1e}. Nothing is reported."
+            f"{name} ({dtype_name(dtype)}, {rule}) does not have the update of {other}: relative error "
+            f"{error:.1e}, allowed {allowed:.1e}. Nothing is reported."
         )
 
 
-def difference(updates: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-    """The norm of the difference, relative to the norm of what is right."""
-    pairs = list(zip(updates, right, strict=True))
-    error = sum((u.float() - e.float()).square().sum(dtype=torch.float64).item() for u, e in pairs)
-    norm = sum(e.float().square().sum(dtype=torch.float64).item() for _, e in pairs)
-    return float((error / norm) ** 0.5) if norm > 0 else float("nan")
-
-
 def _cases(rules: Sequence[str], dtype: torch.dtype) -> Iterator[tuple[str, str]]:
-    for name, contender in CONTENDERS.items():
-        if contender is BucketsInFloat32 and dtype == torch.float32:
-            continue
-        for rule in ("sum",) if issubclass(contender, _Summed) else rules:
-            yield name, rule
+    for name in CONTENDERS:
+        if dtype_name(dtype) not in name:  # accumulators in the dtype of the gradients are the default
+            for rule in ("sum",) if name in SUMMED else rules:
+                yield name, rule
 
 
-def _peak(
-    make: type[Contender],
-    rule: str,
-    model: torch.nn.Module,
-    batches: Sequence[tuple[Tensor, Tensor]],
-    device: str,
-) -> Peak:
-    """Of the first two steps and of what is made for them."""
-    with peak(device) as found:
-        contender = make(list(model.parameters()), rule)
-        contender.accumulate(losses(model, batches), Tensor.backward)
-        contender.synthesize()
-        contender.zero()
-        contender.accumulate(losses(model, batches), Tensor.backward)
-        contender.synthesize()
-    return found
-
-
-def _counts(
-    contender: Contender, model: torch.nn.Module, batches: Sequence[tuple[Tensor, Tensor]]
-) -> dict[str, Any]:
-    """Of the second step, from the clearing of the first to the synthesis, which is run but not counted."""
-    params = list(model.parameters())
-    contender.accumulate(losses(model, batches), Tensor.backward)
-    contender.synthesize()
-    with Passes(params) as passes:
-        contender.zero()
-        contender.accumulate(losses(model, batches), passes.backward)
-    contender.synthesize()
-    elements = sum(p.numel() for p in params)
-    return {
-        "extra_ops": passes.outside.total(),
-        "extra_passes": passes.written / elements,
-        "adds_in_backward": passes.added / elements,
-        "ops": dict(passes.outside),
-    }
-
-
-def _activations(model: torch.nn.Module, batches: Sequence[tuple[Tensor, Tensor]], device: str) -> int:
-    """Bytes that the two graphs of a micro-batch keep."""
-    with peak(device) as found:
-        kept = next(losses(model, batches))
-    del kept
-    return found.kept
+def _steps(make: Callable[..., Contender], rule: str, model: torch.nn.Module, batches: Batches) -> Contender:
+    """Runs two steps. The contender is returned, because its accumulators count as memory that is kept."""
+    step, zero = make(list(model.parameters()), rule)
+    step(losses(model, batches))
+    zero()
+    step(losses(model, batches))
+    return step, zero
 
 
 def _clear(params: Sequence[Tensor]) -> None:
     for p in params:
         p.grad = None
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

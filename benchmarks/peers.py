@@ -1,7 +1,7 @@
-"""Plain torch code for the same updates, on lists of tensors. The code of the paper is in `benchmarks.released`.
+"""Plain torch code for the same updates, on lists of tensors; `benchmarks.released` has the paper's code.
 
-Each function takes `(forget, retain, gamma, alpha)` and returns the updates. A name that ends in an underscore
-writes them into `retain`. The formula compares the product with 0, which underflows for small gradients.
+Each function takes `(forget, retain, gamma, alpha)` and returns the updates. A function whose name ends in an
+underscore writes them into `retain`. The formula compares a product with 0, which may underflow.
 """
 
 from __future__ import annotations

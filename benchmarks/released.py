@@ -23,27 +23,14 @@ def released(
 ) -> list[Tensor]:
     """Returns the updates of `rule`, as new tensors, by the operations of the released code.
 
-    The rules `sum`, `sago`, `sago_prefer_retain` and `pcgrad` work tensor by tensor. Each computes a conflict
-    mask from two sign tensors, although only two of the rules use it. Then
+    It is deliberately not improved. The rules of tensor scope compute a conflict mask for each tensor,
+    although only two of them use it. Accesses through a boolean index, and `.item()`, wait for the device.
 
-    - `sum` scales both gradients and adds them;
-    - `sago` inverts the mask, fills a result with zeros, and for each branch reads and writes through a boolean
-      index. Each such access waits for the device, because it needs the number of set elements;
-    - `sago_prefer_retain` does the same, with two reads and an addition in the branch without conflict;
-    - `pcgrad` sums a product, and reads the sign with `.item()`, which waits for the device once for each
-      tensor. Where the sign is negative it sums a second product, adds 1e-10 to the squared norm, scales and
-      subtracts. Then it continues as `sum`.
+    Args:
+        forget, retain: Tensors, pairwise of one shape and dtype. Neither is modified.
 
-    The other rules work over all tensors, without a mask:
-
-    - `pcgrad_global` sums products in a Python loop into a float32 scalar, and reads its sign with `.item()`.
-      Where the sign is negative, a second loop computes the squared norm of retain, plus 1e-10, and each forget
-      gradient is projected. Then it continues as `sum`;
-    - `blur` runs both loops, adds 1e-10 to the squared norm of forget, and projects each retain gradient for
-      either sign. Then it continues as `sum`.
-
-    The function is deliberately not improved. `forget` and `retain` hold tensors pairwise of one shape and
-    dtype. Neither is modified. Raises `ValueError` for an unknown rule.
+    Raises:
+        ValueError: For an unknown rule.
     """
     if rule not in RULES:
         raise ValueError(f"Parameter `rule` should be one of {', '.join(RULES)}. Found {rule!r}.")

@@ -1,12 +1,12 @@
 """Times syntheses beside their peers, on the same memory in the same run, on the CPU or a GPU.
 
-Every contender is first compared with `sago.reference`. A contender with a wrong update has a note in the place
-of a time. Then each round calls every contender once, on retain gradients that were written again.
+Every contender is first compared with `sago.reference`. A contender with a wrong update has a note in the
+place of a time. Then each round calls every contender once, on retain gradients that were written again.
 
-`gb_s` divides the least bytes of the rule by the time: 3 passes over a gradient for an elementwise rule (read f,
-read r, write the update), 5 for a rule with inner products. `of_triad` divides that by the bandwidth of
-`torch.add(f, r, out=r)` on the same flat buffers in the same run. `first_s` is the time of the first call with
-everything that it prepares, such as compilation. torch.compile starts with an empty cache.
+`gb_s` divides the least bytes of the rule by the time: 3 passes over a gradient for an elementwise rule (it
+reads f, reads r and writes the update), 5 for a rule with inner products. `of_triad` divides that by the
+bandwidth of `torch.add(f, r, out=r)` on the same flat buffers in the same run. `first_s` is the time of the
+first call with everything that it prepares. torch.compile starts with an empty cache.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from benchmarks import timing
 from benchmarks.contenders import CEILING, ENTRIES, Contender, ceiling, others, ours
-from benchmarks.gradients import ALPHA, GAMMA, Gradients, Prepared, Tensors, WrongResult
+from benchmarks.gradients import ALPHA, GAMMA, Gradients, Prepared, WrongResult
 from benchmarks.measure import origin, percentile
 from benchmarks.released import RULES
 from benchmarks.workloads import SIZES, WORKLOADS, Shapes, elements, shrink
@@ -48,10 +49,10 @@ def cases(
     rules: Sequence[str] | None = None,
     dtypes: Sequence[str] | None = None,
 ) -> Iterator[Case]:
-    """Yields the cases of the named lists, rules and dtypes.
+    """Yields the cases of the named lists, rules and dtypes. Three lists and the flat tensors have peers.
 
-    By default every list is timed in bfloat16 with `sago` and `pcgrad`, and llama-3.2-1b in both dtypes and
-    with every rule. Three lists and the flat tensors have peers.
+    By default lists are timed in bfloat16 with `sago` and `pcgrad`, and llama-3.2-1b in both dtypes and with
+    every rule.
     """
     for workload in workloads or [*WORKLOADS, *SIZES]:
         for dtype in dtypes or (DTYPES if workload == "llama-3.2-1b" else DTYPES[:1]):
@@ -124,7 +125,7 @@ def measure(case: Case, shapes: Shapes, device: str, repeats: int, seconds: floa
         try:
             with _fresh_cache() if contender.compiles else nullcontext():
                 prepared, row["first_s"] = first(contender, gradients)
-        except Exception as error:  # compilers and peers may raise anything, and the other rows are still useful
+        except Exception as error:  # compilers and peers may raise anything
             row["note"] = _note(error)
         else:
             ready.append((contender, row, prepared))
@@ -148,6 +149,8 @@ def first(contender: Contender, gradients: Gradients) -> tuple[Prepared, float]:
 
     Raises `WrongResult` if an update of the first or second call is wrong.
     """
+    check = partial(gradients.check, contender.label, contender.rule)
+    tolerance = contender.tolerance[gradients.dtype]
     start = time.perf_counter()
     prepared = contender.prepare(gradients)
     prepared.restore()
@@ -155,15 +158,11 @@ def first(contender: Contender, gradients: Gradients) -> tuple[Prepared, float]:
     if gradients.device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    _check(contender, gradients, updates)
+    check(updates, tolerance)
     del updates  # a GPU may not have the memory to hold them twice
     prepared.restore()
-    _check(contender, gradients, prepared.run())  # a second call may take another path than the first
+    check(prepared.run(), tolerance)  # a second call may take another path than the first
     return prepared, seconds
-
-
-def _check(contender: Contender, gradients: Gradients, updates: Tensors) -> None:
-    gradients.check(contender.label, contender.rule, updates, contender.tolerance[gradients.dtype])
 
 
 def _fresh_cache() -> AbstractContextManager[Any]:
@@ -174,9 +173,8 @@ def _fresh_cache() -> AbstractContextManager[Any]:
 
 def _row(case: Case, contender: Contender) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys((*COLUMNS, "rounds"))
-    row.update(workload=case.workload, dtype=case.dtype, contender=contender.name, rule=contender.rule)
-    row.update(stats=contender.stats, mode=contender.mode, in_place=contender.in_place)
-    return row
+    row.update({name: getattr(contender, name) for name in ("label", "rule", "stats", "mode", "in_place")})
+    return {**row, "workload": case.workload, "dtype": case.dtype, "contender": contender.name}
 
 
 def _times(
@@ -210,77 +208,40 @@ def _collect(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-class Row(NamedTuple):
-    """The labels of a row, in bfloat16."""
-
-    workload: str = "llama-3-8b"
-    rule: str = "sago"
-    stats: bool | None = True
-    contender: str = "sago.synthesize_"
-    mode: str = "eager"
-
-
-class Target(NamedTuple):
-    """A bound on `(field - allow) / over`, where `over` is the time of another row.
-
-    Attributes:
-        most: Whether the quotient should be at most the bound. Otherwise it should be at least the bound.
-    """
-
-    text: str
-    row: Row
-    bound: float
-    most: bool = True
-    field: str = "ms"
-    over: Row | None = None
-    allow: float = 0.0
-
-
-_SAGO, _PCGRAD = Row(), Row(rule="pcgrad")
-_LORA, _COPY = Row("lora", stats=False), Row("lora", "add", None, CEILING)
-# The aims of the project for a GPU. The time of `torch.add` stands for the time of the bytes.
+# The aims of the project for a GPU, in bfloat16: a row, its field, the milliseconds to subtract, a row whose
+# `ms` divides, and the bound.
+SAGO, PCGRAD = (f"llama-3-8b sago.synthesize_ {rule}, statistics" for rule in ("sago", "pcgrad"))
+LORA, COPY = "lora sago.synthesize_ sago, no statistics", f"lora {CEILING} add"
 TARGETS = (
-    Target("sago: of the triad", _SAGO, 0.92, False, "of_triad"),
-    Target("pcgrad over sago", _PCGRAD, 1.67, over=_SAGO),
-    Target("sago over released", _SAGO, 1 / 20, over=Row(stats=None, contender="released")),
-    Target("pcgrad over released", _PCGRAD, 1 / 5, over=Row(rule="pcgrad", stats=None, contender="released")),
-    Target(
-        "sago over torch.compile, 2^30",
-        Row("2^30", stats=False),
-        1.02,
-        over=Row("2^30", stats=None, contender="torch.compile, flat"),
-    ),
-    Target(
-        "sago over torch.compile, lora",
-        _LORA,
-        1 / 3,
-        over=Row("lora", stats=None, contender="torch.compile, list"),
-    ),
-    Target("sago, lora: wall_ms - 0.03 over torch.add", _LORA, 1.15, True, "wall_ms", _COPY, 0.03),
-    Target("sago, lora, graph: ms - 0.005 over torch.add", _LORA._replace(mode="graph"), 1.10, True, "ms", _COPY, 0.005),
-    Target("sago: host_us", _SAGO, 110, field="host_us"),
-    Target("sago.Plan: host_us", Row(contender="sago.Plan"), 15, field="host_us"),
-    Target("sago.GradientBuckets: host_us", Row(contender="sago.GradientBuckets"), 150, field="host_us"),
+    (SAGO, "of_triad", 0.0, None, ">=", 0.92),
+    (PCGRAD, "ms", 0.0, SAGO, "<=", 1.67),
+    (SAGO, "ms", 0.0, "llama-3-8b released sago", "<=", 1 / 20),
+    (PCGRAD, "ms", 0.0, "llama-3-8b released pcgrad", "<=", 1 / 5),
+    ("2^30 sago.synthesize_ sago, no statistics", "ms", 0.0, "2^30 torch.compile, flat sago", "<=", 1.02),
+    (LORA, "ms", 0.0, "lora torch.compile, list sago", "<=", 1 / 3),
+    (LORA, "wall_ms", 0.03, COPY, "<=", 1.15),
+    (f"{LORA}, graph", "ms", 0.005, COPY, "<=", 1.10),
+    (SAGO, "host_us", 0.0, None, "<=", 110),
+    ("llama-3-8b sago.Plan sago, statistics", "host_us", 0.0, None, "<=", 15),
+    ("llama-3-8b sago.GradientBuckets sago, statistics", "host_us", 0.0, None, "<=", 150),
 )
 
 
 def targets(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Returns the targets for which these rows have the numbers, and whether they are met."""
+    named = {f"{row['workload']} {row['label']}": row for row in rows if row["dtype"] == "bfloat16"}
     found = []
-    for target in TARGETS:
-        value = _value(rows, target.field, target.row)
-        over = 1.0 if target.over is None else _value(rows, "ms", target.over)
-        if value is not None and over is not None:
-            value = (value - target.allow) / over
-            met = value <= target.bound if target.most else value >= target.bound
-            bound = f"{'<=' if target.most else '>='} {target.bound:.3g}"
-            found.append({"target": target.text, "bound": bound, "found": value, "met": met})
+    for name, field, allow, over, sense, bound in TARGETS:
+        value = named.get(name, {}).get(field)
+        by = 1.0 if over is None else named.get(over, {}).get("ms")
+        if value is not None and by is not None:
+            value = (value - allow) / by
+            row = {
+                "target": name,
+                "field": field,
+                "allow": allow,
+                "over": over,
+                "bound": f"{sense} {bound:.3g}",
+            }
+            found.append({**row, "found": value, "met": value <= bound if sense == "<=" else value >= bound})
     return found
-
-
-def _value(rows: Sequence[Mapping[str, Any]], field: str, labels: Row) -> float | None:
-    for row in rows:
-        if row["dtype"] == "bfloat16" and all(row[name] == x for name, x in labels._asdict().items()):
-            value: float | None = row[field]
-            return value
-    return None

@@ -42,7 +42,7 @@ class Clock:
         """Fills the L2 cache with other memory, and waits for the device."""
         if self._cuda:
             self._other.zero_()
-            torch.cuda.synchronize()
+            self.wait()
 
     def wait(self) -> None:
         if self._cuda:
@@ -54,7 +54,7 @@ class Clock:
         start = time.perf_counter()
         prepared.run()
         self.wait()
-        wall = _since(start)
+        wall = 1e3 * (time.perf_counter() - start)
         if not self._cuda:
             return Sample(wall)
 
@@ -65,15 +65,10 @@ class Clock:
         begin.record()
         start = time.perf_counter()
         prepared.run()
-        host = _since(start)
+        host = 1e3 * (time.perf_counter() - start)
         end.record()
         self.wait()
         return Sample(begin.elapsed_time(end), wall, host)
-
-
-def _since(start: float) -> float:
-    """Returns the milliseconds since `start`."""
-    return 1e3 * (time.perf_counter() - start)
 
 
 def rounds(
@@ -99,4 +94,3 @@ def rounds(
                 errors[i] = error.with_traceback(None)  # the frames hold the memory that it had allocated
             spent[i] += time.perf_counter() - start
     return samples, errors
-

@@ -48,10 +48,6 @@ def lora(m: Decoder, rank: int) -> Shapes:
     return [s for rows, columns in linears(m) for s in ((rank, columns), (rows, rank))] * m.layers
 
 
-def down_projections(m: Decoder, layers: int) -> Shapes:
-    return [(m.hidden, m.mlp)] * layers
-
-
 LEAST = 16  # of a dimension that was shrunk: inner products of fewer elements have any sign
 
 WORKLOADS: dict[str, Shapes] = {
@@ -60,7 +56,7 @@ WORKLOADS: dict[str, Shapes] = {
     "zephyr-7b": decoder(ZEPHYR_7B, linears(ZEPHYR_7B)),
     "llama-3.2-1b": decoder(LLAMA_3_2_1B, linears(LLAMA_3_2_1B), tied=True),
     "phi-3-mini": decoder(PHI_3_MINI, fused_linears(PHI_3_MINI)),
-    "rmu": down_projections(ZEPHYR_7B, 3),  # of layers 5, 6 and 7
+    "rmu": [(ZEPHYR_7B.hidden, ZEPHYR_7B.mlp)] * 3,  # the down projections of layers 5, 6 and 7
     "lora": lora(LLAMA_3_8B, 16),
     "tiny": [(64 + 1237 * i % 4033,) for i in range(2000)],  # from 64 to 4096 elements
 }

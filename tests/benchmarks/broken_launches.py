@@ -1,23 +1,12 @@
-"""Launches that are wrong on purpose, inspected as the shipped ones are; prints their rows as JSON.
+"""Compiles launches that are wrong on purpose, and prints their rows as JSON.
 
-A script, because nothing compiles in the process of the tests: Triton's interpreter is on there.
+The script runs in a process of its own, because Triton's interpreter is on in the process of the tests.
 """
 
 import json
 import sys
-from importlib import import_module
-
-import triton
-import triton.language as tl
 
 from benchmarks import compile
-
-stream = import_module("sago.kernels.stream")
-
-
-@triton.jit
-def hint_ahead_of_the_cast(address, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    return tl.multiple_of(address, 16).to(tl.pointer_type(DTYPE)) + start
 
 
 def find(arch: str, dtype: str, **labels: object) -> compile.Launch:
@@ -38,13 +27,5 @@ def inspected(arch: str) -> dict[str, dict]:
     return {name: compile.inspect(launch, arch) for name, launch in variants.items()}
 
 
-def inspected_unhinted(arch: str) -> dict[str, dict]:
-    # In a process of its own: kernels remember what they were compiled from.
-    stream.pointer = hint_ahead_of_the_cast
-    launch = find(arch, "bf16", kernel="combine", rule="sum", sums=0)
-    return {"hint ahead of the cast": compile.inspect(launch, arch)}
-
-
 if __name__ == "__main__":
-    inspect = inspected_unhinted if sys.argv[1] == "unhinted" else inspected
-    print(json.dumps({arch: inspect(arch) for arch in sys.argv[2:]}))
+    print(json.dumps({arch: inspected(arch) for arch in sys.argv[1:]}))

@@ -1,4 +1,4 @@
-"""The order, the time limits and the summary of benchmarks/gpu.sh, with stubs for everything that it runs."""
+"""The order, the time limits and the summary of benchmarks/gpu.sh, with stubs for its programs."""
 
 import os
 import re
@@ -17,12 +17,12 @@ case "$*" in
 esac
 exit 0
 """
-STEPS = ["install", "nvidia-smi", "environment", "speed", "tests", "memory", "memcheck", "racecheck"]
+STEPS = ["install", "nvidia-smi", "environment", "tests", "memcheck", "racecheck", "speed", "sweep", "memory"]
 
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs the script; returns its exit status, the summary's lines by step and the calls of stubs."""
+    """Runs the script, and returns its exit status, the summary by step and the calls of stubs."""
     stubs = tmp_path / "stubs"
     stubs.mkdir()
 
@@ -61,15 +61,16 @@ def test_all_steps_in_order(run, tmp_path):
         "python -m pip install -e . --no-deps --no-build-isolation",
         "nvidia-smi ",
         "python -m sago",
-        f"python -m benchmarks speed --device cuda --suite quick --json {out}",
         "python -m pytest -m gpu -q -p no:cacheprovider --maxfail=20",
-        f"python -m benchmarks memory --device cuda --json {out}",
         *(
             f"compute-sanitizer --tool {tool} --error-exitcode 99 python -m benchmarks sanitize"
             for tool in ("memcheck", "racecheck")
         ),
+        f"python -m benchmarks speed --device cuda --json {out}",
+        f"python -m benchmarks sweep --json {out}",
+        f"python -m benchmarks memory --device cuda --json {out}",
     ]
-    assert (out / "tests.log").read_text() == f"output of {calls[4].removeprefix('python ')}\n"
+    assert (out / "tests.log").read_text() == f"output of {calls[3].removeprefix('python ')}\n"
     assert sorted(p.name for p in out.iterdir()) == sorted(
         [*(f"{step}.log" for step in STEPS), "summary.txt"]
     )
@@ -91,8 +92,8 @@ def test_a_step_that_hangs_is_ended(run):
     assert status == 1
     assert len(calls) == len(STEPS)
     assert " exit 124 " in lines["memory"]
-    assert lines["memory"].endswith("out of time after 0.350 s")
-    assert lines["memcheck"].endswith("ok")
+    assert lines["memory"].endswith("out of time after 0.300 s")
+    assert lines["sweep"].endswith("ok")
 
 
 def test_without_the_sanitizer(run):
@@ -109,13 +110,13 @@ def test_without_a_gpu(run):
     assert lines["speed"].endswith("ok")
 
 
-def test_the_shares_are_no_more_than_all():
+def test_the_shares_add_up_to_at_most_100_percent():
     shares = re.findall(r"^(?:step|sanitizer) [\w-]+ (\d+)", SCRIPT.read_text(), re.MULTILINE)
     assert len(shares) == len(STEPS)
     assert sum(map(int, shares)) <= 100
 
 
-def test_arguments_are_asked_for(tmp_path):
+def test_arguments_are_required(tmp_path):
     done = subprocess.run(["bash", str(SCRIPT)], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert "usage" in done.stderr

@@ -1,4 +1,4 @@
-"""The data of the benchmarks: what it is, that it is restored, and that what is wrong is seen. No timings."""
+"""The timed gradients conflict and are restored, and a wrong update is detected."""
 
 import pytest
 import torch
@@ -36,16 +36,10 @@ def test_tensors_conflict_and_differ(pairs):
     f, r = (torch.cat([t.view(-1) for t in side]).float() for side in (pairs.forget, pairs.retain))
     assert 0.55 < (f * r < 0).float().mean() < 0.7
     assert -0.4 < torch.nn.functional.cosine_similarity(f, r, dim=0) < -0.2
-    starts = [t.view(-1)[0].item() for t in pairs.retain]
-    assert len(set(starts)) == len(SHAPES)
+    assert len({t.view(-1)[0].item() for t in pairs.retain}) == len(SHAPES)
 
 
-def test_two_lists_are_the_same(pairs, dtype):
-    other = Gradients(SHAPES, dtype, "cpu")
-    assert all(map(torch.equal, pairs.forget + pairs.retain, other.forget + other.retain))
-
-
-def test_restored_is_as_at_the_start(pairs):
+def test_gradients_are_restored(pairs, dtype):
     before = [t.clone() for t in pairs.forget + pairs.retain]
     for t in pairs.retain:
         t.fill_(torch.nan)
@@ -54,22 +48,20 @@ def test_restored_is_as_at_the_start(pairs):
     pairs.buckets.synthesize_("sago", GAMMA, ALPHA)
     pairs.restore_buckets()
     assert all(map(torch.equal, pairs.forget + pairs.retain, before))
-    pairs.buckets.synthesize_("sago", GAMMA, ALPHA)
+    other = Gradients(SHAPES, dtype, "cpu")
+    assert all(map(torch.equal, other.forget + other.retain, before))
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_the_synthesis_is_right(pairs, dtype, rule):
+def test_a_right_update_passes(pairs, dtype, rule):
     tolerance = 0.0 if rule in RULES[:3] else STEP[dtype]
     sago.synthesize_(pairs.forget, pairs.retain, rule, GAMMA, ALPHA)
     pairs.check("sago", rule, pairs.retain, tolerance)
-    pairs.restore_buckets()
-    pairs.buckets.synthesize_(rule, GAMMA, ALPHA)
-    pairs.check("buckets", rule, [p.grad for p in pairs.params], tolerance)
 
 
 @pytest.mark.parametrize("wrong", ["other weights", "not written", "one element", "nan"])
 @pytest.mark.parametrize("rule", RULES)
-def test_a_wrong_update_is_seen(pairs, dtype, rule, wrong):
+def test_a_wrong_update_is_detected(pairs, dtype, rule, wrong):
     weights = (ALPHA, GAMMA) if wrong == "other weights" else (GAMMA, ALPHA)
     updates, _ = sago.synthesize(pairs.forget, pairs.retain, rule, *weights)
     if wrong == "not written":
@@ -80,7 +72,7 @@ def test_a_wrong_update_is_seen(pairs, dtype, rule, wrong):
         pairs.check("made wrong", rule, updates, STEP[dtype])
 
 
-def test_the_sum_of_the_yardstick(pairs):
+def test_the_sum_of_torch_add(pairs):
     pairs.check("add", "add", [f + r for f, r in zip(pairs.forget, pairs.retain, strict=True)], 0.0)
     with pytest.raises(WrongResult):
         pairs.check("add", "add", pairs.retain, 0.0)

@@ -1,4 +1,4 @@
-"""Records say where they come from; one that was taken with other sources is warned of."""
+"""Records name their sources, and a record that was taken with other sources makes a warning."""
 
 import json
 import warnings
@@ -15,13 +15,13 @@ RECORDS = sorted((ROOT / "benchmarks/results").glob("*.json"))
 @pytest.mark.filterwarnings("default::benchmarks.measure.StaleRecord")
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
 def test_a_record_belongs_to_the_sources(path):
-    """No failure: a record is taken where its device is."""
+    """A warning and no failure, because a record can only be taken where its device is."""
     warn_if_stale(path)
 
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """Two sources, and a record of a GPU that was taken with them."""
+    """A repository with two sources, and a record of a GPU that was taken with them."""
     monkeypatch.setattr(measure, "ROOT", tmp_path)
     (tmp_path / "kernels/triton").mkdir(parents=True)
     (tmp_path / "kernels/triton/gram.py").write_text("x = 1\n")
@@ -40,13 +40,13 @@ def stale(folder):
     return [str(w.message) for w in found]
 
 
-def test_the_sources_that_it_was_taken_with(repository):
+def test_the_same_sources(repository):
     (repository / "kernels/triton/notes.txt").write_text("no source")
     (repository / "other.py").write_text("z = 1\n")
     assert stale(repository) == []
 
 
-@pytest.mark.parametrize("change", ["text", "name", "more", "the single file"])
+@pytest.mark.parametrize("change", ["text", "name", "more", "the single file", "deleted"])
 def test_other_sources(repository, change):
     file = repository / "kernels/triton/gram.py"
     if change == "text":
@@ -55,13 +55,15 @@ def test_other_sources(repository, change):
         file.rename(repository / "kernels/triton/other.py")
     elif change == "more":
         (repository / "kernels/triton/combine.py").write_text("")
+    elif change == "deleted":
+        (repository / "rules.py").unlink()
     else:
         (repository / "rules.py").write_text("y = 2\n")
     (message,) = stale(repository)
     assert message.startswith("nvidia-h100-80gb-hbm3.json was taken with other sources (kernels, rules.py)")
 
 
-def test_a_record_that_does_not_say_its_sources(repository):
+def test_a_record_that_does_not_name_its_sources(repository):
     file = repository / "nvidia-h100-80gb-hbm3.json"
     record = json.loads(file.read_text())
     del record["sources"]

@@ -1,4 +1,4 @@
-"""The peer has to do what the released code does, at the magnitudes where its epsilon shows too."""
+"""The peer does what the released code does, also at the magnitudes where its epsilon has an effect."""
 
 import pytest
 import torch
@@ -53,17 +53,12 @@ def assert_close(updates: list[Tensor], expected: list[list[float]], scale: floa
         assert (update.double() - right).abs().max() <= relative * scale
 
 
-def test_the_example_holds_both_cases():
-    assert dot(FORGET[0], RETAIN[0]) < 0 < dot(FORGET[1], RETAIN[1])
-    assert sum(dot(f, r) for f, r in zip(FORGET, RETAIN, strict=True)) < 0
-
-
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("scale", [1.0, 1e-5, 1e-8])
 def test_float64_against_the_formula(rule, scale):
     updates = released(tensors(FORGET, scale), tensors(RETAIN, scale), rule, GAMMA, ALPHA)
-    # The inner products over all tensors are accumulated in float32 there, in float64 elsewhere. They add 8
-    # terms, and coefficients below 3 multiply elements up to 4.
+    # These rules accumulate the inner products in float32, the others in float64. The products add 8 terms,
+    # and coefficients below 3 multiply elements up to 4.
     dtype = torch.float32 if rule in ("pcgrad_global", "blur") else torch.float64
     relative = 12 * rounding_error(8, dtype)
     assert_close(updates, by_hand(rule, scale), scale, relative)
@@ -74,20 +69,8 @@ def test_float64_against_the_formula(rule, scale):
 def test_lower_precision_keeps_the_dtype(rule, dtype):
     updates = released(tensors(FORGET, dtype=dtype), tensors(RETAIN, dtype=dtype), rule, GAMMA, ALPHA)
     assert all(u.dtype == dtype for u in updates)
-    # 8: the largest element of an update. Two sums are rounded, a quotient, two products and the update.
+    # The largest element of an update is 8. Two sums, a quotient, two products and the update are rounded.
     assert_close(updates, by_hand(rule), 8.0, rounding_error(6, dtype))
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_without_conflict_nothing_is_projected_but_by_blur(rule):
-    forget, retain = tensors([[1.0, 2.0]]), tensors([[3.0, 0.5]])
-    (update,) = released(forget, retain, rule, GAMMA, ALPHA)
-    f, r = forget[0], retain[0]
-    expected = GAMMA * f if rule == "sago" else GAMMA * f + ALPHA * r
-    if rule == "blur":
-        expected = GAMMA * f + ALPHA * (r - (f @ r) / (f @ f) * f)
-    # blur's products over all tensors are accumulated in float32 there, of which these are exact but for k.
-    torch.testing.assert_close(update, expected, rtol=rounding_error(8, torch.float32), atol=0)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -99,26 +82,6 @@ def test_inputs_are_untouched(rule):
     assert not pointers & {u.data_ptr() for u in updates}
 
 
-def test_the_epsilon_switches_the_projection_off():
-    forget, retain = tensors([[1e-8, 0.0]]), tensors([[-1e-8, 1e-8]])
-    (update,) = released(forget, retain, "pcgrad")
-    assert (
-        update - (forget[0] + retain[0])
-    ).abs().max() < 1e-5 * 1e-8  # the projection would move it by 5e-9
-
-
-def test_the_mask_compares_signs():
-    # A product of these underflows to 0 and would see no conflict.
-    forget, retain = (tensors([[x]], dtype=torch.float32) for x in (1e-30, -1e-30))
-    (update,) = released(forget, retain, "sago")
-    assert torch.equal(update, retain[0])
-
-
 def test_an_unknown_rule_is_refused():
     with pytest.raises(ValueError, match=r"`rule`.*Found 'sagp'"):
         released(tensors(FORGET), tensors(RETAIN), "sagp")
-
-
-def test_lists_of_different_lengths_are_refused():
-    with pytest.raises(ValueError, match="shorter"):
-        released(tensors(FORGET), tensors(RETAIN)[:1], "sum")

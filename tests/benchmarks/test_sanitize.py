@@ -1,4 +1,4 @@
-"""The small case for compute-sanitizer: that it runs, and that it sees a wrong update."""
+"""The small case for compute-sanitizer runs, and detects a wrong update."""
 
 import pytest
 
@@ -9,11 +9,7 @@ from benchmarks.__main__ import main
 SIZES = (1, 7, 300)
 
 
-def test_all_syntheses_are_right():
-    assert sanitize.run("cpu", SIZES) == 24
-
-
-def test_unaligned_tensors_and_absent_sides_are_among_them(monkeypatch):
+def test_all_syntheses_are_right_with_unaligned_tensors_and_missing_gradients(monkeypatch):
     seen = []
     real = sago.synthesize_
 
@@ -22,18 +18,16 @@ def test_unaligned_tensors_and_absent_sides_are_among_them(monkeypatch):
         return real(forget, retain, *arguments, **options)
 
     monkeypatch.setattr(sago, "synthesize_", watch)
-    sanitize.run("cpu", SIZES)
+    assert sanitize.run("cpu", SIZES) == len(seen) == 24
     assert set(seen) == {(True, True), (True, False)}
 
 
 def test_a_wrong_update_ends_the_command(monkeypatch, capsys):
-    def idle(forget, retain, *arguments, **options):
-        pass
-
-    monkeypatch.setattr(sago, "synthesize_", idle)
-    with pytest.raises(RuntimeError, match=r"sago of \(1,\) torch.bfloat16 is not"):
-        main(["sanitize", "--device", "cpu"])
-    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(sago, "synthesize_", lambda forget, retain, *arguments, **options: None)
+    assert main(["sanitize", "--device", "cpu"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "sago of (1,) torch.bfloat16 is not" in printed.err
 
 
 @pytest.mark.gpu

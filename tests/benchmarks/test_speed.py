@@ -1,4 +1,4 @@
-"""The cases, rows and targets of the speed benchmark, and what becomes of the wrong and the failing."""
+"""The cases, rows and targets of the speed benchmark, and its notes for wrong and failing contenders."""
 
 import json
 
@@ -7,11 +7,11 @@ import torch
 
 from benchmarks import speed, timing
 from benchmarks.__main__ import main
-from benchmarks.contenders import EXACT, ceiling, ours, peer
+from benchmarks.contenders import ceiling, ours, peer
 from benchmarks.gradients import Prepared
 from benchmarks.peers import where
 from benchmarks.released import RULES
-from benchmarks.workloads import SWEEP, WORKLOADS
+from benchmarks.workloads import SIZES, WORKLOADS
 
 LIST, FEW = "llama-3.2-1b", "rmu"
 SMALL = ["speed", "--workload", LIST, FEW, "--rule", "sago", "pcgrad", "--dtype", "bfloat16"]
@@ -22,39 +22,27 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def cases():
-    return {(c.workload, c.dtype): c.contenders for c in speed.cases("quick", cuda=True)}
+    return {(c.workload, c.dtype): c.contenders for c in speed.cases(cuda=True)}
 
 
-def test_quick_has_every_list_and_some_of_the_sweep(cases):
-    assert {name for name, _ in cases} >= set(WORKLOADS)
-    assert {"2^14", "2^30"} <= {name for name, _ in cases} < {*WORKLOADS, *SWEEP}
+def test_every_list_is_timed(cases):
+    assert {name for name, _ in cases} == {*WORKLOADS, *SIZES}
     for found in cases.values():
         assert {("sago", True), ("sago", False), ("pcgrad", True)} <= {(c.rule, c.stats) for c in found}
         assert [c.name for c in found[:2]] == [c.name for c in ceiling()]
         assert len({c.label for c in found}) == len(found)
 
 
-def test_quick_has_peers_on_three_lists_and_every_rule_on_one(cases):
+def test_three_lists_have_peers_and_one_has_every_rule(cases):
     for (name, _), found in cases.items():
         assert ("released" in {c.name for c in found}) == (name in speed.WITH_PEERS)
     assert {c.rule for c in cases["llama-3.2-1b", "bfloat16"]} == {"add", *RULES}
     assert "torch.compile, list" in {c.name for c in cases["lora", "bfloat16"]}
 
 
-def test_full_has_everything():
-    full = {(c.workload, c.dtype): c.contenders for c in speed.cases("full", cuda=True)}
-    assert list(full) == [(w, d) for w in (*WORKLOADS, *SWEEP) for d in speed.DTYPES]
-    for (name, _), found in full.items():
-        assert {c.rule for c in found} == {"add", *RULES}
-        assert {(c.stats, c.mode) for c in found if c.name.startswith("sago.")} == {
-            (stats, mode) for stats in (True, False) for mode in ("eager", "graph")
-        }
-        assert ("released" in {c.name for c in found}) == (name in WORKLOADS)
-
-
 def test_names_select():
-    found = list(speed.cases("quick", False, ["rmu", "2^16"], ["blur"], ["float32"]))
-    assert [(c.workload, c.dtype) for c in found] == [("rmu", "float32"), ("2^16", "float32")]
+    found = list(speed.cases(False, ["rmu", "2^18"], ["blur"], ["float32"]))
+    assert [(c.workload, c.dtype) for c in found] == [("rmu", "float32"), ("2^18", "float32")]
     assert {c.rule for case in found for c in case.contenders} == {"add", "blur"}
     assert {c.mode for case in found for c in case.contenders} == {"eager"}
 
@@ -83,10 +71,8 @@ def test_rows_hold_what_the_table_shows(record):
     assert [(row["workload"], row["of_triad"]) for row in triads] == [(LIST, 1.0), (FEW, 1.0)]
 
 
-def test_the_record_says_where_it_comes_from(record):
-    origin = ("device", "cpu", "threads", "torch", "python", "date", "sources", "source", "suite")
-    assert all(record[key] for key in origin)
-    assert record["targets"] == [], "they are for a GPU and whole lists"
+def test_lists_are_shrunk_and_have_no_targets_then(record):
+    assert record["targets"] == []
     assert record["workloads"][LIST]["tensors"] == 146
     assert record["workloads"][LIST]["elements"] <= 50_000
 
@@ -111,8 +97,8 @@ def wrong(forget, retain, gamma, alpha):
         (wrong, "wrong: made up sago (bfloat16) is not `sago` of sago.reference", 1),
     ],
 )
-def test_what_fails_has_a_note_and_no_time(update, note, status, monkeypatch, tmp_path, capsys):
-    made_up = peer("made up", "sago", update, EXACT, in_place=False)
+def test_a_failure_has_a_note_and_no_time(update, note, status, monkeypatch, tmp_path, capsys):
+    made_up = peer("made up", "sago", update, in_place=False)
     case = speed.Case(FEW, "bfloat16", [*ceiling(), made_up, ours("sago", False)])
     monkeypatch.setattr(speed, "cases", lambda *arguments: [case])
     assert main([*SMALL, "--json", str(tmp_path)]) == status
@@ -124,7 +110,7 @@ def test_what_fails_has_a_note_and_no_time(update, note, status, monkeypatch, tm
     assert note in capsys.readouterr().out
 
 
-def test_who_fails_in_a_round_is_called_no_more():
+def test_a_contender_that_fails_in_a_round_is_not_called_again():
     calls = []
 
     def fail():
@@ -140,7 +126,7 @@ def test_who_fails_in_a_round_is_called_no_more():
     assert list(errors) == [0]
 
 
-def test_who_has_spent_its_time_has_five_samples():
+def test_a_contender_that_has_spent_its_time_has_five_samples():
     prepared = Prepared(list, lambda: None)
     clock = timing.Clock(torch.device("cpu"))
     samples, _ = timing.rounds([prepared], clock, 9, 0.0, "test")
@@ -149,7 +135,7 @@ def test_who_has_spent_its_time_has_five_samples():
     assert len(samples[0]) == 9
 
 
-def test_what_was_timed_is_kept_when_a_run_is_cut_off(monkeypatch, tmp_path):
+def test_rows_are_kept_when_a_run_is_interrupted(monkeypatch, tmp_path):
     def cut(case, *arguments):
         if case.workload == FEW:
             raise KeyboardInterrupt
@@ -161,49 +147,38 @@ def test_what_was_timed_is_kept_when_a_run_is_cut_off(monkeypatch, tmp_path):
     assert [row["workload"] for row in json.loads((tmp_path / "record.json").read_text())["rows"]] == [LIST]
 
 
-def test_percentiles():
-    assert timing.percentile([3.0, 1.0, 2.0], 0.5) == 2.0
-    assert timing.percentile([0.0, 10.0], 0.2) == pytest.approx(2.0)
-
-
-def made_up_row(contender, rule, stats, ms, workload="llama-3-8b", **fields):
-    row = dict.fromkeys((*speed.COLUMNS, "in_place"))
-    return {
-        **row,
-        "workload": workload,
-        "dtype": "bfloat16",
-        "contender": contender,
-        "rule": rule,
-        "stats": stats,
-        "mode": "eager",
-        "ms": ms,
-        **fields,
-    }
-
-
-def test_targets_are_told_from_the_rows():
+def test_targets_are_computed_from_the_rows():
     rows = [
-        made_up_row("sago.synthesize_", "sago", True, 10.0, of_triad=0.9, host_us=40.0),
-        made_up_row("sago.synthesize_", "pcgrad", True, 16.0),
-        made_up_row("released", "sago", None, 300.0),
-        made_up_row("released", "pcgrad", None, 64.0),
-        made_up_row("sago.Plan", "sago", True, 10.0, host_us=15.5),
-        made_up_row("sago.synthesize_", "sago", False, 0.09, "lora", wall_ms=0.05),
-        made_up_row("torch.compile, list", "sago", None, 0.9, "lora"),
-        made_up_row("torch.compile, flat", "sago", None, 5.0, "2^30"),
-        made_up_row("sago.synthesize_", "sago", False, None, "2^30"),
+        ("llama-3-8b", "sago.synthesize_ sago, statistics", {"ms": 10.0, "of_triad": 0.9, "host_us": 40.0}),
+        ("llama-3-8b", "sago.synthesize_ pcgrad, statistics", {"ms": 16.0}),
+        ("llama-3-8b", "released sago", {"ms": 300.0}),
+        ("llama-3-8b", "sago.Plan sago, statistics", {"ms": 10.0, "host_us": 15.5}),
+        ("lora", "sago.synthesize_ sago, no statistics", {"ms": 0.08, "wall_ms": 0.12}),
+        ("lora", "torch.add, flat add", {"ms": 0.1}),
+        ("2^30", "sago.synthesize_ sago, no statistics", {"ms": None}),
+        ("2^30", "torch.compile, flat sago", {"ms": 5.0}),
     ]
-    found = {row["target"]: (row["found"], row["met"]) for row in speed.targets(rows)}
-    assert found == {
-        "sago: of the triad": (0.9, False),
-        "pcgrad over sago": (1.6, True),
-        "released over sago": (30.0, True),
-        "released over pcgrad": (4.0, False),
-        "torch.compile over sago, lora": (pytest.approx(10.0), True),
-        "sago, lora: wall_ms": (0.05, True),
-        "sago: host_us": (40.0, True),
-        "sago.Plan: host_us": (15.5, False),
-    }
+    rows = [{"workload": w, "label": x, "dtype": "bfloat16", **fields} for w, x, fields in rows]
+    other = {**rows[0], "dtype": "float32", "of_triad": 0.1}
+    found = [
+        (row["target"].split()[0], row["field"], row["found"], row["met"])
+        for row in speed.targets([*rows, other])
+    ]
+    assert found == [
+        ("llama-3-8b", "of_triad", 0.9, False),
+        ("llama-3-8b", "ms", 1.6, True),
+        ("llama-3-8b", "ms", pytest.approx(1 / 30), True),
+        ("lora", "wall_ms", pytest.approx(0.9), True),
+        ("llama-3-8b", "host_us", 40.0, True),
+        ("llama-3-8b", "host_us", 15.5, False),
+    ]
+
+
+def test_every_target_names_rows_that_are_timed(cases):
+    names = {f"{w} {c.label}" for (w, dtype), found in cases.items() if dtype == "bfloat16" for c in found}
+    for name, field, _, over, _, _ in speed.TARGETS:
+        assert {name, over or name} <= names
+        assert field in speed.COLUMNS
 
 
 @pytest.mark.gpu

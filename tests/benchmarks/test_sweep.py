@@ -1,95 +1,58 @@
-"""What is read off compiled code: loads in flight, instructions, resident blocks; the code of experiments."""
+"""Other configurations of the kernels are really launched, and have the updates of the reference."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import importlib
+from unittest import mock
 
 import pytest
 
-from tests.backends import import_with_triton
+from tests.backends import INTERPRETED, import_with_triton
 
-import_with_triton("triton")
-sweep = pytest.importorskip("benchmarks.experiments.sweep")
+sweep = import_with_triton("benchmarks.sweep")
+main = importlib.import_module("benchmarks.__main__").main
 
-ROOT = Path(__file__).resolve().parents[2]
-SASS = """
-        /*0000*/                   LDG.E.64 R2, desc[UR4][R2.64] ;    /* 0x01 */
-        /*0010*/              @!P0 LDG.E.128 R4, desc[UR4][R20.64] ;  /* 0x02 */
-        /*0020*/              @!P0 LDG.E.128 R8, desc[UR4][R22.64] ;  /* 0x03 */
-        /*0030*/                   FADD R12, R7, R12 ;                /* 0x04 */
-        /*0040*/                   LDG.E.U16 R4, desc[UR4][R24.64] ;  /* 0x05 */
-        /*0050*/                   FADD R12, R11, R4 ;                /* 0x06 */
-        /*0060*/                   BRA.U !UP0, 0x10 ;                 /* 0x07 */
-        /*0070*/                   LDG.E.128.STRONG.GPU R4, desc[UR4][R20.64] ;  /* 0x08 */
-        /*0080*/                   LDG.E.128.STRONG.GPU R8, desc[UR4][R20.64+16] ;  /* 0x09 */
-        /*0090*/                   LDG.E.128.STRONG.GPU R8, desc[UR4][R20.64+32] ;  /* 0x09 */
-        /*00a0*/               @P0 BRA 0x70 ;                         /* 0x0a */
-        /*00b0*/                   EXIT ;                             /* 0x0b */
-        /*00c0*/                   BRA 0xc0;                          /* 0x0c */
-"""
+BOTH = ("sago.core.checks.choose_backend", lambda backend, device: "triton")
+SMALL = ["sweep", "--workload", "rmu", "--elements=11000", "--repeats=1", "--chunk", "1024", "32768"]
+SMALL += ["--block", "1024", "2048", "--threads", "128"]
 
 
-def test_the_loop_that_streams():
-    """Two loads of 16 bytes before the first is needed; then one of 2 beside the second of them."""
-    assert sweep.loop(SASS) == (6, 34, 32)
+@pytest.mark.skipif(not INTERPRETED, reason="the kernels run on the GPU, not interpreted")
+@pytest.mark.usefixtures("one_thread")
+def test_every_configuration_has_a_checked_row(capsys):
+    batch = importlib.import_module("sago.kernels.batch")
+    combine = importlib.import_module("sago.kernels.combine")
+    launched = set()
+    kernel = combine._combine_kernel
+
+    class Watched:
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                launched.add((grid[0], options["CHUNK"], options["BLOCK"], options["num_warps"]))
+                return kernel[grid](*args, **options)
+
+            return launch
+
+    with mock.patch(*BOTH), mock.patch.object(combine, "_combine_kernel", Watched()):
+        assert main([*SMALL, "--device=cpu"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("rmu")]
+    assert len(lines) == 1 + 2 * 2 * 4  # the ceiling; rules, statistics, configurations
+    assert {(chunk, block) for _, chunk, block, _ in launched} == {
+        (chunk, block) for chunk in (1024, 32768) for block in (1024, 2048)
+    }
+    assert {warps for *_, warps in launched} == {4}
+    grids = [{grid for grid, chunk, *_ in launched if chunk == c} for c in (1024, 32768)]
+    assert grids == [{3 * 4}, {3}]  # three tensors of 3,584 elements
+    assert (batch.CHUNK, combine.BLOCK, batch.THREADS) == sweep.SHIPPED == (32768, 1024, 128)
 
 
-def test_a_load_that_is_used_at_once_has_no_company():
-    used_at_once = SASS.replace("FADD R12, R7, R12", "NOP").replace(
-        "LDG.E.128 R8, desc[UR4][R22.64]", "LDG.E.128 R8, desc[UR4][R6.64]"
-    )
-    assert sweep.loop(used_at_once) == (6, 34, 18)
+def test_configurations_with_few_elements_a_thread_are_left_out():
+    configurations = [sweep.Configuration(32768, 1024, threads) for threads in (64, 128, 256)]
+    (case,) = sweep.cases(["rmu"], ["sago"], ["bfloat16"], configurations)
+    assert [c.name.split(", ")[-1] for c in case.contenders[1:]] == ["threads 64", "threads 128"] * 2
+    assert {c.mode for c in case.contenders[1:]} == {"graph"}
 
 
-@pytest.mark.parametrize(
-    ("registers", "threads", "blocks"),
-    [
-        (32, 256, 8),
-        (33, 256, 6),
-        (40, 256, 6),
-        (64, 256, 4),
-        (65, 256, 3),
-        (255, 256, 1),
-        (16, 32, 32),
-        (32, 128, 16),
-    ],
-)
-def test_resident_blocks(registers, threads, blocks):
-    assert sweep.resident(registers, threads) == blocks
-
-
-def python(code: str) -> object:
-    """In a process of its own: these tests run with Triton's interpreter, which compiles nothing."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def test_experiments_compile_to_whole_vectors_without_spills():
-    rows = python(
-        "import json, torch; from benchmarks.experiments import code;"
-        "print(json.dumps(code.run(['sm_90'], [torch.bfloat16])['rows']))"
-    )
-    assert {row["phase"] for row in rows} == {"reduce", "combine", "both", "resident"}
-    for row in rows:
-        assert row["failures"] == "", row
-        assert row["spill_bytes"] == row["fma"] == 0, row
-        assert row["load_bytes"] == 16, row
-
-
-def test_a_configuration():
-    found = python(
-        "import json; from benchmarks.experiments import sweep;"
-        "launch = next(x for x in sweep.chosen('sm_90', ['combine']) if x.labels['rule'] == 'sum');"
-        "print(json.dumps([sweep.inspect(launch, 'sm_90', *c) for c in ((2048, 256), (1024, 512))]))"
-    )
-    shipped, narrow = found
-    assert shipped["failures"] == []
-    assert shipped["kib_in_flight"] * 1024 == shipped["blocks_per_sm"] * 256 * 32
-    assert shipped["instructions"] > 3
-    assert narrow["failures"] == ["narrow loads", "narrow stores"]
+@pytest.mark.gpu
+def test_on_the_gpu(tmp_path):
+    assert main([*SMALL, "--elements=1000000", "--json", str(tmp_path)]) == 0
+    (file,) = tmp_path.iterdir()
+    assert file.name.endswith("-sweep.json")

@@ -1,4 +1,4 @@
-"""In what order things are timed. A GPU is a list of what was asked of it, on which time goes by in steps."""
+"""The order in which calls are timed. A list of requests stands for the GPU."""
 
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ def log():
 
 @pytest.fixture
 def gpu(log, monkeypatch):
-    """Stands in for `torch` where it is used."""
+    """Takes the place of `torch` in the modules that time calls."""
 
     class Event:
         def __init__(self, enable_timing):

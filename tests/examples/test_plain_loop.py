@@ -1,4 +1,4 @@
-"""The loop before and after: what it trains, what it ends at, and that the README shows its difference."""
+"""The loop before and after: what it trains, what it ends at, and that a recipe shows its difference."""
 
 import ast
 import copy
@@ -15,7 +15,7 @@ from examples import plain_loop
 # Raised inside of torch when torch.compile is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 
-README = Path(__file__).parents[2] / "README.md"
+RECIPES = Path(__file__).parents[2] / "docs" / "recipes.md"
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def body(function):
 
 
 def block():
-    """The difference between the two loops as README.md shows it, with all lines that are the same."""
+    """The difference between the two loops as docs/recipes.md shows it, with all lines that are the same."""
     left, right = body(plain_loop.before), body(plain_loop.after)
     lines = list(difflib.unified_diff(left, right, n=len(left), lineterm=""))[3:]
     return "\n".join(["```diff", *lines, "```"])
@@ -103,5 +103,6 @@ def test_the_loops_differ_in_a_few_lines():
     assert sum(line.startswith("+") for line in lines) == 7
 
 
-def test_the_readme_shows_the_difference():
-    assert block() in README.read_text(encoding="utf-8"), f"README.md should hold this block:\n{block()}"
+def test_the_recipe_shows_the_difference():
+    found = block()
+    assert found in RECIPES.read_text(encoding="utf-8"), f"docs/recipes.md should hold this block:\n{found}"

@@ -4,40 +4,21 @@
 """
 
 import json
-import os
-import shutil
-import subprocess
-import sys
-import sysconfig
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
-import torch
 
 from tests.backends import import_with_triton
+from tests.processes import need_stub_driver, python
 
 import_with_triton("triton")
-if find_spec("triton.backends.nvidia") is None:
-    pytest.skip("needs Triton's CUDA backend", allow_module_level=True)
-if shutil.which("gcc") is None or not Path(sysconfig.get_path("include"), "Python.h").exists():
-    pytest.skip("needs gcc and Python's headers", allow_module_level=True)
-if torch.cuda.is_available():
-    pytest.skip("the driver of the GPU is loaded", allow_module_level=True)
-
-ROOT = Path(__file__).resolve().parents[2]
+need_stub_driver()
 
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
     """The launches of every case, each a `benchmarks.driver.Launch`, cold and warm."""
     cache, folder = tmp_path_factory.mktemp("cache"), tmp_path_factory.mktemp("driver")
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(cache)}
-    command = [sys.executable, "-m", "tests.kernels.launched", folder]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(python("-m", "tests.kernels.launched", folder, TRITON_CACHE_DIR=str(cache)).stdout)
 
 
 def parameters(launch):

@@ -106,7 +106,7 @@ def test_no_projection_with_weight_zero_even_of_nan(backend, zero):
 
 
 def a_gem(ff, fr, rr, gamma, alpha):
-    """The example of the README, of `sago.Rule` and of the gallery."""
+    """The example of `sago.Rule` and of the gallery."""
     return gamma, -gamma * where(fr < 0.0, ratio(fr, rr), 0.0)
 
 
