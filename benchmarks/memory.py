@@ -19,7 +19,6 @@ the gradients, and `copies_kept` the memory that is held when an optimizer would
 from __future__ import annotations
 
 import gc
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -27,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._profiler import _EventType
 from tqdm import tqdm
 
 import sago
@@ -219,7 +219,7 @@ class Peak:
 def peak(device: str = "cpu") -> Iterator[Peak]:
     """Counts the memory that torch allocates inside the block.
 
-    Older memory should not be freed inside the block: the profiler of the CPU does not see that, a GPU does.
+    On the CPU, older memory that is freed inside the block is not counted. On a GPU it is.
     """
     found = Peak()
     gc.collect()
@@ -235,10 +235,27 @@ def peak(device: str = "cpu") -> Iterator[Peak]:
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         yield found
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    levels = list(itertools.accumulate((event.nbytes() for event in events), initial=0))
+    live: dict[int, int] = {}  # bytes by address
+    levels = [0]
+    for event in sorted(_allocations(profile), key=lambda event: event.start_time_ns):
+        fields = event.extra_fields
+        if fields.alloc_size > 0:
+            live[fields.ptr] = fields.alloc_size
+        else:  # memory from before the block, which another object may free inside it, is not counted
+            live.pop(fields.ptr, None)
+        levels.append(sum(live.values()))
     found.bytes, found.kept = max(levels), levels[-1]
+
+
+def _allocations(profile: torch.profiler.profile) -> Iterator[Any]:
+    """The events of the profiler in which memory is allocated or freed."""
+    assert profile.profiler is not None
+    waiting = list(profile.profiler.kineto_results.experimental_event_tree())
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.tag == _EventType.Allocation:
+            yield event
 
 
 def check(name: str, rule: str, updates: Sequence[Tensor], other: str, right: Sequence[Tensor]) -> None:

@@ -27,6 +27,17 @@ def allocate(mib):
     return torch.empty(mib * MIB, dtype=torch.uint8)
 
 
+def test_older_memory_that_is_freed_is_not_counted():
+    """Also if an earlier profile saw that it was allocated."""
+    with memory.peak():
+        before = [allocate(10)]
+    with memory.peak() as found:
+        before.clear()
+        kept = allocate(2)
+    assert (found.bytes, found.kept) == (2 * MIB, 2 * MIB)
+    del kept
+
+
 def test_memory_that_is_alive_together_adds_up():
     before = [allocate(10)]
     with memory.peak() as found:
