@@ -1,6 +1,6 @@
 """Compiles every kernel variant that the launchers can ask for, without a GPU, and inspects the code.
 
-The launchers run on small CPU tensors, with a recorder in the place of the kernel. The recorded arguments
+The launchers run on small CPU tensors, with a recorder instead of the kernel. The recorded arguments
 pass through Triton's specialisation for the target and through its compiler.
 
 A variant fails if aligned gradients are not read or written 16 bytes at a time, if registers are spilled, or

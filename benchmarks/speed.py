@@ -112,7 +112,7 @@ def run(
 
 
 def measure(case: Case, shapes: Shapes, device: str, repeats: int, seconds: float) -> list[dict[str, Any]]:
-    """Returns the rows of a case. A contender that fails or is wrong has a note in the place of a time."""
+    """Returns the rows of a case. A contender that fails or is wrong has a note instead of a time."""
     label = f"{case.workload} {case.dtype}"
     rows = [_row(case, contender) for contender in case.contenders]
     try:
@@ -125,7 +125,9 @@ def measure(case: Case, shapes: Shapes, device: str, repeats: int, seconds: floa
         try:
             with _fresh_cache() if contender.compiles else nullcontext():
                 prepared, row["first_s"] = first(contender, gradients)
-        except Exception as error:  # compilers and peers may raise anything
+        except (
+            Exception
+        ) as error:  # compilers and peers raise errors of no common class; the row shows the error
             row["note"] = _note(error)
         else:
             ready.append((contender, row, prepared))

@@ -43,7 +43,7 @@ class RankError(Exception):
 class Ranks:
     """`world` processes with gloo between them, of one thread each, in which every warning is an error.
 
-    They are started by the first call and kept for the next ones; after a `RankError` they are started anew,
+    They are started by the first call and kept for the next ones; after a `RankError` they are started again,
     because what they were about to send to each other is not known.
 
     Args:
@@ -125,7 +125,7 @@ def error_of(function: Callable[..., Any], *args: Any, **options: Any) -> tuple[
     """What it raises, in a form that can be sent; None for nothing."""
     try:
         function(*args, **options)
-    except Exception as error:  # whichever: the process that asked looks at its type
+    except Exception as error:  # any class: the test that asked checks it
         return type(error), str(error)
     return None
 

@@ -55,7 +55,7 @@ class Cache:
             return found
 
     def add(self, key: Hashable, devices: Collection[torch.device], value: Any) -> None:
-        """Keeps the value, in the place of an earlier one."""
+        """Keeps the value. It replaces an earlier value of the key."""
         if is_capturing(devices):
             return
         with self._lock:

@@ -1,4 +1,4 @@
-"""Where accumulators are mounted, so that a backward adds to them. For plain torch it is `p.grad`."""
+"""Hosts mount the accumulators, so that a backward adds to them. In plain torch they become `p.grad`."""
 
 from __future__ import annotations
 
@@ -168,8 +168,8 @@ class GradHost:
             if p.grad is not None:
                 raise ValueError(
                     f"Backwards should run within forget() or retain(). Found a gradient in `{name}.grad` "
-                    "that no capture put there, of a backward outside or from before the window. Set it to "
-                    "None, or call zero_ to start anew."
+                    "that no capture put there. A backward ran outside, or before the window. Set the "
+                    "gradient to None, or call zero_, which drops all gradients."
                 )
 
     def check_reduced(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sago.core.checks import DTYPES, check_groups, holds_data
+from sago.core.checks import check_groups, check_kind, holds_data
 from sago.ranks import dtensor as shards
 from sago.rules import resolve
 
@@ -83,14 +83,7 @@ def _check(name: str, p: Tensor) -> None:
         raise ValueError(
             f"Parameter `{name}` should be a leaf of the graph. Found the result of {p.grad_fn}."
         )
-    if p.layout != torch.strided:
-        raise TypeError(f"Parameter `{name}` should be dense. Found layout {p.layout}.")
-    if p.dtype not in DTYPES:
-        raise TypeError(
-            f"Parameter `{name}` should be bfloat16, float16, float32 or float64. Found {p.dtype}."
-        )
-    if p.is_meta:
-        raise ValueError(f"Parameter `{name}` should hold data. Found a meta tensor.")
+    check_kind(name, p)
     if shards.is_dtensor(p):
         shards.check_reduced(f"Parameter `{name}`", p)
         p = shards.local(p.detach())

@@ -238,7 +238,7 @@ class Window:
             }[self.state]
             raise ValueError(
                 f"Gradients should be captured before {done}: {because}. Found a capture after it. Call "
-                "synthesize_, or zero_ to start anew."
+                "synthesize_, or drop the gradients with zero_."
             )
         self._host.check_outside()
         self._host.check_parameters()
@@ -249,5 +249,5 @@ class Window:
         if self.state is State.BROKEN:
             raise ValueError(
                 f"The gradients of this window should be whole. Found that {self._reason}. Call zero_ and "
-                "capture both sides anew."
+                "capture both sides again."
             )

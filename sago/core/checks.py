@@ -211,14 +211,19 @@ def _check_pair(i: int, f: Any, r: Any, o: Any) -> None:
 def _check_tensor(name: str, i: int, t: Any) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"Parameter `{name}[{i}]` should be a tensor or None. Found {type(t).__name__}.")
+    check_kind(f"{name}[{i}]", t)
+
+
+def check_kind(name: str, t: Tensor) -> None:
+    """Raises unless the tensor is dense, floating-point and has memory."""
     if t.layout != torch.strided:
-        raise TypeError(f"Parameter `{name}[{i}]` should be a dense tensor. Found layout {t.layout}.")
+        raise TypeError(f"Parameter `{name}` should be dense. Found layout {t.layout}.")
     if t.dtype not in DTYPES:
         raise TypeError(
-            f"Parameter `{name}[{i}]` should be bfloat16, float16, float32 or float64. Found {t.dtype}."
+            f"Parameter `{name}` should be bfloat16, float16, float32 or float64. Found {t.dtype}."
         )
     if t.is_meta:
-        raise ValueError(f"Parameter `{name}[{i}]` should hold data. Found a meta tensor.")
+        raise ValueError(f"Parameter `{name}` should hold data. Found a meta tensor.")
 
 
 def holds_data(t: Tensor) -> bool:

@@ -82,8 +82,8 @@ class Pipeline:
         for there in self.devices:
             if there.before:
                 _copy(there.before)
-        # Sums that the update depends on are taken ahead of it, and so are sums for `reduce_gram`, which may
-        # raise. The sums of DTensors that only the report needs are begun behind the update.
+        # Sums that the update depends on are taken first. Sums for `reduce_gram` are also taken first, as it
+        # may raise. For DTensors, sums that only the report needs are started after the update.
         ahead = wanted > 0 and (rule.scope != "element" or call.limited or call.reduce_gram is not None)
         taken = inner = coefficients = None
         if wanted and self._spread is not None:

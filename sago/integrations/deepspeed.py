@@ -142,8 +142,8 @@ class Engine:
         if not self.waiting:
             if self._is_boundary():
                 raise ValueError(
-                    "The two gradients should be synthesized before engine.step(). Found a step ahead of it: "
-                    "call synthesize_, or zero_ to start anew."
+                    "The two gradients should be synthesized before engine.step(). Found that they are not: "
+                    "call synthesize_, or drop them with zero_."
                 )
             return step(core, *args, **kwargs)  # counts a micro-batch
         before = core._is_gradient_accumulation_boundary
@@ -351,7 +351,7 @@ class Zero3Host:
         if self.retain.foreign if started else unused:
             raise ValueError(
                 "Backwards should run within forget() or retain(). Found gradients of another in the "
-                "optimizer, which engine.step() has not used. Call it, or zero_ to start anew."
+                "optimizer, which engine.step() has not used. Call engine.step(), or drop them with zero_."
             )
 
     def check_reduced(self) -> None:

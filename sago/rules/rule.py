@@ -11,8 +11,7 @@ and a rule gives `(a_c, b_c, a, b)` if it is gated, `(a, b)` if it is not, from 
 A coefficient function runs in two places: on fp64 tensors of shape `[groups]`, and, recompiled, on
 fp64 scalars inside the combine kernel. It is compiled into the kernel when it is defined in a file,
 without annotations, and uses nothing but `+ - * /`, comparisons, `where` and functions of the same kind.
-Any other torch code is also a valid rule. Its coefficients are then computed by torch operations ahead of the
-kernel.
+Any other torch code is also a valid rule. Torch operations compute its coefficients before the kernel runs.
 """
 
 from __future__ import annotations
@@ -84,7 +83,7 @@ class Rule:
         except (RuntimeError, TypeError) as error:
             raise ValueError(
                 "Parameter `coefficients` should take `(ff, fr, rr, gamma, alpha)` as tensors, with "
-                f"`sago.rules.where` in the place of `if`. Found that it raises {error!r}."
+                f"`sago.rules.where` instead of `if`. Found that it raises {error!r}."
             ) from error
         expected = 4 if self.gated else 2
         if not (

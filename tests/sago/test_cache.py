@@ -102,7 +102,7 @@ def test_threads_at_once():
                 value = cache.get(Key(number), [CPU], lambda n=number: [n])
                 if value != [number]:
                     wrong.append(value)
-        except Exception as error:  # whichever: what ends a thread does not fail a test by itself
+        except Exception as error:  # an error in a thread alone would not fail the test
             wrong.append(error)
 
     sys.setswitchinterval(1e-6)
