@@ -22,7 +22,7 @@ os.environ.setdefault(
 )
 
 from sago.backends import compiled
-from tests.backends import INTERPRETED, Backend, has_triton
+from tests.support.backends import INTERPRETED, Backend, has_triton
 
 settings.register_profile("default", deadline=None, max_examples=40)
 settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True)

@@ -12,9 +12,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import sago
-from tests.oracle import SUM_ERROR
-from tests.properties import assert_near
-from tests.ranks import Ranks
+from tests.support.oracle import SUM_ERROR
+from tests.support.properties import assert_near
+from tests.support.ranks import Ranks
 
 PAGE = Path(__file__).parents[1] / "docs/distributed.md"
 ENGINES = ("DDP", "FSDP2", "HSDP", "Tensor parallel, and FSDP2 over it")

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sago
-from tests import inputs, properties
-from tests.backends import DTYPES, ELEMENTWISE, INTERPRETED, RULES, Backend, has_triton, on_device
+from tests.support import inputs, properties
+from tests.support.backends import DTYPES, ELEMENTWISE, INTERPRETED, RULES, Backend, has_triton, on_device
 
 SIZES = st.sampled_from([0, 1, 2, 7, 8, 15, 16, 17, 33, 100, 257])
 LARGE_SIZES = st.one_of(SIZES, st.sampled_from([2047, 2049, 32767, 32769, 70001]))

@@ -12,6 +12,7 @@ from sago.core import guards
 from sago.integrations import deepspeed
 from sago.private import require
 from sago.ranks import ddp, fsdp
+from tests.support.backends import import_with_triton
 
 
 class Owner:
@@ -93,6 +94,18 @@ def test_a_name_that_a_later_deepspeed_added(name, monkeypatch):
     loaded.__version__ = "0.20.1+cpu"
     with pytest.raises(RuntimeError, match=name):
         deepspeed._added(Owner([]), name, "before")
+
+
+@pytest.mark.parametrize(
+    ("version", "directly"), [("3.4.0", True), ("3.9.1", True), ("3.10.0", False), ("4.0", False)]
+)
+def test_only_tested_versions_of_triton_are_launched_directly(version, directly, monkeypatch, caplog):
+    import_with_triton("triton")
+    launch = importlib.import_module("sago.kernels.launch")
+    monkeypatch.setattr(launch.triton, "__version__", version)
+    with caplog.at_level(logging.WARNING, "sago"):
+        assert launch.launches_directly.__wrapped__() == directly
+    assert ("slower dispatch" in caplog.text) != directly
 
 
 def test_the_guards_of_this_torch_are_used():

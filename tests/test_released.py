@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from benchmarks.released import EPS, released
-from tests import inputs, oracle
-from tests.backends import RULES
+from tests.support import inputs, oracle
+from tests.support.backends import RULES
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 WEIGHTS = {"gamma": 0.75, "alpha": 1.5}

@@ -19,10 +19,10 @@ from sago.backends.streams import Cache
 from sago.capture import buckets
 from sago.core import coefficients, pipeline, seen, statistics
 from sago.rules import Rule, where
-from tests import inputs, oracle, properties, repeats
-from tests.backends import INTERPRETED, Backend, import_with_triton
-from tests.kernels.traffic import assert_floor, counted
-from tests.windows import averaged, bucketed, clipped, mean, with_nan
+from tests.support import inputs, oracle, properties, repeats
+from tests.support.backends import INTERPRETED, Backend, import_with_triton
+from tests.support.traffic import assert_floor, counted
+from tests.support.windows import averaged, bucketed, clipped, mean, with_nan
 
 if not INTERPRETED:
     pytest.skip("mutants are interpreted", allow_module_level=True)

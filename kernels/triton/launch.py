@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import struct
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from .batch import Batch
@@ -42,7 +45,7 @@ def launch(
                         **values,
                         **options(batch.device, one.aligned, one.dtypes),
                     )
-                    if found is not None:  # not interpreted
+                    if found is not None and launches_directly():  # None: interpreted
                         one.compiled[key] = found[one.chunks, 1, 1], tuple(values.values())
                 else:
                     # For an integer address the launcher does not query the driver, as it does for a tensor.
@@ -52,6 +55,32 @@ def launch(
     except BaseException:
         batch.discard_counters()
         raise
+
+
+@lru_cache(maxsize=1)
+def launches_directly() -> bool:
+    """Whether the arguments of a compiled kernel's launcher are known for the installed version of Triton.
+
+    That they include the constexpr arguments, and that an integer passes for a pointer, is not a part of
+    Triton's public interface. With a version that was not tested, every launch is dispatched by Triton.
+    """
+    if _version(triton.__version__) <= LAST_TESTED:
+        return True
+    logging.getLogger("sago").warning(
+        "sago was tested with Triton 3.4 to %d.%d, and found Triton %s. Updates are computed as before, but "
+        "each launch goes through the slower dispatch of Triton.",
+        *LAST_TESTED,
+        triton.__version__,
+    )
+    return False
+
+
+LAST_TESTED = (3, 9)
+
+
+def _version(text: str) -> tuple[int, int]:
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
 
 
 def bits(weight: float | Tensor) -> int:

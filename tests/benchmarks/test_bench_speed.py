@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.processes import python
+from tests.support.processes import python
 
 pytest.importorskip("pytest_benchmark")
 

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from tests.backends import import_with_triton
-from tests.processes import python
+from tests.support.backends import import_with_triton
+from tests.support.processes import python
 
 import_with_triton("triton")
 
@@ -27,7 +27,7 @@ def quick(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def broken():
-    return json.loads(python("-m", "tests.benchmarks.broken_launches", "sm_90", "gfx942").stdout)
+    return json.loads(python("-m", "tests.support.broken_launches", "sm_90", "gfx942").stdout)
 
 
 def rows(record, **labels):

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from tests.backends import import_with_triton
-from tests.processes import need_stub_driver, python
+from tests.support.backends import import_with_triton
+from tests.support.processes import need_stub_driver, python
 
 import_with_triton("triton")
 need_stub_driver()

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.released import EPS, RULES, released
-from tests.oracle import rounding_error
+from tests.support.oracle import rounding_error
 
 GAMMA, ALPHA = 0.75, 2.0
 

@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 
-from tests.backends import INTERPRETED, import_with_triton
+from tests.support.backends import INTERPRETED, import_with_triton
 
 sweep = import_with_triton("benchmarks.sweep")
 main = importlib.import_module("benchmarks.__main__").main

@@ -1,6 +1,6 @@
 import pytest
 
-from tests.ranks import Ranks
+from tests.support.ranks import Ranks
 
 
 @pytest.fixture(scope="session")

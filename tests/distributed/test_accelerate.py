@@ -8,7 +8,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 import sago
-from tests.distributed.training import (
+from tests.support.training import (
     FORWARDS_FIRST,
     INTERLEAVED,
     STEPS,

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from tests.distributed.collectives import Collectives
-from tests.ranks import FSDP2_ON_CPU, NO_FSDP2
+from tests.support.collectives import Collectives
+from tests.support.ranks import FSDP2_ON_CPU, NO_FSDP2
 
 pytestmark = pytest.mark.skipif(not FSDP2_ON_CPU, reason=NO_FSDP2)
 LAYERS = 3

@@ -10,10 +10,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import sago
-from tests import inputs
-from tests.distributed.by_hand import ByHand
-from tests.distributed.collectives import Collectives, all_reduces
-from tests.distributed.training import (
+from tests.support import inputs
+from tests.support.by_hand import ByHand
+from tests.support.collectives import Collectives, all_reduces
+from tests.support.properties import assert_equal_bits
+from tests.support.ranks import error_of
+from tests.support.training import (
     FORWARDS_FIRST,
     INTERLEAVED,
     WEIGHTS,
@@ -38,9 +40,7 @@ from tests.distributed.training import (
     transformer,
     window,
 )
-from tests.properties import assert_equal_bits
-from tests.ranks import error_of
-from tests.windows import ALONE, BF16, FP16, FP32, backward
+from tests.support.windows import ALONE, BF16, FP16, FP32, backward
 
 ORDERS = [pytest.param(INTERLEAVED, id="interleaved"), pytest.param(FORWARDS_FIRST, id="forwards_first")]
 PLAIN = [Run(rule) for rule in ("sago", "pcgrad", "pcgrad_global")]

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 import sago
-from tests.oracle import PROMISED, rounding_error
-from tests.ranks import Ranks
+from tests.support.oracle import PROMISED, rounding_error
+from tests.support.ranks import Ranks
 
 if importlib.util.find_spec("deepspeed") is None or importlib.util.find_spec("accelerate") is None:
     pytest.skip("needs deepspeed and accelerate", allow_module_level=True)

@@ -13,8 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sago
 from sago.distributed import SumOver
-from tests import inputs
-from tests.distributed.training import (
+from tests.support import inputs
+from tests.support.ranks import RankError, Ranks, error_of
+from tests.support.training import (
     Run,
     assert_equal_results,
     batches,
@@ -26,8 +27,7 @@ from tests.distributed.training import (
     transformer,
     window,
 )
-from tests.ranks import RankError, Ranks, error_of
-from tests.windows import FP32, FP64
+from tests.support.windows import FP32, FP64
 
 LATE = 10.0  # seconds, beyond which a group does not wait; ranks of a busy machine need some
 

@@ -19,10 +19,12 @@ from torch.utils.checkpoint import checkpoint
 import sago
 from sago.capture.flat import ALIGNMENT
 from sago.distributed import SumOver
-from tests import inputs
-from tests.distributed.by_hand import ByHand
-from tests.distributed.collectives import Collectives, all_reduces
-from tests.distributed.training import (
+from tests.support import inputs
+from tests.support.by_hand import ByHand
+from tests.support.collectives import Collectives, all_reduces
+from tests.support.properties import assert_equal_bits, assert_updates
+from tests.support.ranks import FSDP2_ON_CPU, NO_FSDP2, error_of
+from tests.support.training import (
     FORWARDS_FIRST,
     INTERLEAVED,
     STEPS,
@@ -52,9 +54,7 @@ from tests.distributed.training import (
     whole,
     window,
 )
-from tests.properties import assert_equal_bits, assert_updates
-from tests.ranks import FSDP2_ON_CPU, NO_FSDP2, error_of
-from tests.windows import ALONE
+from tests.support.windows import ALONE
 
 # How a model is laid out, on how many ranks, and whether there are replicas.
 FSDP2, FSDP4, HSDP = ("fsdp", 2, False), ("fsdp", 4, False), ("hsdp", 4, True)

@@ -7,11 +7,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import sago
 from sago.distributed import SumOver
-from tests import inputs, oracle, properties
-from tests.distributed.collectives import Collectives, all_reduces
-from tests.distributed.training import assert_equal_reports, fields, local, mesh_of, part, whole
-from tests.ranks import error_of
-from tests.windows import BF16, FP32, FP64, RULES, WEIGHTS
+from tests.support import inputs, oracle, properties
+from tests.support.collectives import Collectives, all_reduces
+from tests.support.ranks import error_of
+from tests.support.training import assert_equal_reports, fields, local, mesh_of, part, whole
+from tests.support.windows import BF16, FP32, FP64, RULES, WEIGHTS
 
 LAYOUTS = {"one dimension": {"shard": 2}, "two dimensions": {"replicate": 2, "shard": 2}}
 FAMILIES = ("scale_1", "zeros", "one_element", "empty", "missing", "transposed", "tails", "around_a_block")
@@ -74,7 +74,7 @@ def report_of(report):
 
 
 class OnRanks:
-    """`run` of `tests.properties`: all ranks return the same bits."""
+    """`run` of `tests.support.properties`: all ranks return the same bits."""
 
     def __init__(self, ranks, layout, form="synthesize_"):
         self.ranks, self.sizes, self.form = ranks, LAYOUTS[layout], form

@@ -10,8 +10,8 @@ import sago.reference
 from examples import check
 from examples.learn import make_model
 from examples.objectives import grad_diff, nll
-from tests.oracle import rounding_error
-from tests.properties import assert_near
+from tests.support.oracle import rounding_error
+from tests.support.properties import assert_near
 
 TINY = ["--device=cpu", "--people=10", "--vocab=300", "--hidden=32", "--layers=1", "--steps=4", "--repeats=2"]
 RULES = ["sum", "sago", "sago_prefer_retain", "pcgrad", "pcgrad_global", "blur"]

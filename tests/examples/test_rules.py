@@ -11,8 +11,8 @@ import sago.reference
 from examples import rules
 from examples.rules import RULES
 from sago.rules import evaluate
-from tests import inputs
 from tests.conftest import needs_triton
+from tests.support import inputs
 
 DOUBLE = torch.float64
 COMPILED = ["and_mask", "agreeing", "a_gem", "orthograd", "pcgrad_symmetric", "dualproj", "mgda"]

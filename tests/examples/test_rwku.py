@@ -7,7 +7,7 @@ import pytest
 from examples import rwku
 from examples.corpus import byte_tokenizer, random_model
 from examples.rwku import Probe, Truth, answers, mc1, persons, probes, recall, truths
-from tests.by_hand import likelihood_by_hand, said_by_hand
+from tests.support.likelihoods import likelihood_by_hand, said_by_hand
 
 # Raised inside of torch when torch.compile is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")

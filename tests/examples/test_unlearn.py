@@ -10,7 +10,7 @@ from examples.grid import QUICK
 from examples.objectives import FORGET, RETAIN, grad_diff, kl, nll, npo
 from examples.unlearn import answers, batches_of, unlearn
 from examples.world import make_world, pairs, teach
-from tests.oracle import rounding_error
+from tests.support.oracle import rounding_error
 
 # Raised inside of torch when torch.compile is first used.
 pytestmark = [

@@ -14,9 +14,9 @@ from examples.corpus import batch_of, batches_of, byte_tokenizer, random_model
 from examples.files import records, texts
 from examples.forgetting import OF_TEXTS, RMU, token_nll, unlearn
 from examples.objectives import simnpo
-from tests.by_hand import likelihood_by_hand
-from tests.oracle import rounding_error
-from tests.properties import assert_near
+from tests.support.likelihoods import likelihood_by_hand
+from tests.support.oracle import rounding_error
+from tests.support.properties import assert_near
 
 # Raised inside of torch when torch.compile is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")

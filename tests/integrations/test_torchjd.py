@@ -8,10 +8,10 @@ import torch
 
 import sago
 import sago.reference
-from tests import inputs
-from tests.backends import DTYPES, ELEMENTWISE, RULES
-from tests.oracle import PROMISED, SUM_ERROR
-from tests.properties import assert_equal_bits, assert_near, assert_updates
+from tests.support import inputs
+from tests.support.backends import DTYPES, ELEMENTWISE, RULES
+from tests.support.oracle import PROMISED, SUM_ERROR
+from tests.support.properties import assert_equal_bits, assert_near, assert_updates
 
 pytest.importorskip("torchjd", reason="needs TorchJD")
 

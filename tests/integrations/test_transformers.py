@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sago
 from sago.integrations import transformers as integration
 from sago.integrations.transformers import GradientSynthesisMixin, Synthesis
-from tests.integrations.trainers import (
+from tests.support.oracle import rounding_error
+from tests.support.trainers import (
     ALPHA,
     DRIFT,
     GAMMA,
@@ -39,7 +40,6 @@ from tests.integrations.trainers import (
     weights,
     windows,
 )
-from tests.oracle import rounding_error
 
 pytestmark = pytest.mark.usefixtures("one_thread", "_quick_collection")
 

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 
 from sago.integrations.transformers import GradientSynthesisMixin, Synthesis
-from tests.integrations.trainers import (
+from tests.support.ranks import Ranks
+from tests.support.trainers import (
     ALPHA,
     DRIFT,
     GAMMA,
@@ -23,7 +24,6 @@ from tests.integrations.trainers import (
     make,
     weights,
 )
-from tests.ranks import Ranks
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

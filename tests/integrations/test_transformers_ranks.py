@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sago.integrations.transformers import GradientSynthesisMixin, Synthesis
-from tests.integrations.trainers import DRIFT, NEWER, NPO, GradDiff, Pairs, assert_logged, llama, make
-from tests.ranks import Ranks
+from tests.support.ranks import Ranks
+from tests.support.trainers import DRIFT, NEWER, NPO, GradDiff, Pairs, assert_logged, llama, make
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

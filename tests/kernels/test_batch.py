@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.backends import import_with_triton
+from tests.support.backends import import_with_triton
 
 batch = import_with_triton("sago.kernels.batch")
 

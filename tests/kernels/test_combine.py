@@ -5,8 +5,8 @@ import torch
 
 import sago.reference
 from sago.rules import RULES, Coefficients, Rule
-from tests import inputs, properties
-from tests.backends import DTYPES, import_with_triton, on_device, poisoned
+from tests.support import inputs, properties
+from tests.support.backends import DTYPES, import_with_triton, on_device, poisoned
 
 kernels = import_with_triton("sago.kernels")
 

@@ -8,8 +8,8 @@ import torch
 
 from sago import rules
 from sago.rules import RULES, Rule, ratio, where
-from tests import inputs, oracle, properties
-from tests.backends import Backend, import_with_triton
+from tests.support import inputs, oracle, properties
+from tests.support.backends import Backend, import_with_triton
 
 formula = import_with_triton("sago.kernels.formula")
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import sago
-from tests import inputs, oracle, properties
-from tests.backends import Backend
-from tests.sync import no_sync
+from tests.support import inputs, oracle, properties
+from tests.support.backends import Backend
+from tests.support.sync import no_sync
 
 pytestmark = pytest.mark.gpu
 

@@ -6,8 +6,8 @@ Sums to 1e-6 (fp64: 2^-46) of the magnitudes added, counts exactly.
 import pytest
 import torch
 
-from tests import inputs, oracle
-from tests.backends import DTYPES, import_with_triton, on_device
+from tests.support import inputs, oracle
+from tests.support.backends import DTYPES, import_with_triton, on_device
 
 kernels = import_with_triton("sago.kernels")
 

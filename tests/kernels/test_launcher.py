@@ -1,14 +1,14 @@
 """What reaches the driver: the first launch of a kind and the ones after it, without a GPU.
 
-`tests.kernels.launched` says what is launched, and runs in a process of its own.
+`tests.support.launched` says what is launched, and runs in a process of its own.
 """
 
 import json
 
 import pytest
 
-from tests.backends import import_with_triton
-from tests.processes import need_stub_driver, python
+from tests.support.backends import import_with_triton
+from tests.support.processes import need_stub_driver, python
 
 import_with_triton("triton")
 need_stub_driver()
@@ -18,7 +18,7 @@ need_stub_driver()
 def launched(tmp_path_factory):
     """The launches of every case, each a `benchmarks.driver.Launch`, cold and warm."""
     cache, folder = tmp_path_factory.mktemp("cache"), tmp_path_factory.mktemp("driver")
-    return json.loads(python("-m", "tests.kernels.launched", folder, TRITON_CACHE_DIR=str(cache)).stdout)
+    return json.loads(python("-m", "tests.support.launched", folder, TRITON_CACHE_DIR=str(cache)).stdout)
 
 
 def parameters(launch):
@@ -33,6 +33,14 @@ def program(launch):
 def test_the_second_launch_is_the_first(launched, state):
     for name, case in launched[state].items():
         assert case["second"] == case["first"], name
+
+
+def test_the_dispatch_of_triton_launches_the_same(launched):
+    for name, case in launched["dispatched"].items():
+        for attempt in ("first", "second"):
+            found, expected = case[attempt], launched["warm"][name]["first"]
+            assert [program(x) for x in found] == [program(x) for x in expected], name
+            assert set(case["expected"]) <= set(parameters(found[-1])), name
 
 
 def test_what_is_launched_does_not_depend_on_what_was_launched_before(launched):

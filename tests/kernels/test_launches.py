@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import sago
-from tests.backends import import_with_triton
 from tests.conftest import DEVICES
+from tests.support.backends import import_with_triton
 
 import_with_triton("triton")
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 import sago
-from tests import inputs
-from tests.backends import DTYPES, ELEMENTWISE, GRAM, INTERPRETED, Backend, import_with_triton
-from tests.kernels.traffic import assert_floor, counted
-from tests.windows import backward, fresh, window
+from tests.support import inputs
+from tests.support.backends import DTYPES, ELEMENTWISE, GRAM, INTERPRETED, Backend, import_with_triton
+from tests.support.traffic import assert_floor, counted
+from tests.support.windows import backward, fresh, window
 
 triton = import_with_triton("triton")
 

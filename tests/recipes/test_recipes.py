@@ -8,9 +8,9 @@ import torch
 import sago.reference
 from examples import recipes
 from examples.recipes import ALPHA, GAMMA, LR, make_batches, surgery
-from tests.backends import RULES
-from tests.differences import counts, difference
-from tests.oracle import rounding_error
+from tests.support.backends import RULES
+from tests.support.differences import counts, difference
+from tests.support.oracle import rounding_error
 
 # Raised inside of torch when torch.compile is first used.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")

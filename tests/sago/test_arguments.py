@@ -12,7 +12,7 @@ import torch
 
 import sago
 from sago.backends import choose
-from tests.properties import equal_bits
+from tests.support.properties import equal_bits
 
 
 def ones(*shape, **options):

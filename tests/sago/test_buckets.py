@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sago
 from sago.core.pipeline import Pipeline
-from tests import inputs, oracle, properties
-from tests.backends import DTYPES, ELEMENTWISE, Backend
-from tests.windows import (
+from tests.support import inputs, oracle, properties
+from tests.support.backends import DTYPES, ELEMENTWISE, Backend
+from tests.support.windows import (
     ALONE,
     ANY,
     BF16,

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sago
-from tests import properties
-from tests.backends import DTYPES, ELEMENTWISE, INTERPRETED, RULES, has_triton
+from tests.support import properties
+from tests.support.backends import DTYPES, ELEMENTWISE, INTERPRETED, RULES, has_triton
 
 SIDES = ("forget", "retain")
 WIDTH, VOCABULARY, BRANCHES = 4, 5, 3

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import sago
-from tests.oracle import SUM_ERROR
-from tests.properties import assert_equal_bits, assert_near
-from tests.sync import no_sync
+from tests.support.oracle import SUM_ERROR
+from tests.support.properties import assert_equal_bits, assert_near
+from tests.support.sync import no_sync
 
 pytestmark = pytest.mark.gpu
 

@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sago
 from sago.backends.compiled import has_compiler
-from tests.backends import RULES
-from tests.captures import BF16, FORMS, FP32, FP64, SIDES, Window
 from tests.conftest import needs_interpreter, needs_triton
+from tests.support.backends import RULES
+from tests.support.captures import BF16, FORMS, FP32, FP64, SIDES, Window
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

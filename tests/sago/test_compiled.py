@@ -12,8 +12,8 @@ import torch
 
 import sago
 from sago.backends import compiled
-from tests import inputs, oracle, properties
-from tests.backends import Backend
+from tests.support import inputs, oracle, properties
+from tests.support.backends import Backend
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 COMPILED = Backend("compiled", "cpu")

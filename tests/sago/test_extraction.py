@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import sago
-from tests.backends import DTYPES
-from tests.captures import BF16, FORMS, FP32, FP64, SIDES, Window, refused
-from tests.properties import assert_equal_bits
+from tests.support.backends import DTYPES
+from tests.support.captures import BF16, FORMS, FP32, FP64, SIDES, Window, refused
+from tests.support.properties import assert_equal_bits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

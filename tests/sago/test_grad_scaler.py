@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import sago
-from tests import inputs, properties
-from tests.windows import (
+from tests.support import inputs, properties
+from tests.support.windows import (
     ANY,
     BF16,
     FP16,

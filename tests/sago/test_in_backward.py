@@ -7,9 +7,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import sago
-from tests import inputs, properties
-from tests.backends import ELEMENTWISE
-from tests.windows import (
+from tests.support import inputs, properties
+from tests.support.backends import ELEMENTWISE
+from tests.support.windows import (
     ALONE,
     ANY,
     BF16,

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import sago
-from tests import inputs, properties
-from tests.backends import DTYPES, RULES, on_device
-from tests.sync import no_sync
+from tests.support import inputs, properties
+from tests.support.backends import DTYPES, RULES, on_device
+from tests.support.sync import no_sync
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 ANY = ["sago", "pcgrad", "blur"]

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import sago.reference
-from tests import inputs, oracle, properties
-from tests.backends import DTYPES, RULES, Backend
+from tests.support import inputs, oracle, properties
+from tests.support.backends import DTYPES, RULES, Backend
 
-# Allowed error: that of tests.oracle, a few roundings in the precision of the arithmetic.
+# Allowed error: that of tests.support.oracle, a few roundings in the precision of the arithmetic.
 REFERENCE = Backend("reference", "cpu")
 
 

@@ -14,8 +14,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sago
-from tests import inputs, oracle, properties
-from tests.backends import GRAM, RULES
+from tests.support import inputs, oracle, properties
+from tests.support.backends import GRAM, RULES
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 FIELDS = (

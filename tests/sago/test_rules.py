@@ -6,7 +6,7 @@ import torch
 import sago
 import sago.reference
 from sago.rules import RULES, evaluate, ratio, scaled, where
-from tests import backends, inputs, oracle, properties
+from tests.support import backends, inputs, oracle, properties
 
 DOUBLE = torch.float64
 # Sums of small integers are exact. What follows is a quotient, two products and a sum of terms below 12.

@@ -12,8 +12,8 @@ import sago
 from sago.backends.streams import Cache
 from sago.core import checks as arguments
 from sago.core import seen
-from tests import inputs, repeats
 from tests.conftest import KERNEL_BACKENDS
+from tests.support import inputs, repeats
 
 
 @pytest.fixture(params=KERNEL_BACKENDS)

@@ -14,8 +14,8 @@ from torch.optim import optimizer as optimizers
 
 import sago
 from sago.backends import compiled
-from tests.properties import assert_equal_bits
-from tests.windows import ANY, BF16, FP32, backward, fresh, losses, model_of, window
+from tests.support.properties import assert_equal_bits
+from tests.support.windows import ANY, BF16, FP32, backward, fresh, losses, model_of, window
 
 
 def leaves(*sizes, dtype=FP32):

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import sago
-from tests import backends, inputs, oracle, properties
-from tests.backends import DTYPES, ELEMENTWISE, GRAM, RULES, Backend
+from tests.support import backends, inputs, oracle, properties
+from tests.support.backends import DTYPES, ELEMENTWISE, GRAM, RULES, Backend
 
 BF16, FP16, FP32, FP64 = DTYPES
 SAME = [(d, d) for d in DTYPES]

@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 import sago
 from sago.backends.compiled import has_compiler
-from tests.backends import ELEMENTWISE, RULES
-from tests.captures import FORMS, SIDES, added
-from tests.oracle import SUM_ERROR
-from tests.properties import assert_equal_bits
+from tests.support.backends import ELEMENTWISE, RULES
+from tests.support.captures import FORMS, SIDES, added
+from tests.support.oracle import SUM_ERROR
+from tests.support.properties import assert_equal_bits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

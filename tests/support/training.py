@@ -21,7 +21,7 @@ from torch.nn.functional import mse_loss, scaled_dot_product_attention
 from torch.nn.parallel import DistributedDataParallel
 
 import sago
-from tests import inputs
+from tests.support import inputs
 
 STEPS = 3
 WEIGHTS = {"gamma": 0.75, "alpha": 1.5}

@@ -5,8 +5,8 @@ import torch
 
 import sago
 from sago.rules import ratio, where
-from tests import inputs, oracle, properties
-from tests.backends import DTYPES, Backend
+from tests.support import inputs, oracle, properties
+from tests.support.backends import DTYPES, Backend
 
 BF16, FP16, FP32, FP64 = DTYPES
 NAN, INF = torch.nan, torch.inf

@@ -1,6 +1,7 @@
-"""`python -m tests.kernels.launched FOLDER` prints what every case launches, twice, as JSON.
+"""`python -m tests.support.launched FOLDER` prints what every case launches, twice, as JSON.
 
 Cold: each in a process that has launched nothing else. Warm: all in one, so that what is cached is used.
+Dispatched: as with a version of Triton that was not tested, before a compiled kernel is kept.
 """
 
 import functools
@@ -8,6 +9,7 @@ import json
 import struct
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +22,8 @@ from torch import Tensor
 from benchmarks.driver import StubDriver
 from sago import kernels
 from sago.rules import RULES, Coefficients
+
+direct = import_module("sago.kernels.launch")
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 NUMELS = (40000, 7, 16)  # 2, 1 and 1 chunks
@@ -67,7 +71,10 @@ def main() -> None:
         on_device(rule.coefficients)  # numbered in the order of use, and the number is in the code
     with get_context("fork").Pool(2, maxtasksperchild=1) as processes:
         cold = dict(zip(CASES, processes.map(launched, CASES, chunksize=1), strict=True))
-    json.dump({"cold": cold, "warm": {name: launched(name) for name in CASES}}, sys.stdout)
+    with mock.patch.object(direct, "launches_directly", return_value=False):
+        dispatched = {name: launched(name) for name in CASES}
+    warm = {name: launched(name) for name in CASES}
+    json.dump({"cold": cold, "warm": warm, "dispatched": dispatched}, sys.stdout)
 
 
 def launched(name: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Named properties of a synthesis, asserted of any `run(forget, retain, rule, **options)`.
 
-`run` is a `tests.backends.Backend` or, in `test_wrong_kernels`, a wrong one.
+`run` is a `tests.support.backends.Backend` or, in `test_wrong_kernels`, a wrong one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import sago.reference
-from tests.oracle import PROMISED, SUM_ERROR, array, expect, rounding_error
+from tests.support.oracle import PROMISED, SUM_ERROR, array, expect, rounding_error
 
 Run = Callable[..., tuple[list[Tensor | None], sago.SynthesisReport]]
 Side = Sequence[Tensor | None]

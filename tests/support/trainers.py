@@ -16,7 +16,7 @@ from transformers import (
 )
 
 import sago
-from tests.oracle import rounding_error
+from tests.support.oracle import rounding_error
 
 NEWER = "num_items_in_batch" in inspect.signature(Trainer.training_step).parameters  # than 4.45
 GAMMA, ALPHA, LR, EPSILON = 0.7, 1.3, 1e-2, 1e-3

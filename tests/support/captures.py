@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import sago
-from tests.backends import DTYPES
-from tests.properties import assert_equal_bits
+from tests.support.backends import DTYPES
+from tests.support.properties import assert_equal_bits
 
 BF16, FP16, FP32, FP64 = DTYPES
 SIDES = ("forget", "retain")

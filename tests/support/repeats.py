@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import sago
-from tests import inputs, oracle, properties
+from tests.support import inputs, oracle, properties
 
 FP32 = torch.float32
 
