@@ -79,7 +79,7 @@ def gradients(model: LlamaForCausalLM, batch: Batch, objective: Objective) -> li
 
 
 def both_gradients(setup: Setup, world: World, seed: int) -> tuple[list[Tensor], list[Tensor]]:
-    """GradDiff's: of -NLL on the first batch to forget, of NLL on the first to retain."""
+    """The gradients of GradDiff: of -NLL on the first forget batch, and of NLL on the first retain batch."""
     forget_batch, retain_batch = next(pairs(setup, world, seed))
     return gradients(world.model, forget_batch, grad_diff), gradients(world.model, retain_batch, nll)
 
@@ -147,7 +147,7 @@ def check(
 def against_reference(
     forget: Sequence[Tensor], retain: Sequence[Tensor], rule: str, backends: Sequence[str]
 ) -> dict[str, tuple[tuple[bool, str], dict[str, float]]]:
-    """By backend, what `check` says and the report of the whole model."""
+    """For each backend, the result of `check` and the report of the whole model."""
     expected, expected_report = sago.reference.synthesize(forget, retain, rule=rule)
     outcomes = {}
     for backend in backends:

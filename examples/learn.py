@@ -1,4 +1,4 @@
-"""A small Llama that learns facts by heart, and what it knows of them."""
+"""Trains a small Llama to know facts by heart, and measures what it knows."""
 
 from __future__ import annotations
 

@@ -172,12 +172,12 @@ def build_tokenizer(facts: Iterable[Fact], vocab_size: int = 1024) -> PreTrained
 
 
 def prompt(fact: Fact) -> str:
-    """What the model is given."""
+    """The text that the model is given."""
     return f"Question: {fact.question}\nAnswer:"
 
 
 def completion(fact: Fact) -> str:
-    """What the model should say."""
+    """The text that the model should answer."""
     return f" {fact.answer}"
 
 

@@ -76,7 +76,7 @@ def runs_of(record: Mapping[str, Any], objective: str, rule: str, rate: float) -
 
 
 def _entry(record: Mapping[str, Any], objective: str, rule: str, level: float) -> Entry:
-    """Without what is regained. Where no seed reaches the level there is no recovery either."""
+    """A result without `regained`. If no seed reaches the level, it has no recovery either."""
     every = record["setup"]["every"]
     reached: dict[float, list[dict[str, float]]] = {rate: [] for rate in sorted(record["setup"]["rates"])}
     for run in record["runs"]:

@@ -1,4 +1,4 @@
-"""Says in text what a record of the sweep holds."""
+"""Describes a record of the sweep as text."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def models_told(models: Sequence[Mapping[str, Any]]) -> str:
 
 
 def broken(record: Mapping[str, Any]) -> list[str]:
-    """The rules that promise `<u, r> >= 0` and have a step without."""
+    """The rules that promise `<u, r> >= 0` but have a step that breaks the promise."""
     runs = record["runs"]
     return [
         rule
@@ -57,7 +57,7 @@ def broken(record: Mapping[str, Any]) -> list[str]:
 
 
 def cosines_told(record: Mapping[str, Any]) -> str:
-    """Of all steps of all runs, for each rule."""
+    """The table of the cosines over all steps of all runs, for each rule."""
     rows, failed = [], broken(record)
     for rule in record["setup"]["rules"]:
         runs = [run["cosines"] for run in record["runs"] if run["rule"] == rule]
@@ -131,7 +131,7 @@ def last_told(record: Mapping[str, Any]) -> str:
 
 
 def tell(record: Mapping[str, Any]) -> str:
-    """Everything that the record has to say after the runs."""
+    """The text that is printed after the runs."""
     levels = (
         f"Where the forget answers' probability falls to {level:g}:\n\n{recovery_told(record, level)}"
         for level in LEVELS

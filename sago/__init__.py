@@ -1,4 +1,4 @@
-"""Gradient synthesis for LLM unlearning: one update from the forget and the retain gradient, retain first."""
+"""Gradient synthesis for LLM unlearning: computes one update from the forget and the retain gradient."""
 
 from sago import distributed, reference
 from sago.capture.buckets import GradientBuckets

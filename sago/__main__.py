@@ -24,7 +24,7 @@ def lines() -> list[tuple[str, str]]:
         ("rules", ", ".join(sago.list_rules())),
         ("python", f"{platform.python_version()} ({platform.system()} {platform.machine()})"),
         ("torch", torch.__version__),
-        ("triton", triton_version() or "none that is 3.4 or newer"),
+        ("triton", triton_version() or "none of version 3.4 or newer"),
     ]
     for package in ("transformers", "accelerate", "deepspeed", "torchjd"):
         version = _version(package)
@@ -77,7 +77,7 @@ def _version(distribution: str) -> str | None:
 
 
 def main() -> int:
-    """Prints the report. Returns 1 if the unrelated distribution `sago` is in the way."""
+    """Prints the report. Returns 1 if there is a clash with the unrelated distribution `sago`."""
     clash = other_package()
     try:
         found = lines()

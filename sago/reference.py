@@ -1,9 +1,9 @@
-"""`sago.synthesize` in plain torch, to be read beside the paper (arXiv 2604.14808) and to test against.
+"""`sago.synthesize` in plain torch: a readable form of the paper (arXiv 2604.14808) that tests compare with.
 
-It is free of autograd and shares no code with the fast backends. Elements are computed in fp32 (fp64 where a
-gradient is fp64) and rounded once at the end, as in the kernels, so that the elementwise rules can be
-compared bit for bit. Inner products are summed in fp64. Called directly, it checks little of what
-`sago.synthesize_` checks.
+It does not use autograd and shares no code with the fast backends. Elements are computed in fp32 (fp64 where
+a gradient is fp64) and rounded once at the end, as in the kernels, so that the elementwise rules can be
+compared bit for bit. Inner products are summed in fp64. The functions check only a few of their arguments,
+unlike `sago.synthesize_`.
 
 `f` is the gradient of the forget loss as minimised, `r` the gradient of the retain loss. Each rule has a
 function here, defined in its file under `sago.rules`, that returns `(a_c, b_c, a, b)`: the update is
@@ -108,9 +108,12 @@ def synthesize_(
 
     for i, (target, pair) in enumerate(zip(targets, pairs, strict=True)):
         if pair and (target is None or any(t.shape != target.shape for t in pair)):
-            raise ValueError(f"Gradients and output {i} should be tensors of one shape. Found {target!r}.")
+            found = [None if t is None else tuple(t.shape) for t in (*pair, target)]
+            raise ValueError(
+                f"Forget, retain and out of gradient {i} should be tensors of one shape. Found {found}."
+            )
 
-    # A row: what `sums` gives, and the number of elements.
+    # A row has the nine values of `sums` and the number of elements.
     device = next((p[0].device for p in pairs if p), torch.device("cpu"))
     table = torch.zeros(len(rows), 10, dtype=torch.float64, device=device)
     for group, pair in zip(groups, pairs, strict=True):
@@ -138,7 +141,7 @@ def _listed(tensors: Any) -> list[Any]:
 
 
 def _plain(rule: Any) -> Callable[..., Coefficients]:
-    """The coefficient function of a `sago.Rule` on floats, with both branches spelled out.
+    """The coefficient function of a `sago.Rule` on floats. It always returns four coefficients.
 
     A coefficient is NaN if a sum that it reads is not finite.
     """
@@ -177,7 +180,7 @@ def _report(
 
 
 def _of_update(chosen: list[Coefficients], outside: Tensor, inside: Tensor) -> Tensor:
-    """`<u,u>`, `<u,f>` and `<u,r>` of `u = a*f + b*r`, from the conflicting part and from the rest."""
+    """`<u,u>`, `<u,f>` and `<u,r>` of `u = a*f + b*r`, from the sums in conflict and out of conflict."""
     total = torch.zeros_like(outside)
     for i, (a_c, b_c, a, b) in enumerate(chosen):
         for (p, q), (ff, fr, rr) in (((a_c, b_c), inside[i]), ((a, b), outside[i])):

@@ -1,4 +1,4 @@
-"""`synthesize_`, `synthesize` and `Plan`: lists of gradients in, updates out."""
+"""`synthesize_`, `synthesize` and `Plan`: compute the updates of lists of gradients."""
 
 from __future__ import annotations
 
@@ -43,19 +43,21 @@ def synthesize_(
             fp32 or fp64, of any shape. None is a zero gradient. For DTensors each rank works on its shards,
             and inner products take one all-reduce of a small table over the mesh.
         retain: Gradients of the retain loss, pairwise of the same shape and device as `forget`; the dtype
-            may differ. Overwritten unless `out` says otherwise.
+            may differ. The update overwrites them, unless `out` is given.
         rule: A name or a `sago.Rule`.
         gamma, alpha: Weights of forget and retain: floats, or 0-d tensors on the gradients' device.
         out: None to write into `retain`, `"forget"` to write into `forget`, or tensors to write to. An output
-            may be exactly the forget or retain gradient of its index. It may share no other memory.
+            may be the forget or retain gradient of the same index. It must not share memory with any other
+            tensor.
         groups: One hashable key for each tensor. Tensors with equal keys form one group for rules of tensor
             scope, and one row of the report.
         eps: Added to `<f,f>` and `<r,r>` before the rule sees them. 1e-10 repeats the paper's released code.
-        stats: Whether to count conflicts and non-finite elements, and to take the inner products where the
-            rule itself does not need them.
-        reduce_gram: Sums an fp64 tensor `[groups, k]` over the ranks that hold the other shards of the
-            gradients, in place or as its result; see `sago.distributed.SumOver`. It is called once, if any
-            sums are taken. DTensors do not need it. If it is given, it replaces their all-reduce.
+        stats: Whether to count conflicts and non-finite elements, and to compute the inner products even if
+            the rule does not need them.
+        reduce_gram: A function that sums an fp64 tensor `[groups, k]` over the ranks that hold the other
+            shards of the gradients. It works in place or returns the result; see `sago.distributed.SumOver`.
+            It is called once, if any sums are computed. DTensors do not need it. If it is given, it replaces
+            their all-reduce.
         backend: "triton" (the default on CUDA and ROCm), "compiled" (the default on the CPU) or "reference".
 
     Returns:
@@ -87,11 +89,12 @@ def synthesize(
     reduce_gram: ReduceGram | None = None,
     backend: str | None = None,
 ) -> tuple[Any, SynthesisReport]:
-    """`synthesize_` into new tensors. `forget` and `retain` are not modified.
+    """Like `synthesize_`, but returns new tensors. `forget` and `retain` are not modified.
 
     Returns:
-        The updates and the report. The updates are a tensor if `forget` and `retain` are tensors, else a
-        list. Each has the dtype of retain, or of forget where retain is None, and is None where both are.
+        The updates and the report. The updates are a tensor if `forget` and `retain` are tensors, and a list
+        otherwise. An update has the dtype of retain, or of forget if retain is None. It is None if both are
+        None.
     """
     rule = resolve(rule)
     pairs = check_pairs(forget, retain, rule, NEW, groups, reduce_gram, backend, dtensor)
@@ -102,7 +105,7 @@ def synthesize(
 
 
 class Plan:
-    """`sago.synthesize_` for the same tensors many times, with the checks and the layout done once.
+    """Synthesizes the same tensors many times, but checks them and makes their layout only once.
 
         plan = sago.Plan(forget_grads, retain_grads, rule="pcgrad")
         for batch in batches:
@@ -110,8 +113,8 @@ class Plan:
             report = plan.synthesize_(gamma=1.0, alpha=1.0)
 
     A call can be captured in a CUDA graph. A replay reads the current values of the gradients, and of `gamma`
-    and `alpha` if they are tensors on the device. The plan must be kept alive. A report has the numbers of
-    the last replay before it was first read.
+    and `alpha` if they are tensors on the device. Keep the plan alive as long as the graph. The first read of
+    a report gives the numbers of the latest replay, and the report keeps them.
 
     Args:
         forget, retain, rule, out, groups, eps, stats, reduce_gram, backend: As in `sago.synthesize_`. The
@@ -143,7 +146,10 @@ class Plan:
         self._pairs = check_pairs(forget, retain, rule, out, groups, reduce_gram, backend, dtensor)
         self._call = check_call(rule, 1.0, 1.0, eps, stats, reduce_gram, self._pairs.backends)
         if is_capturing(self._pairs.backends):
-            raise ValueError("A plan should be made before the capture of a CUDA graph. Found a capture.")
+            raise ValueError(
+                "A plan should be made before the capture of a CUDA graph. Found that a capture has begun. "
+                "Make the plan outside of the capture, and call its `synthesize_` inside."
+            )
         # Views keep the memory even if the data of a tensor is replaced.
         pairs = self._pairs
         pairs.forget, pairs.retain, pairs.out = map(_views, (pairs.forget, pairs.retain, pairs.out))

@@ -17,7 +17,7 @@ from tests.support.properties import assert_near
 from tests.support.ranks import Ranks
 
 PAGE = Path(__file__).parents[1] / "docs/distributed.md"
-ENGINES = ("DDP", "FSDP2", "HSDP", "Tensor parallel, and FSDP2 over it")
+ENGINES = ("DDP", "FSDP2", "HSDP", "Tensor parallelism with FSDP2")
 OTHERS = ("Lists of DTensors, and other shards", "DeepSpeed", "Accelerate")
 LOOP = "Engines"
 

@@ -31,16 +31,16 @@ from sago.backends.sums import Sums
 from sago.backends.sums import table as make_table
 from sago.rules import Coefficients, Rule, Term, evaluate
 
-Known = tuple[tuple[Term, ...], bool]  # about the coefficients; whether NaN and inf propagate
+Known = tuple[tuple[Term, ...], bool]  # which coefficients are zero; whether NaN and inf propagate
 
 COMPILE_FROM = 1 << 15  # elements of the smallest tensor for which a call of compiled code pays
 COMPILE_AT_ONCE = 1 << 20  # elements of a tensor that is not run uncompiled first
 COMPILE_AFTER = 1 << 27  # elements that run uncompiled first: some seconds, as a compilation takes
-_LINE = 64  # bytes: a lane an element of a cache line, so that memory is read in order
-_DEPTH = 128  # elements a lane adds: that many squares of 1e18 stay in the range of fp32
+_LINE = 64  # bytes of a cache line: it has one element for each lane, so memory is read in order
+_DEPTH = 128  # elements that a lane adds: the sum of 128 squares of 1e18 is finite in fp32
 _FAN_IN = 1024
-# Elements at a time, which bounds the memory that is allocated: partial sums below 1 MiB if the code is
-# compiled, a few MiB of temporaries if it is not.
+# The number of elements that are processed at a time, compiled (_SUMMED) and uncompiled (_EAGER). It limits
+# the memory: partial sums take less than 1 MiB, and temporaries of uncompiled code take a few MiB.
 _SUMMED = {torch.float32: 1 << 21, torch.float64: 1 << 20}
 _EAGER = 1 << 15
 
@@ -89,7 +89,7 @@ def combine(
     coefficients: Coefficients | None = None,
     propagate: bool = False,
 ) -> Tensor | None:
-    """Writes the update of every pair to `out`; see `sago.backends.protocol`. Sums take their own pass."""
+    """Writes the update of every pair to `out`; see `sago.backends.protocol`. The sums need another pass."""
     table = _table(batch, sums) if sums else None
     values, terms = coefficients or evaluate(rule, gram, gamma, alpha, eps, batch.device)
     rows = {t: values.to(t).expand(batch.row_count, -1).unbind(0) for t in (torch.float32, torch.float64)}
@@ -136,7 +136,7 @@ def _conflict(f: Tensor, r: Tensor) -> Tensor:
 
 
 def _weighted(a: Tensor, f: Tensor, b: Tensor, r: Tensor, terms: tuple[Term, ...]) -> Tensor:
-    """`a*f + b*r`, where a gradient whose coefficient is 0 is left out, be it NaN or inf."""
+    """`a*f + b*r`. A gradient whose coefficient is 0 is left out, even if it is NaN or inf."""
     zero = torch.zeros((), dtype=f.dtype, device=f.device)
     x = zero if terms[0] == "zero" else a * f
     y = zero if terms[1] == "zero" else b * r
@@ -154,7 +154,7 @@ def _weighted(a: Tensor, f: Tensor, b: Tensor, r: Tensor, terms: tuple[Term, ...
 
 
 def _downcast(u: Tensor, dtype: torch.dtype) -> Tensor:
-    # fp64 goes to 16 bits through fp32 here as in eager torch, whatever the compiler would choose.
+    # fp64 is converted to 16 bits through fp32, as in eager torch. The compiler could choose another way.
     return u.to(torch.float32).to(dtype) if dtype.itemsize == 2 else u.to(dtype)
 
 
@@ -164,7 +164,7 @@ def _block_sums(f: Tensor, r: Tensor, sums: int) -> Tensor:
 
 
 def _block_sums_in_order(f: Tensor, r: Tensor, sums: int) -> Tensor:
-    """`_block_sums` uncompiled, with the bits of compiled code, whose loop adds one element after another."""
+    """Like `_block_sums`, but adds one element after another, as compiled code does, for the same bits."""
     rows = torch.stack(_summands(f, r, sums)).unbind(2)
     total = rows[0].clone()
     for row in rows[1:]:
@@ -209,7 +209,7 @@ def _pair_sums(f: Tensor, r: Tensor, sums: int) -> Tensor:
     if call is not None:
         partials = [call(*pair) for pair in slices]
     else:
-        # No code is compiled for a smaller tensor, whose bits are then those of the faster order.
+        # Smaller tensors are never compiled, so their sums can use the faster order with other bits.
         graph: Any = _block_sums if f.numel() < COMPILE_FROM else _block_sums_in_order
         partials = [
             torch.cat([graph(*p, sums) for p in zip(*(t.split(_EAGER) for t in pair), strict=True)], dim=1)
@@ -283,7 +283,7 @@ def _new_lock() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_new_lock)  # another thread of the parent may have held it
+    os.register_at_fork(after_in_child=_new_lock)  # another thread of the parent may have held the lock
 
 
 def _compile(graph: Any, constant: Any, *dtypes: torch.dtype) -> Callable[..., Any] | None:
@@ -308,17 +308,17 @@ def _build(graph: Any, constant: Any, dtypes: Sequence[torch.dtype]) -> Callable
         torch.autocast("cpu", enabled=False),
         warnings.catch_warnings(),
     ):
-        warnings.simplefilter("ignore")  # torch's own, at its imports
-        # From a large size the compiler concludes that threads pay. The memory is not touched.
+        warnings.simplefilter("ignore")  # warnings of torch at its imports
+        # The size is large so that the compiler uses threads. The memory is not touched.
         examples = [torch.empty(_SUMMED[torch.float32], dtype=d) for d in dtypes]
         if coefficients:
             examples.append(torch.empty(coefficients, dtype=compute_dtype))
         traced = make_fx(lambda *args: graph(*args, constant), tracing_mode="symbolic")(*examples)
         inputs = [node.meta["val"] for node in traced.graph.nodes if node.op == "placeholder"]
-        # Otherwise the number of threads at this time is part of the code.
+        # Without this option, the code would contain the current number of threads.
         options = {"cpp.dynamic_threads": True}
         if torch.__version__.startswith("2.6."):
-            options["fx_graph_cache"] = False  # a graph that is found there raises without TorchDynamo
+            options["fx_graph_cache"] = False  # a cached graph raises an error without TorchDynamo
         return compile_graph(traced, inputs, options=options)
 
 

@@ -16,12 +16,12 @@ class Batch(NamedTuple):
     """Gradient pairs on one device and the tensors that their updates go to.
 
     Attributes:
-        device: Of all tensors.
-        forget, retain: Tensors or None (a zero gradient), pairwise of one shape and, over dense memory, of
-            one element order. At most one of a pair is None.
-        out: Where `combine` writes; may be forget or retain themselves.
+        device: The device of all tensors.
+        forget, retain: Tensors, or None for a zero gradient. The two tensors of a pair have the same shape
+            and strides and are dense in memory. At most one of a pair is None.
+        out: The tensors that `combine` writes. They may be those of forget or retain.
         rows: The row of the table of sums that each pair belongs to.
-        row_count: Rows of the table. A row without elements is zero.
+        row_count: The number of rows of the table. A row without elements is zero.
     """
 
     device: torch.device
@@ -32,7 +32,7 @@ class Batch(NamedTuple):
     row_count: int
 
     def release(self) -> bool:
-        """Whether the batch has dropped its references to the tensors and still works, by their addresses."""
+        """Drops the references to the tensors if addresses are enough. Returns whether it did."""
         return False
 
 
@@ -65,16 +65,16 @@ class Backend(Protocol):
         coefficients: Coefficients | None = None,
         propagate: bool = False,
     ) -> Tensor | None:
-        """Writes the update of every pair to `out`; returns the table of `sums`, or None for none.
+        """Writes the update of every pair to `out`. Returns the table of `sums`, or None if `sums` is 0.
 
         Args:
             batch: The pairs.
-            rule: Gives the coefficients of a row.
+            rule: The rule, which computes the coefficients of each row.
             gamma, alpha: Floats, or 0-d fp64 tensors on the batch's device.
             eps: Added to `<f,f>` and `<r,r>`.
-            gram: fp64, its first three columns `<f,f>, <f,r>, <r,r>`, one row for each row of the batch. None
-                for rules that read no inner products.
-            sums: The sums of the gradients to take in the same call.
+            gram: An fp64 table with one row for each row of the batch. Its first three columns are `<f,f>`,
+                `<f,r>` and `<r,r>`. None for rules that read no inner products.
+            sums: The sums of the gradients to compute in the same call.
             coefficients: Used instead of the rule's function of `gram`, `gamma`, `alpha` and `eps`.
             propagate: Whether NaN or inf in either gradient makes the element of the update NaN.
         """

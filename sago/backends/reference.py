@@ -23,13 +23,13 @@ __all__ = ["Batch", "combine", "conflict", "gram", "sums_of", "update", "weighte
 def conflict(f: Tensor, r: Tensor) -> Tensor:
     """True where `f` and `r` have strictly opposite signs. Zeros and NaN do not conflict.
 
-    The signs are compared, not the product's: `f * r` underflows to 0 for small gradients.
+    The two signs are compared, because the product `f * r` underflows to 0 for small gradients.
     """
     return ((f > 0) & (r < 0)) | ((f < 0) & (r > 0))
 
 
 def weighted(a: float, f: Tensor, b: float, r: Tensor) -> Tensor:
-    """`a*f + b*r`, where a gradient whose coefficient is 0 is left out, be it NaN or inf."""
+    """`a*f + b*r`. A gradient whose coefficient is 0 is left out, even if it is NaN or inf."""
     if a == 0 and b == 0:
         return torch.zeros_like(f)
     if a == 0:
@@ -48,14 +48,15 @@ def update(f: Tensor, r: Tensor, coefficients: Sequence[float]) -> Tensor:
 
 
 def write(u: Tensor, out: Tensor) -> None:
-    """`out.copy_(u)`, fp64 to 16 bits through fp32 as in the kernels."""
+    """`out.copy_(u)`. fp64 is converted to 16 bits through fp32, as in the kernels."""
     out.copy_(u.float() if out.dtype.itemsize == 2 else u)
 
 
 def sums_of(f: Tensor, r: Tensor) -> Tensor:
     """The sums of one pair, fp64 `[9]`.
 
-    ff, fr, rr out of conflict, the number of conflicts, of NaN and inf in f and in r, ff, fr, rr in conflict.
+    They are ff, fr and rr of the elements out of conflict, the number of conflicts, the numbers of NaN and
+    inf in f and in r, and ff, fr and rr of the elements in conflict.
     """
     f, r = f.double(), r.double()
     c = conflict(f, r)
@@ -65,7 +66,7 @@ def sums_of(f: Tensor, r: Tensor) -> Tensor:
 
 
 def with_zeros(f: Tensor | None, r: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The pair, of which one may be None, with zeros for it."""
+    """The pair, with zeros in the place of None. At most one of the two is None."""
     zeros = torch.zeros_like(next(t for t in (f, r) if t is not None))
     return zeros if f is None else f, zeros if r is None else r
 

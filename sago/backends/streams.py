@@ -1,4 +1,4 @@
-"""Values that are made once for each key, thread and CUDA stream, and tables that are copied to a device."""
+"""A cache with one value for each key, thread and CUDA stream, and a check for the capture of CUDA graphs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _PLACES = 8  # combinations of thread and streams that use one key
 class Cache:
     """An LRU cache of values that own device memory, keyed by key, thread and CUDA stream.
 
-    Device memory is filled and reused in the order of a stream, so a value is found only by the thread and on
-    the streams that it was made on. The capture of a CUDA graph is the exception. It starts after all earlier
-    work, so it may use the value of any stream. The graph is replayed on the same memory, so that value is
-    kept as long as the cache. A value that is made during a capture is not filled before the first replay, so
-    it is not added.
+    Device memory is filled and reused in the order of a stream, so only the thread and the streams that made
+    a value find it. The capture of a CUDA graph is an exception. A capture starts after all earlier work, so
+    it may use the value of any stream. The graph is replayed on the same memory, so the cache never drops
+    that value. A value that is made during a capture has no content before the first replay, so it is not
+    added.
     """
 
     def __init__(self, size: int) -> None:
@@ -51,7 +51,7 @@ class Cache:
             if not is_capturing(devices):
                 return places.get(_place(devices))
             found = next(iter(places.values()))
-            self._kept[id(found)] = found  # once, however many graphs use it
+            self._kept[id(found)] = found  # once for any number of graphs
             return found
 
     def add(self, key: Hashable, devices: Collection[torch.device], value: Any) -> None:

@@ -1,4 +1,4 @@
-"""The sums that a backend takes over the gradients of a row, and the only place that knows their columns.
+"""The sums that a backend computes over the gradients of a row. Only this file knows their columns.
 
 A table of sums is fp64 `[rows, columns]`. With `f` the forget and `r` the retain gradient, the columns are
 
@@ -32,7 +32,7 @@ def table(products: Tensor, counts: Tensor, inside: Tensor | None = None) -> Ten
 
 
 def merge(table: Tensor, wanted: Sums) -> Tensor:
-    """The table of `wanted` sums, from one of SPLIT."""
+    """The table of the `wanted` sums, from a table of SPLIT."""
     return table if wanted == Sums.SPLIT else torch.cat([products(table), table[:, 3:6]], dim=1)[:, :wanted]
 
 
@@ -43,7 +43,7 @@ def products(table: Tensor) -> Tensor:
 
 
 def split(table: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The products out of conflict and in conflict; over all elements and None if they are not split."""
+    """The products out of conflict and in conflict, or the products over all elements and None."""
     columns = table.shape[1]
     outside = table if columns == Sums.PRODUCTS else table[:, 0:3]
     return outside, table[:, 6:9] if columns == Sums.SPLIT else None
@@ -55,7 +55,7 @@ def counts(table: Tensor) -> Tensor | None:
 
 
 def nonfinite(table: Tensor) -> Tensor:
-    """Whether a gradient of each row has a NaN or an inf, `[rows]`. Without counts the squares show it."""
+    """Whether each row has a NaN or an inf, `[rows]`. Uses the squared norms if there are no counts."""
     counted = counts(table)
     if counted is None:
         return ~(table[:, 0] + table[:, 2]).isfinite()

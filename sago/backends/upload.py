@@ -1,4 +1,4 @@
-"""Copies small tables from the host to a device without a wait."""
+"""Copies small tables from the host to a device. The host does not wait for the copy."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@
 `pcgrad` takes the inner products over each tensor ("module-wise"), `pcgrad_global` over all tensors. Neither
 has a gate. Promise: `<u, r> >= 0` over the same elements.
 
-Source: Algorithm 1 of arXiv 2001.06782, in which retain is never projected (arXiv 2604.14808).
+Source: Algorithm 1 of arXiv 2001.06782, in the form of arXiv 2604.14808, which never projects retain.
 """
 
 from math import isfinite, nan

@@ -14,15 +14,16 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 Names = frozenset[str]
-# What each coefficient reads, by whether gamma and whether alpha is 0.
+# For each case `(gamma == 0, alpha == 0)`, the names that each coefficient reads.
 Reads = dict[tuple[bool, bool], tuple[Names, ...]]
 
 SUMS = ("ff", "fr", "rr")
 CASES = ((False, False), (False, True), (True, False), (True, True))
 _ALL, _CONSTANT = frozenset(SUMS), frozenset({"constant"})
 
-# Functions that take no value from their arguments; those that take only a size, which depends on no value
-# where the tensor is an argument of the rule; and those that take only a size from their first argument.
+# `_METADATA` has functions that use no values of their arguments. `_SIZES` has functions that use only the
+# size of a tensor. The size of an argument of the rule does not depend on any value. `_LIKE` has functions
+# that use only the size of their first argument.
 _METADATA = {"dtype", "device", "layout", "ndim", "dim", "is_floating_point", "is_cuda", "requires_grad"}
 _SIZES = {"shape", "size", "numel", "__len__"}
 _LIKE = {
@@ -58,7 +59,7 @@ class _Tracker(TorchFunctionMode):
     """Keeps the names of the arguments that each tensor was computed from.
 
     Attributes:
-        unknown: Whether a value left the tensors, so that anything may depend on it.
+        unknown: Whether a value became a Python number, so that any coefficient may depend on it.
         strangers: Tensors that no tracked function returned.
     """
 
@@ -74,7 +75,7 @@ class _Tracker(TorchFunctionMode):
         }
 
     def names(self, value: Any) -> Names:
-        """The names behind all tensors in `value`."""
+        """The names of the arguments from which the tensors in `value` were computed."""
         return frozenset().union(*(self._of(t) for t in _tensors(value)))
 
     def _of(self, t: Tensor) -> Names:
@@ -101,7 +102,7 @@ class _Tracker(TorchFunctionMode):
 
     def _read(self, func: Any, args: Any, kwargs: Any) -> Names:
         name = getattr(func, "__name__", "")
-        if name == "__get__":  # of a property
+        if name == "__get__":  # the getter of a property
             name = getattr(func.__self__, "__name__", "")
         if name in _METADATA or (name in _SIZES and id(args[0]) in self._arguments):
             return frozenset()
@@ -110,7 +111,7 @@ class _Tracker(TorchFunctionMode):
         if func is torch.where and len(args) == 3:
             condition, *branches = args
             of_condition = self.names(condition)
-            if of_condition and of_condition <= self._zeros:  # the weights that are 0 decide alone
+            if of_condition and of_condition <= self._zeros:  # only weights that are 0 decide here
                 taken = [
                     x
                     for x, flag in zip(branches, (condition.any(), not condition.all()), strict=True)

@@ -1,17 +1,17 @@
 """`Rule`: a pure function from the inner products of a group to the coefficients of its update.
 
-One formula holds every rule. With `f` the forget and `r` the retain gradient,
+All rules have one formula. With `f` the forget and `r` the retain gradient, it is
 
     out_i = a_c * f_i + b_c * r_i   where f_i and r_i have strictly opposite signs (gated rules only)
             a   * f_i + b   * r_i   elsewhere
 
-and a rule gives `(a_c, b_c, a, b)` if it is gated, `(a, b)` if it is not, from `ff = <f,f>`,
-`fr = <f,r>`, `rr = <r,r>` and the weights `gamma` (forget) and `alpha` (retain).
+A rule computes the coefficients from `ff = <f,f>`, `fr = <f,r>`, `rr = <r,r>` and the weights `gamma`
+(forget) and `alpha` (retain). A gated rule returns `(a_c, b_c, a, b)`, and other rules return `(a, b)`.
 
 A coefficient function runs in two places: on fp64 tensors of shape `[groups]`, and, recompiled, on
-fp64 scalars inside the combine kernel. It is compiled into the kernel when it is defined in a file,
-without annotations, and uses nothing but `+ - * /`, comparisons, `where` and functions of the same kind.
-Any other torch code is also a valid rule. Torch operations compute its coefficients before the kernel runs.
+fp64 scalars inside the combine kernel. It is compiled into the kernel if it is defined in a file, has no
+annotations, and uses only `+ - * /`, comparisons, `where` and functions of the same kind. Any other torch
+code is also a valid rule. Torch operations compute its coefficients before the kernel runs.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ class Rule:
         name: The name of the rule in reports and error messages.
         coefficients: A pure function `(ff, fr, rr, gamma, alpha)` of five fp64 values (tensors of shape
             `[groups]`, or scalars inside the kernel) that returns `(a_c, b_c, a, b)` for a gated rule,
-            `(a, b)` for an ungated one. A coefficient that is exactly 0 switches its gradient off: not
-            even a NaN or inf of it reaches the update. The library makes a coefficient NaN where an inner
-            product that it depends on is not finite, also if the function only compares that product.
+            `(a, b)` for an ungated one. A coefficient that is exactly 0 switches its gradient off: NaN and
+            inf in that gradient do not reach the update. The library makes a coefficient NaN if an inner
+            product that it depends on is not finite, even if the function only compares that product.
         scope: The elements that an inner product runs over: `"tensor"` (each tensor, or each of `groups`) or
             `"global"` (all tensors). `"element"` means that the rule reads no inner products, and a function
             that reads one is refused.
-        gated: Whether coordinates in conflict take a branch of their own.
+        gated: Whether elements in conflict have coefficients of their own.
         formula: One line for tables and documentation.
 
     Attributes:
-        reads: The names of the inner products that each coefficient depends on, by
-            `(gamma == 0, alpha == 0)`: `scaled` leaves its coefficient out where its weight is 0. A function
-            for which this cannot be determined, for example because of `.item()`, counts as reading all.
+        reads: For each case `(gamma == 0, alpha == 0)`, the names of the inner products that each coefficient
+            depends on. The cases differ because `scaled` ignores its coefficient if its weight is 0. If this
+            cannot be determined, for example because of `.item()`, all names are listed.
 
     Example:
         >>> from sago.rules import ratio, where
@@ -106,7 +106,7 @@ class Rule:
 
 
 class Coefficients(NamedTuple):
-    """`a_c, b_c, a, b` of every row as fp64 `[rows, 4]` (`a, b`, `[rows, 2]`, of an ungated rule).
+    """The coefficients of every row, fp64: `[rows, 4]` for a gated rule, `[rows, 2]` for other rules.
 
     `terms` tells which columns are known to be zero or nonzero without reading the values. A single row is
     used for all rows.
@@ -133,7 +133,7 @@ def evaluate(
     weights = [_as_double(w, device).view(()) for w in (gamma, alpha)]
     sums = dict(zip(SUMS, (ff + eps, fr, rr + eps), strict=True))
     values = rule.coefficients(*sums.values(), *weights)
-    # A literal, and a weight that is a float and passed through as it is, are known on the host.
+    # The host knows the values of literals, and of weights that are floats and returned unchanged.
     known = (gamma if v is weights[0] else alpha if v is weights[1] else v for v in values)
     terms: list[Term] = [_term(v) for v in known]
     columns = [_as_double(v, device) for v in values]

@@ -3,7 +3,7 @@
     u_i = alpha*r_i   where f_i and r_i have strictly opposite signs
           gamma*f_i   elsewhere
 
-The gate is the sign conflict. Promise: `u_i * r_i >= 0` at every coordinate, so that `<u, r> >= 0`.
+The gate is the sign conflict. Promise: `u_i * r_i >= 0` at every element, so that `<u, r> >= 0`.
 
 Source: SAGO, arXiv 2604.14808.
 """
