@@ -16,17 +16,17 @@ from sago.capture.opening import find_engine, open_host
 from sago.capture.others import Others
 from sago.capture.parameters import choose
 from sago.capture.streamed import InBackward, check_exact
-from sago.capture.window import State, Window
+from sago.capture.window import Action, Window
 from sago.core.checks import ReduceGram, check_call, check_groups, non_negative
 from sago.core.pairs import Call, Pairs, Weight
 from sago.core.pipeline import Pipeline, count_versions
 from sago.core.report import SynthesisReport
-from sago.ranks import ddp as data_parallel
-from sago.ranks import dtensor as shards
+from sago.private import require
+from sago.ranks import ddp, dtensor
 from sago.ranks.dtensor import Shards
 from sago.rules import Rule
 
-_PATTERNS = 8  # sets of parameters without a gradient, whose pipelines are kept
+_PATTERNS = 8  # pipelines that are kept: one for each set of parameters without a gradient
 
 
 class GradientBuckets:
@@ -86,19 +86,20 @@ class GradientBuckets:
     after `synthesize_`. Inside a capture `engine.step()` does nothing, because `accelerator.backward` calls
     it.
 
-    Freeze the trained parameters of the same modules that are not given. A backward in a capture that reaches
-    one raises, because its own gradient would be the sum of both sides. Parameters that other buckets capture
-    at the same time are exempt. All live modules are searched once for such parameters, before the first
-    capture. Parameters that belong to no module, or to one that `gc.freeze` hides, are not found.
+    If `params` is a part of a module, freeze the other parameters. If a backward in a capture reaches a
+    trained parameter that was not given, the capture raises, because the gradient of that parameter would be
+    the sum of both sides. Parameters that other buckets capture at the same time are exempt. All live modules
+    are searched once for such parameters, before the first capture. Parameters that belong to no module, or
+    to one that `gc.freeze` hides, are not found.
 
-    If an optimizer that holds a captured parameter steps inside a capture, it raises, because `p.grad` is the
-    gradient of one side there. Between a capture and `synthesize_` it finds no gradients, and a
-    RuntimeWarning says so once.
+    If an optimizer that holds a captured parameter steps inside a capture, the step raises, because `p.grad`
+    is the gradient of one side there. If the optimizer steps between a capture and `synthesize_`, it finds no
+    gradients, and a RuntimeWarning says so once.
 
     Buckets cannot be copied or pickled. Keep them beside the module, as an optimizer is kept, not inside it.
 
     A parameter that is frozen later has no gradient from then on. Make new buckets when a parameter is
-    unfrozen, moved, cast or resized, or added to the given module: the next window raises otherwise.
+    unfrozen, moved, cast or resized, or added to the given module. Otherwise the next window raises.
 
     Attributes:
         nbytes: The size of all buffers in bytes.
@@ -139,7 +140,7 @@ class GradientBuckets:
         self._forget, self._retain = opened.forget, opened.retain
         self._window = Window(chosen.names, self._params, opened.host, self._forget, self._retain)
         self._ranks, self._shards = opened.ranks, opened.shards
-        self._looked = engine is not None  # for DDP that came later, and for parameters that were not given
+        self._looked = engine is not None  # whether `_check_around` has searched
         self._sharded = opened.sharded
         self._engine = engine
         self._updates, self._update_grads = list(self._retain.views), list(self._retain.grads)
@@ -148,7 +149,7 @@ class GradientBuckets:
         like = [self._retain.views[i] for i in apart]
         updates = flatten(like, [opened.dtypes[i] for i in apart], capacity)
         for i, view in zip(apart, updates.views, strict=True):
-            self._updates[i], self._update_grads[i] = view, shards.wrap(view, self._params[i])
+            self._updates[i], self._update_grads[i] = view, dtensor.wrap(view, self._params[i])
         self._in_place = not apart and not opened.padded
         buffers = [*self._forget.buffers, *self._retain.buffers, *updates.buffers]
         self.nbytes: int = sum(buffer.nbytes for buffer in buffers)
@@ -232,13 +233,9 @@ class GradientBuckets:
         self._check_unscaled(call)
         self._meet()
         pipeline = self._pipeline(call)
-        try:
-            found = pipeline.synthesize(call)
-        except BaseException as error:
-            if pipeline.writing:
-                self._window.fail(f"a synthesis ended in {error!r}")
-            raise
-        self._finish()
+        with self._window.updating():
+            found = pipeline.synthesize(call, self._window.begin)
+            self._publish()
         return found
 
     @contextmanager
@@ -250,7 +247,7 @@ class GradientBuckets:
         eps: float = 0.0,
         stats: bool = True,
     ) -> Iterator[InBackward]:
-        """The last retain capture and `synthesize_` in one: the updates are written while the backward runs.
+        """Combines the last retain capture with `synthesize_`: the backward itself writes the updates.
 
             with buckets.synthesize_in_backward(rule="sago") as step:
                 retain_loss.backward()
@@ -284,16 +281,19 @@ class GradientBuckets:
         check_exact(call, rows, keys, retain.owner, list(self._backends))
         expected = [p.requires_grad for p in self._params]
         step = InBackward(
-            call, keys, window.names, retain.owner, expected, lambda bucket: self._pipeline(call, bucket)
+            call,
+            keys,
+            window.names,
+            retain.owner,
+            expected,
+            lambda bucket: self._pipeline(call, bucket),
+            window.begin,
         )
-        with window.capture(retain, step.arrived):
-            yield step
-        try:
+        with window.updating():
+            with window.capture(retain, step.arrived):
+                yield step
             step.finish()
-        except BaseException as error:
-            window.fail(f"a synthesis ended in {error!r}")
-            raise
-        self._finish()
+            self._publish()
 
     def unscale_(self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
         """`scaler.unscale_(optimizer)` for both gradients, before `synthesize_`.
@@ -305,14 +305,19 @@ class GradientBuckets:
         not notice an fp16 update that overflows only when it is stored (a gradient beyond 65504 after
         unscaling).
 
-        Scale both losses with one GradScaler and one scale. Different scales act as different weights, and
-        are not noticed. ValueError if the gradients are unscaled already.
+        Scale both losses with one GradScaler and one scale. Different scales would act as different weights,
+        which the buckets cannot notice.
+
+        Raises:
+            ValueError: If the gradients are already unscaled, or if `synthesize_` could not be called now.
         """
         self._window.check_ready(self._forget, self._retain)
         if self._engine is not None:
-            raise ValueError("unscale_ should not be called with DeepSpeed, which unscales in engine.step().")
-        while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-            optimizer = inner  # that accelerate wraps, and that scaler.step gets
+            raise ValueError(
+                "unscale_ should not be called with DeepSpeed, which unscales in engine.step(). Remove the "
+                "call."
+            )
+        optimizer = _unwrapped(optimizer)
         index = {id(p): i for i, p in enumerate(self._params)}
         given = (id(p) for group in optimizer.param_groups for p in group["params"])
         self._window.check_scaled(index[key] for key in given if key in index)
@@ -331,18 +336,18 @@ class GradientBuckets:
         holders = []
         for g in gradients:
             if g is not None:
-                part = shards.local(g)
-                like = torch.empty((), dtype=g.dtype, device=g.device).expand(part.shape)
-                holder = shards.wrap(like, g)
+                shape = dtensor.local(g).shape
+                like = torch.empty((), dtype=g.dtype, device=g.device).expand(shape)
+                holder = dtensor.wrap(like, g)
                 holder.grad = g
                 holders.append(holder)
         groups = optimizer.param_groups
         optimizer.param_groups = [{"params": holders}]
         try:
-            scaler.unscale_(optimizer)
+            with self._window.unscaling(found):
+                scaler.unscale_(optimizer)
         finally:
             optimizer.param_groups = groups
-        self._window.note_unscaled(found)
 
     def zero_(self) -> None:
         """Drops both gradients and the update: sets `p.grad` to None and the accumulators to zero.
@@ -373,8 +378,8 @@ class GradientBuckets:
         if self._looked:
             return
         if self._ranks is None:
-            data_parallel.check_not_wrapped(self._params)
-        self._window.others = Others(self._params, self._sharded)
+            ddp.check_not_wrapped(self._params)
+        self._window.keep_apart(Others(self._params, self._sharded))
         self._looked = True
 
     def _meet(self) -> None:
@@ -398,23 +403,19 @@ class GradientBuckets:
             raise ValueError(
                 f"Parameter `{found}` should be reached by {name} backwards on every rank or on none, as "
                 "the ranks reduce their gradients together. Found that some ranks only reached it, so that "
-                "gradients may be mixed: on the other ranks, add 0 times its output to the loss."
+                "gradients may be mixed. On the other ranks, add 0 times its output to the loss."
             )
-        self._window.agreed = True
+        self._window.agree()
 
     def _average(self) -> None:
         """Averages the gradients over the ranks of DistributedDataParallel."""
-        if self._ranks is None or self._window.state is not State.CAPTURING:
+        if self._ranks is None or not self._window.allows(Action.REDUCE):
             return
         sides = self._forget, self._retain
         trained = [p.requires_grad for p in self._params]
         self._ranks.check_reached(sides, self._window.names, trained)
-        try:
+        with self._window.reducing():
             self._ranks.average(sides, trained)
-        except BaseException as error:
-            self._window.fail(f"the average over the ranks ended in {error!r}")
-            raise
-        self._window.state = State.REDUCED
 
     def _scales(self, retain_captures: int) -> tuple[float, float]:
         return (1 / self._forget.captures, 1 / retain_captures) if self._mean else (1.0, 1.0)
@@ -469,12 +470,12 @@ class GradientBuckets:
         return Pipeline(pairs, numel, own)
 
     def _check_unscaled(self, call: Call) -> None:
-        """Raises if a sum would mix scaled and unscaled gradients, or add eps to scaled ones."""
+        """Raises if a sum would mix scaled and unscaled gradients, or if eps is added to scaled ones."""
         if self._engine is not None and self._engine.scaled and (call.max_norm is not None or call.eps):
             raise ValueError(
-                "`max_norm` and `eps` should be left out where DeepSpeed scales losses, because they mean "
-                "unscaled gradients: `gradient_clipping` in its configuration clips the update. Found "
-                f"max_norm={call.max_norm}, eps={call.eps}."
+                "`max_norm` and `eps` should be left out where DeepSpeed scales losses, because they apply "
+                f"to unscaled gradients. Found max_norm={call.max_norm}, eps={call.eps}. To clip the update, "
+                "set `gradient_clipping` in the configuration of DeepSpeed."
             )
         unscaled = self._window.unscaled
         if not unscaled or not (call.limited or call.eps or self._grouped or call.rule.scope == "global"):
@@ -486,11 +487,26 @@ class GradientBuckets:
                     f"`{self._window.names[i]}` are not: call unscale_ for each optimizer."
                 )
 
-    def _finish(self) -> None:
+    def _publish(self) -> None:
+        """Makes the updates `p.grad`, and ends the window."""
         written = [f or r for f, r in zip(self._forget.touched, self._retain.touched, strict=True)]
         count_versions([u for u, w in zip(self._updates, written, strict=True) if w])
         grads = zip(self._update_grads, written, strict=True)
-        self._window.finish([u if w else None for u, w in grads])
+        self._window.publish([u if w else None for u, w in grads])
+
+
+def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer inside of wrappers. accelerate gives it to `scaler.step`, which knows it by its identity.
+
+    If the wrapper were unscaled in its place, the scaler would divide the gradients a second time.
+    """
+    while True:
+        if any(kind.__module__.partition(".")[0] == "accelerate" for kind in type(optimizer).__mro__):
+            require(optimizer, ["optimizer"], "accelerate", "accelerate 0.34 to 1.15")
+        inner = getattr(optimizer, "optimizer", None)
+        if not isinstance(inner, torch.optim.Optimizer):
+            return optimizer
+        optimizer = inner
 
 
 def _policy(nonfinite: Any) -> str:

@@ -48,14 +48,14 @@ def flatten(like: Sequence[Tensor], dtypes: Sequence[torch.dtype], capacity: flo
         offsets.append(sizes[at])
         sizes[at] += length
     views = []
-    with torch.inference_mode(False):  # in which tensors have no versions
+    with torch.inference_mode(False):  # tensors of inference mode have no versions
         buffers = [
             torch.empty(size, dtype=dtype, device=device)
             for size, (device, dtype) in zip(sizes, kinds, strict=True)
         ]
         clear(buffers)
         for t, b, offset in zip(like, owner, offsets, strict=True):
-            strides = torch.empty_like(t, device="meta").stride()  # those that autograd gives a gradient of t
+            strides = torch.empty_like(t, device="meta").stride()  # autograd gives a gradient these strides
             view = buffers[b].new_empty(0)
             views.append(view.set_(buffers[b].untyped_storage(), offset, t.shape, strides))
     return Flat(views, owner, buffers)
@@ -63,6 +63,6 @@ def flatten(like: Sequence[Tensor], dtypes: Sequence[torch.dtype], capacity: flo
 
 @torch.no_grad()
 def clear(buffers: Sequence[Tensor]) -> None:
-    """Fills with -0, which changes no number that is added to it. 0 would turn -0 into 0."""
+    """Fills the buffers with -0. The sum of -0 and a number is that number. 0 would turn -0 into 0."""
     for buffer in buffers:
         buffer.fill_(-0.0)

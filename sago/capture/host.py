@@ -19,10 +19,10 @@ Arrived = Callable[[int, torch.device], None]
 
 
 class Host(Protocol):
-    """The place where a training loop keeps its gradients, as a window uses it."""
+    """The operations of a window on the place where a training loop keeps its gradients."""
 
     def mount(self, capture: Capture) -> None:
-        """Puts the accumulators of the capture in place and notes their versions."""
+        """Puts the accumulators of the capture in place and records their versions."""
 
     def watch(self, capture: Capture, arrived: Arrived | None) -> None:
         """Registers the hooks of the capture, which call `arrived(i, device)` for each complete gradient."""
@@ -40,30 +40,30 @@ class Host(Protocol):
         """Drops every gradient and update, including those that were not reduced over the ranks."""
 
     def check_used(self) -> None:
-        """Raises where the last update is still waiting for a step."""
+        """Raises if no optimizer step has used the last update."""
 
     def check_start(self) -> None:
-        """Raises where a capture cannot begin, because of something other than its parameters' layout."""
+        """Raises if a capture cannot begin. `check_parameters` checks the layout of the parameters."""
 
     def check_outside(self) -> None:
-        """Raises where a backward outside of captures left a gradient."""
+        """Raises if a backward outside of captures left a gradient."""
 
     def check_reduced(self) -> None:
-        """Raises where gradients wait to be reduced over the ranks, which would mix the two sides."""
+        """Raises if gradients are not reduced over the ranks yet, which would mix the two sides."""
 
     def check_parameters(self) -> None:
-        """Raises where a parameter is not as it was when the buckets were made."""
+        """Raises if a parameter was moved, cast or resized after the buckets were made."""
 
 
 class GradHost:
-    """The host of plain torch, DDP and FSDP2: `p.grad` is the accumulator within captures and None outside.
+    """The host of plain torch, DDP and FSDP2: `p.grad` is the accumulator inside captures and None outside.
 
     Args:
         names, params: The parameters; all of them require grad.
-        frozen: Names and parameters that do not, and should not begin to.
+        frozen: The names and tensors of parameters that do not require grad, and must stay frozen.
         module: The module of the parameters, if it is known.
-        sharded: The modules of FSDP2 that the parameters are in.
-        retain: The accumulators of one side, whose dtypes are those of the other, too.
+        sharded: The FSDP2 modules that hold the parameters.
+        retain: The accumulators of one side. Both sides have the same dtypes.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class GradHost:
         self._guards = Guards(params)
         self._wider = [p.dtype != view.dtype for p, view in zip(params, retain.views, strict=True)]
         self._mounted: Capture | None = None
-        self._updates: Sequence[Tensor | None] = ()  # that `publish` has put into `p.grad`
+        self._updates: Sequence[Tensor | None] = ()  # the tensors that `publish` has put into `p.grad`
 
     def mount(self, capture: Capture) -> None:
         side = capture.side
@@ -122,14 +122,14 @@ class GradHost:
 
     def collect(self, capture: Capture) -> None:
         side = capture.side
-        if capture.alone:  # `_arrive` has noted it, and accumulators may hold updates by now
+        if capture.alone:  # `_arrive` has recorded the gradients, and accumulators may hold updates now
             return
         kept = not any(side.touched)
         for i, (p, view) in enumerate(zip(self._params, side.views, strict=True)):
             g = p.grad
             own = g is side.grads[i]
             kept |= side.touched[i] and (own or self._wider[i] or (g is not None and g.requires_grad))
-            if g is None and not self._wider[i]:  # zero_grad(set_to_none=True), and no backward since
+            if g is None and not self._wider[i]:  # zero_grad(set_to_none=True) without a later backward
                 if side.touched[i] or side.version(i) != capture.versions[i]:
                     clear([view])
                 side.touched[i] = False
@@ -138,7 +138,7 @@ class GradHost:
                 self._settle(side, i)
             if side.version(i) != capture.versions[i]:
                 side.touched[i] = capture.reached = side.written = True
-        if not kept:  # zero_grad(set_to_none=True) has dropped the captures before
+        if not kept:  # zero_grad(set_to_none=True) has dropped the earlier captures
             side.captures = 0
 
     def check_used(self) -> None:
@@ -184,7 +184,7 @@ class GradHost:
                     f"Parameter `{name}` should be as it was when the buckets were made, {_text(before)}. "
                     f"Found {_text(_describe(p))}. Make new GradientBuckets when a model is moved or cast."
                 )
-        self._guards = Guards(self._params)  # one may have been frozen, which is allowed
+        self._guards = Guards(self._params)  # a parameter may have been frozen, which is allowed
 
     @torch.no_grad()
     def _settle(self, side: Side, i: int) -> None:
@@ -203,10 +203,10 @@ class GradHost:
     def _widen(self, capture: Capture, i: int, p: Tensor) -> None:
         """Adds `p.grad`, which autograd has written, to the wider accumulator."""
         if self._mounted is capture and p.grad is not None:
-            part = local_as(p.grad, p)
-            if part.device.type == "cpu" and torch.cuda.is_initialized() and part.is_pinned():
+            shard = local_as(p.grad, p)
+            if shard.device.type == "cpu" and torch.cuda.is_initialized() and shard.is_pinned():
                 torch.cuda.current_stream().synchronize()  # FSDP2, before torch 2.13, may still be copying
-            capture.side.views[i].add_(part)
+            capture.side.views[i].add_(shard)
             p.grad = None
 
     def _arrive(self, capture: Capture, arrived: Arrived, i: int, p: Tensor) -> None:

@@ -29,9 +29,9 @@ class Opened(NamedTuple):
 
     Attributes:
         host, forget, retain: See `sago.capture.host` and `sago.capture.side`.
-        ranks: The ranks to average the gradients over; None where there are none, or where an engine does it.
-        shards: How the gradients are sharded over ranks; None where they are not.
-        sharded: The modules of FSDP2 that the parameters are in.
+        ranks: Averages the gradients over ranks. None if there is one rank, or if the engine does this.
+        shards: How the gradients are sharded over ranks. None if they are not sharded.
+        sharded: The FSDP2 modules that hold the parameters.
         dtypes: The dtype of each update.
         padded: Whether the buffers have elements that belong to no parameter.
     """
@@ -68,7 +68,7 @@ class Engine(Protocol):
         accumulate_dtype: torch.dtype | None,
         capacity: float,
     ) -> Opened:
-        """Allocates the accumulators. Arguments as in `open_grads`."""
+        """Allocates the accumulators. The arguments are those of `open_grads`."""
 
 
 def find_engine(source: Any) -> Engine | None:
@@ -91,9 +91,9 @@ def open_host(
 
     Args:
         engine: The engine that the parameters belong to, if there is one.
-        source: The module, or what else the parameters were given as.
+        source: The `params` of `GradientBuckets`: a module or an iterable.
         chosen: The parameters.
-        accumulate_dtype: The dtype of the accumulators, where it is wider than that of the parameters.
+        accumulate_dtype: The dtype of the accumulators, if it is wider than that of the parameters.
         capacity: The size of a buffer in bytes.
     """
     rows, _ = check_groups(chosen.keys, len(chosen.tensors), resolve("pcgrad"))  # ranks compare them as well
@@ -106,8 +106,8 @@ def open_host(
     plain = [n for n, p in zip(chosen.names, chosen.tensors, strict=True) if not dtensor.is_dtensor(p)]
     if sharded and plain:
         raise ValueError(
-            f"Parameter `{plain[0]}` should be sharded by fully_shard as others are, or frozen. Found "
-            "that it is not, so that nothing reduces its gradient over the ranks."
+            f"Parameter `{plain[0]}` should be sharded by fully_shard like the others, or frozen, because "
+            "nothing else reduces its gradient over the ranks. Found that it is neither."
         )
     averaged = ddp.take_over(source, chosen.tensors, chosen.names)
     return open_grads(chosen, rows, accumulate_dtype, capacity, averaged, sharded)
@@ -125,16 +125,16 @@ def open_grads(
 
     Args:
         chosen, accumulate_dtype, capacity: As in `open_host`.
-        rows: The row of the table of sums of each parameter.
-        averaged: The ranks that the gradients are averaged over.
-        sharded: The modules of FSDP2 that the parameters are in.
+        rows: For each parameter, its row in the table of sums.
+        averaged: Averages the gradients over ranks; None if nothing is averaged.
+        sharded: The FSDP2 modules that hold the parameters.
     """
     params = chosen.tensors
     if accumulate_dtype is not None and world_size() > 1 and averaged is None and not sharded:
         raise ValueError(
             "`accumulate_dtype` should be used with DistributedDataParallel or FSDP2 where "
-            "torch.distributed has several ranks: another engine may reduce a gradient behind the hook "
-            f"that widens it. Found {world_size()} ranks."
+            "torch.distributed has several ranks, because another engine may reduce a gradient after the "
+            f"hook that widens it. Found {world_size()} ranks. Leave `accumulate_dtype` out."
         )
     spread = dtensor.read(params, rows)
     local = [dtensor.local(p.detach()) for p in params]

@@ -14,14 +14,15 @@ from sago.ranks import fsdp
 
 
 class Others:
-    """The parameters that were not given, of all live modules that hold a given one.
+    """The parameters that were not given, but belong to a live module that also holds a given parameter.
 
-    Inside a capture the gradients of those that require grad are put aside. A gradient that a backward gives
-    them is then noticed and dropped. Without arguments the object has no parameters.
+    During a capture, the gradients of those that require grad are set to None. If a backward gives one of
+    them a gradient, this is noticed and the gradient is dropped. Without arguments the object has no
+    parameters.
 
     Args:
         params: The captured parameters.
-        sharded: The modules of FSDP2 that the parameters are in.
+        sharded: The FSDP2 modules that hold the parameters.
     """
 
     def __init__(self, params: Sequence[Tensor] = (), sharded: Sequence[torch.nn.Module] = ()) -> None:
@@ -58,19 +59,20 @@ _capturing: weakref.WeakKeyDictionary[Others, set[int]] = weakref.WeakKeyDiction
 def _beside(params: Sequence[Tensor], sharded: Sequence[torch.nn.Module]) -> list[tuple[str, Any]]:
     """The names of the other parameters, with weak references to them."""
     given = {id(p) for p in params}
-    shards = fsdp.sharded_parameters(sharded)
+    shard_of = fsdp.sharded_parameters(sharded)
     found: dict[int, tuple[str, Any]] = {}
     # A parameter does not know its modules, so all live modules are searched.
     for module in [o for o in gc.get_objects() if issubclass(type(o), torch.nn.Module)]:
         try:
-            # The method of the base class: that of a subclass may do anything.
+            # The method of a subclass may do anything, so the method of the base class is called.
             named = torch.nn.Module.named_parameters(module)
-            listed = [(name, shards.get(id(p), p)) for name, p in named]
+            listed = [(name, shard_of.get(id(p), p)) for name, p in named]
         except AttributeError:  # the module's own __init__ has not run
             continue
         if any(id(p) in given for _, p in listed):
             for name, p in listed:
                 known, _ = found.get(id(p), ("", None))
-                if id(p) not in given and len(name) > len(known):  # the name in the outermost module
+                # The longest name is that in the outermost module.
+                if id(p) not in given and len(name) > len(known):
                     found[id(p)] = name, weakref.ref(p)
     return list(found.values())

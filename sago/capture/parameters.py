@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sago.core.checks import check_groups, check_kind, holds_data
-from sago.ranks import dtensor as shards
+from sago.ranks import dtensor
 from sago.rules import resolve
 
 
@@ -67,7 +67,7 @@ def _listed(params: Any) -> tuple[list[Hashable], list[str], list[Any]]:
     found = list(params)
     if found and all(isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], str) for x in found):
         names, tensors = [name for name, _ in found], [p for _, p in found]
-        # RMU's lists have a `down_proj.weight` of each layer: one name, several groups.
+        # Names may repeat: RMU's list has a `down_proj.weight` for each layer. Each one is a group.
         count = Counter(names)
         keys: list[Hashable] = [f"{n} ({i})" if count[n] > 1 else n for i, n in enumerate(names)]
     else:
@@ -84,9 +84,9 @@ def _check(name: str, p: Tensor) -> None:
             f"Parameter `{name}` should be a leaf of the graph. Found the result of {p.grad_fn}."
         )
     check_kind(name, p)
-    if shards.is_dtensor(p):
-        shards.check_reduced(f"Parameter `{name}`", p)
-        p = shards.local(p.detach())
+    if dtensor.is_dtensor(p):
+        dtensor.check_reduced(f"Parameter `{name}`", p)
+        p = dtensor.local(p.detach())
     if not holds_data(p):
         raise TypeError(
             f"Parameter `{name}` should be a plain tensor or a DTensor of one. Found {type(p).__name__}, "

@@ -18,7 +18,7 @@ class Side:
     Attributes:
         name: "forget" or "retain".
         views, owner, buffers: See `sago.capture.flat.Flat`; the views hold the shards of this rank.
-        grads: The views as `p.grad` takes them.
+        grads: The views in the form of `p.grad`: DTensors if the parameters are DTensors.
         touched: For each parameter, whether a backward of the window reached it.
         captures: The number of captures of the window that had a backward.
         written: Whether the accumulators were written since they were cleared.
@@ -42,7 +42,7 @@ class Side:
     def version(self, i: int) -> int:
         """A number that changes when gradient `i` is written."""
         view, grad = self.views[i], self.grads[i]
-        # Operations on a DTensor are counted by the DTensor alone; FSDP2 writes to its local tensor.
+        # An operation on a DTensor changes only the DTensor's version. FSDP2 writes to its local tensor.
         return view._version if grad is view else view._version + grad._version
 
     def versions(self) -> list[int]:
@@ -68,7 +68,8 @@ class Capture:
 
     Attributes:
         side: The side that its backwards accumulate into.
-        versions: The versions of the accumulators when they were last looked at.
+        versions: The versions of the accumulators when the capture last mounted them.
+        mounted: Whether its accumulators were mounted completely.
         reached: Whether a backward directly in this capture reached a parameter.
         nested: Whether a capture inside this one had a backward.
         alone: Whether no other capture may be opened inside this one.
@@ -79,6 +80,7 @@ class Capture:
         self.side = side
         self.alone = alone
         self.versions = side.versions()
+        self.mounted = False
         self.reached = False
         self.nested = False
         self.handles: list[torch.utils.hooks.RemovableHandle | Any] = []

@@ -1,4 +1,4 @@
-"""Notices optimizers that step while the gradients of a window wait for their synthesis."""
+"""Notices optimizers that step before the gradients of a window are synthesized."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from sago.capture.side import Capture, Side
 
 
-class Captures(Protocol):
-    """The window, as far as it matters for a step."""
+class WatchedWindow(Protocol):
+    """The attributes of a window that `StepWatch` reads."""
 
     forget: Side
     retain: Side
@@ -28,15 +28,15 @@ class Captures(Protocol):
 class StepWatch:
     """A hook on every optimizer, from the first capture of a window to its end.
 
-    A step on a captured parameter raises inside a capture, where `p.grad` is the gradient of one side. It
-    warns once between a capture and the synthesis, where `p.grad` is None.
+    If an optimizer steps on a captured parameter inside a capture, the hook raises, because `p.grad` is the
+    gradient of one side. Between a capture and the synthesis, the hook warns once, because `p.grad` is None.
 
     Args:
-        window: Whose captures are looked at. It is not kept alive.
+        window: The window. It is not kept alive.
         params: The captured parameters.
     """
 
-    def __init__(self, window: Captures, params: Sequence[Tensor]) -> None:
+    def __init__(self, window: WatchedWindow, params: Sequence[Tensor]) -> None:
         self._window = weakref.ref(window)
         self._params = params
         self._remove: Callable[[], object] | None = None

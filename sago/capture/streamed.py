@@ -14,7 +14,7 @@ from sago.ranks.ddp import world_size
 
 
 class InBackward:
-    """One synthesis in a backward.
+    """One synthesis that runs during a backward.
 
     Args:
         call: The checked arguments.
@@ -23,6 +23,7 @@ class InBackward:
         owner: For each parameter, the index of its buffer.
         expected: For each parameter, whether the backward may give it a gradient.
         pipeline_of: Returns the pipeline of a buffer, for the gradients that are present in it.
+        begin: Is called before the updates of a buffer are written.
 
     Attributes:
         report: The report, once the block of `synthesize_in_backward` has ended.
@@ -36,8 +37,10 @@ class InBackward:
         owner: Sequence[int],
         expected: Sequence[bool],
         pipeline_of: Callable[[int], Pipeline],
+        begin: Callable[[], None],
     ) -> None:
         self.report: SynthesisReport | None = None
+        self._begin = begin
         self._call, self._keys, self._names, self._owner, self._pipeline_of = (
             call,
             keys,
@@ -53,11 +56,11 @@ class InBackward:
         self._taken: list[tuple[Statistics | None, Sequence[int]]] = []
 
     def arrived(self, i: int, device: torch.device) -> None:
-        """Notes that gradient `i` is complete. The backward calls it on the stream of that gradient."""
+        """Records that gradient `i` is complete. The backward calls it on the stream of that gradient."""
         bucket = self._owner[i]
         if bucket not in self._waiting:
             raise ValueError(
-                "Each gradient should arrive once in synthesize_in_backward. Found that of "
+                "Each gradient should arrive once in synthesize_in_backward. Found a second gradient of "
                 f"`{self._names[i]}` after its update was written: use retain() and synthesize_ for several "
                 "backwards and for reentrant checkpointing."
             )
@@ -81,7 +84,7 @@ class InBackward:
     def _run(self, bucket: int) -> None:
         del self._waiting[bucket]
         pipeline = self._pipeline_of(bucket)
-        self._taken.append((pipeline.update(self._call), pipeline.numel))
+        self._taken.append((pipeline.update(self._call, self._begin), pipeline.numel))
 
 
 def check_exact(
@@ -91,7 +94,7 @@ def check_exact(
     owner: Sequence[int],
     devices: Sequence[torch.device],
 ) -> None:
-    """Raises ValueError where an update written during the backward would not be exact."""
+    """Raises ValueError if an update that is written during the backward would not be exact."""
     instead = "Use retain() and synthesize_ in place of synthesize_in_backward."
     if call.rule.scope == "global":
         raise ValueError(

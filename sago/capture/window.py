@@ -15,22 +15,90 @@ from sago.capture.steps import StepWatch
 
 
 class State(Enum):
-    """The state of a window. A window goes from one state to a later one, and from every state to BROKEN.
+    """The state of a window. `NEXT` has the actions that are allowed in each state.
 
-    EMPTY: Nothing was captured.
-    CAPTURING: Gradients may be captured.
-    REDUCED: The gradients are averaged over the ranks, so that no more may be captured.
-    UNSCALED: Gradients are divided by the loss scale, so that no more may be captured.
+    EMPTY: No gradient was captured.
+    CAPTURING: A capture had a backward, and more captures may follow.
+    REDUCED: The gradients are averaged over the ranks. No more gradients may be captured.
+    UNSCALED: Gradients are divided by the loss scale. No more gradients may be captured.
+    UPDATING: Updates are being written over the gradients, and are not all published yet.
     UPDATED: The window has ended and its update is published. The next capture begins a new window.
-    BROKEN: A gradient is not whole, and only `zero_` is allowed.
+    BROKEN: A gradient is not complete. Only `zero_` is allowed.
     """
 
     EMPTY = auto()
     CAPTURING = auto()
     REDUCED = auto()
     UNSCALED = auto()
+    UPDATING = auto()
     UPDATED = auto()
     BROKEN = auto()
+
+
+class Action(Enum):
+    """An action that depends on the state of a window.
+
+    OPEN: A capture is opened.
+    CLOSE: A capture is closed in which a backward reached a parameter.
+    USE: A method begins that averages, unscales or synthesizes the gradients.
+    REDUCE: The gradients are averaged over the ranks.
+    UNSCALE: Gradients are divided by the loss scale.
+    WRITE: Updates are written over gradients.
+    PUBLISH: All updates are written, and the optimizer gets them.
+    FAIL: A gradient was lost.
+    CLEAR: All gradients and updates are dropped.
+    """
+
+    OPEN = auto()
+    CLOSE = auto()
+    USE = auto()
+    REDUCE = auto()
+    UNSCALE = auto()
+    WRITE = auto()
+    PUBLISH = auto()
+    FAIL = auto()
+    CLEAR = auto()
+
+
+_ALWAYS = {Action.FAIL: State.BROKEN, Action.CLEAR: State.EMPTY}
+# For each state, the actions that are allowed and the state after each of them. Other actions raise.
+NEXT = {
+    State.EMPTY: {Action.OPEN: State.EMPTY, Action.CLOSE: State.CAPTURING, **_ALWAYS},
+    State.CAPTURING: {
+        Action.OPEN: State.CAPTURING,
+        Action.CLOSE: State.CAPTURING,
+        Action.USE: State.CAPTURING,
+        Action.REDUCE: State.REDUCED,
+        Action.UNSCALE: State.UNSCALED,
+        Action.WRITE: State.UPDATING,
+        **_ALWAYS,
+    },
+    State.REDUCED: {
+        Action.USE: State.REDUCED,
+        Action.UNSCALE: State.UNSCALED,
+        Action.WRITE: State.UPDATING,
+        **_ALWAYS,
+    },
+    State.UNSCALED: {
+        Action.USE: State.UNSCALED,
+        Action.UNSCALE: State.UNSCALED,  # a second optimizer
+        Action.WRITE: State.UPDATING,
+        **_ALWAYS,
+    },
+    State.UPDATING: {
+        Action.CLOSE: State.UPDATING,  # the capture of `synthesize_in_backward`
+        Action.WRITE: State.UPDATING,
+        Action.PUBLISH: State.UPDATED,
+        **_ALWAYS,
+    },
+    State.UPDATED: {Action.OPEN: State.UPDATED, Action.CLOSE: State.CAPTURING, **_ALWAYS},
+    State.BROKEN: {Action.CLOSE: State.BROKEN, **_ALWAYS},
+}
+# Why no gradient may be captured in these states.
+_COMPLETE = {
+    State.REDUCED: ("they are averaged over the ranks", "later gradients would not be averaged"),
+    State.UNSCALED: ("unscale_", "later gradients would still be scaled"),
+}
 
 
 class Window:
@@ -42,10 +110,7 @@ class Window:
         forget, retain: The accumulators.
 
     Attributes:
-        state: See `State`.
         unscaled: The positions of the parameters whose gradients were unscaled.
-        agreed: Whether the ranks have compared which parameters were reached.
-        others: The trained parameters that were not given.
     """
 
     def __init__(
@@ -53,14 +118,24 @@ class Window:
     ) -> None:
         self.names, self.params = names, params
         self.forget, self.retain = forget, retain
-        self.state = State.EMPTY
         self.unscaled: set[int] = set()
-        self.agreed = False
-        self.others = Others()
+        self._state = State.EMPTY
+        self._agreed = False
+        self._others = Others()
         self._host = host
         self._open: list[Capture] = []
-        self._reason = ""  # why the window is broken
+        self._reason = ""  # why the gradients are not complete, in UPDATING and BROKEN
         self._steps = StepWatch(self, params)
+
+    @property
+    def state(self) -> State:
+        """The state. The methods of the window change it."""
+        return self._state
+
+    @property
+    def agreed(self) -> bool:
+        """Whether the ranks have compared which parameters were reached."""
+        return self._agreed
 
     @property
     def current(self) -> Capture | None:
@@ -82,34 +157,74 @@ class Window:
             raise
         self._leave(capture, None)
 
+    def allows(self, action: Action) -> bool:
+        """Whether the action is allowed in the present state."""
+        return action in NEXT[self._state]
+
     def check_ready(self, *sides: Side) -> None:
         """Raises unless these sides are captured, all captures are closed and no backward ran outside."""
         if self._open:
             raise ValueError(
                 f"Captures should be closed before the synthesis. Found an open {self._open[-1].side.name}()."
             )
-        self._check_whole()
+        self._check(Action.USE)
         for side in sides:
             if side.captures == 0:
-                since = " since the last synthesis" if self.state is State.UPDATED else ""
-                raise ValueError(
-                    f"The {side.name} gradient should be captured before the synthesis: run its backward "
-                    f"within `with buckets.{side.name}():`. Found no such capture{since}."
-                )
+                raise ValueError(self._not_captured(side))
         self._host.check_outside()
         self._host.check_parameters()
 
-    def finish(self, updates: Sequence[Tensor | None]) -> None:
-        """Publishes the updates and ends the window."""
+    def keep_apart(self, others: Others) -> None:
+        """From now on, no capture may reach these trained parameters, which were not given."""
+        self._others = others
+
+    def agree(self) -> None:
+        """Records that the same parameters were reached on all ranks, until the next capture."""
+        self._agreed = True
+
+    @contextmanager
+    def reducing(self) -> Iterator[None]:
+        """The gradients are averaged over the ranks inside the block. An error breaks the window."""
+        self._check(Action.REDUCE)
+        try:
+            yield
+            self._go(Action.REDUCE)
+        except BaseException as error:
+            self.fail(f"the average over the ranks ended in {error!r}")
+            raise
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """The updates are written and published inside the block, which calls `begin` before the first write.
+
+        After an error that comes later than `begin`, the window is broken and no update is published.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if self._state is State.UPDATING:
+                self.fail(f"a synthesis ended in {error!r}")
+                self._host.unmount()
+            raise
+
+    def begin(self) -> None:
+        """From now on, gradients are overwritten by updates. Only `publish` makes the window usable again."""
+        self._go(Action.WRITE)
+        self._reason = "a synthesis began and did not end"
+
+    def publish(self, updates: Sequence[Tensor | None]) -> None:
+        """Hands the updates to the optimizer and ends the window."""
+        self._check(Action.PUBLISH)
         self._host.publish(updates)
-        self._end(State.UPDATED)
+        self._end(Action.PUBLISH)
 
     def fail(self, reason: str) -> None:
-        """Allows nothing but `zero_`, because a gradient of the window is not whole."""
-        self.state, self._reason = State.BROKEN, reason
+        """Allows nothing but `zero_`, because a gradient of the window is not complete."""
+        self._go(Action.FAIL)
+        self._reason = reason
 
     def check_scaled(self, found: Iterable[int]) -> None:
-        """Raises where gradients of the parameters at these positions were unscaled before."""
+        """Raises if gradients of the parameters at these positions are already unscaled."""
         for i in found:
             if i in self.unscaled:
                 raise ValueError(
@@ -118,10 +233,22 @@ class Window:
                     "unscaled already."
                 )
 
-    def note_unscaled(self, found: Iterable[int]) -> None:
-        self.unscaled.update(found)
-        if self.unscaled:
-            self.state = State.UNSCALED
+    @contextmanager
+    def unscaling(self, found: Sequence[int]) -> Iterator[None]:
+        """The gradients of the parameters at these positions are unscaled inside the block.
+
+        torch raises its own errors before it divides. An interruption may come between two divisions, and a
+        division must not be repeated, so the interruption breaks the window.
+        """
+        try:
+            yield
+            if found:
+                self._go(Action.UNSCALE)
+                self.unscaled.update(found)
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                self.fail(f"unscale_ ended in {error!r}")
+            raise
 
     def zero_(self) -> None:
         """Ends the window in any state. No update is published, and all accumulators are zero."""
@@ -130,35 +257,77 @@ class Window:
                 f"Captures should be closed before zero_. Found an open {self._open[-1].side.name}()."
             )
         self._host.clear()
-        self._end(State.EMPTY)
+        self._end(Action.CLEAR)
         self.forget.clear()
         self.retain.clear()
 
-    def _end(self, state: State) -> None:
+    def _check(self, action: Action) -> None:
+        """Raises if the action is not allowed now, with the way out."""
+        if not self.allows(action):
+            raise ValueError(self._refusal(action))
+
+    def _go(self, action: Action) -> None:
+        self._check(action)
+        self._state = NEXT[self._state][action]
+
+    def _refusal(self, action: Action) -> str:
+        if self._state in (State.UPDATING, State.BROKEN):
+            return (
+                f"The gradients of this window should be whole. Found that {self._reason}. Call zero_ and "
+                "capture both sides again."
+            )
+        if action is Action.PUBLISH:
+            return "Updates should be written before they are published. Found none. Call synthesize_."
+        if self._state not in _COMPLETE:
+            return self._not_captured(self.forget)
+        if action is Action.REDUCE:
+            return (
+                "Gradients should be averaged over the ranks once a window, and before unscale_. Found that "
+                "they are averaged or unscaled already. Call synthesize_, or drop the gradients with zero_."
+            )
+        done, because = _COMPLETE[self._state]
+        return (
+            f"Gradients should be captured before {done}, because {because}. Found a capture after it. "
+            "Call synthesize_, or drop the gradients with zero_."
+        )
+
+    def _not_captured(self, side: Side) -> str:
+        since = " since the last synthesis" if self._state is State.UPDATED else ""
+        return (
+            f"The {side.name} gradient should be captured before the synthesis: run its backward "
+            f"within `with buckets.{side.name}():`. Found no such capture{since}."
+        )
+
+    def _end(self, action: Action) -> None:
         self.forget.discard()
         self.retain.discard()
-        self.state = state
-        self.agreed = False
+        self._agreed = False
         self.unscaled = set()
         self._steps.stop()
+        self._go(action)
 
     def _enter(self, side: Side, arrived: Arrived | None) -> Capture:
         if not self._open:
             self._check_start()
         elif self._open[-1].alone:
-            raise ValueError("There should be no capture within synthesize_in_backward. Found one.")
+            raise ValueError(
+                "There should be no capture within synthesize_in_backward. Found one. Open it before the "
+                "block."
+            )
         else:
+            self._check(Action.OPEN)
             self._host.collect(self._open[-1])
         if side.empty:
             side.clear()
         capture = Capture(side, alone=arrived is not None)
-        self._open.append(capture)
-        self.agreed = False
+        self._agreed = False
         try:
+            self._open.append(capture)
             self._steps.start()
             if len(self._open) == 1:
-                self.others.put_aside(self.params)
+                self._others.put_aside(self.params)
             self._host.mount(capture)
+            capture.mounted = True
             self._host.watch(capture, arrived)
         except BaseException as error:
             self._leave(capture, error)
@@ -170,28 +339,22 @@ class Window:
         if capture not in self._open:
             if error is None:
                 raise ValueError(
-                    "Captures should be closed in reverse order. Found one that ended with the one around it."
+                    "Captures should be closed in reverse order. Found a capture that was already "
+                    "closed together with the capture around it. Use `with` blocks."
                 )
             return
         closed = self._open[self._open.index(capture) :]
-        foreign = None
         try:
-            self._host.collect(closed[-1])
+            try:
+                if closed[-1].mounted:
+                    self._host.collect(closed[-1])
+            finally:
+                foreign = self._restore(closed)
         except BaseException as other:
-            error, capture.reached = other, True
+            self.fail(f"a {side.name} capture ended in {other!r}")
             raise
-        finally:
-            del self._open[-len(closed) :]
-            for ended in closed:
-                for handle in ended.handles:
-                    handle.remove()
-            if self._open:
-                self._host.mount(self._open[-1])
-            else:
-                self._host.unmount()
-                foreign = self.others.put_back()
-            if error is not None and capture.reached:
-                self.fail(f"a {side.name} capture ended in {error!r}")
+        if error is not None and capture.reached:
+            self.fail(f"a {side.name} capture ended in {error!r}")
         if len(closed) > 1:
             found = f"a {side.name} capture was closed before one within it"
             self.fail(found)
@@ -199,16 +362,34 @@ class Window:
         if error is None:
             self._close(capture, foreign)
 
+    def _restore(self, closed: Sequence[Capture]) -> str | None:
+        """Mounts what was mounted before these captures. Their own mounting may have been incomplete.
+
+        Returns the name of a parameter outside the buckets that a backward reached.
+        """
+        del self._open[-len(closed) :]
+        for ended in closed:
+            for handle in ended.handles:
+                handle.remove()
+        if self._open:
+            self._host.mount(self._open[-1])
+            return None
+        try:
+            self._host.unmount()
+        finally:
+            foreign = self._others.put_back()
+        return foreign
+
     def _close(self, capture: Capture, foreign: str | None) -> None:
-        """Counts a capture that ended without an error, or raises for what was wrong inside it.
+        """Counts a capture that ended without an error. Raises if its gradients are wrong.
 
         `foreign` is the name of a parameter outside the buckets that a backward reached.
         """
         side = capture.side
         try:
             self._host.check_reduced()
-        except ValueError as held_back:
-            self.fail(str(held_back))
+        except BaseException as error:
+            self.fail(str(error) or repr(error))
             raise
         if foreign is not None:
             self.fail(f"a {side.name} capture reached `{foreign}`, which the buckets do not have")
@@ -221,33 +402,18 @@ class Window:
             raise ValueError(
                 f"A {side.name} capture should have a backward in it that reaches a parameter. Found none."
             )
-        side.captures += capture.reached
+        if capture.reached:
+            self._go(Action.CLOSE)
+            side.captures += 1
         side.probed = [a or b for a, b in zip(side.probed, side.touched, strict=True)]
         if self._open:
             self._open[-1].nested = True
 
     def _check_start(self) -> None:
-        """Raises where no capture may begin now; otherwise begins a window if there is none."""
+        """Raises if no capture may begin now."""
         self._host.check_used()
-        self._check_whole()
+        self._check(Action.OPEN)
         self._host.check_reduced()
-        if self.state in (State.REDUCED, State.UNSCALED):
-            done, because = {
-                State.REDUCED: ("they are averaged over the ranks", "averaged and other ones do not add up"),
-                State.UNSCALED: ("unscale_", "scaled and unscaled ones do not add up"),
-            }[self.state]
-            raise ValueError(
-                f"Gradients should be captured before {done}: {because}. Found a capture after it. Call "
-                "synthesize_, or drop the gradients with zero_."
-            )
         self._host.check_outside()
         self._host.check_parameters()
         self._host.check_start()
-        self.state = State.CAPTURING
-
-    def _check_whole(self) -> None:
-        if self.state is State.BROKEN:
-            raise ValueError(
-                f"The gradients of this window should be whole. Found that {self._reason}. Call zero_ and "
-                "capture both sides again."
-            )

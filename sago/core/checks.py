@@ -33,7 +33,8 @@ def check_pairs(
     backend: str | None,
     placement: Placement,
 ) -> Pairs:
-    """Raises ValueError or TypeError for gradients that cannot be right. `out` may be `NEW`."""
+    """Checks the gradients of a call, and raises ValueError or TypeError if they are invalid. `out` may be
+    `NEW`."""
     check_backend(backend)
     forget, retain = as_list("forget", forget), as_list("retain", retain)
     if len(forget) != len(retain):
@@ -51,24 +52,24 @@ def check_pairs(
     if allocate:
         like = (f if r is None else r for f, r in zip(forget, retain, strict=True))
         out = [None if t is None else torch.empty_like(t, requires_grad=False) for t in like]
-    parts = [forget, retain, out]
+    sides = [forget, retain, out]
     spread = None
-    if any(placement.is_dtensor(t) for side in parts for t in side):
+    if any(placement.is_dtensor(t) for side in sides for t in side):
         for i, tensors in enumerate(zip(forget, retain, out, strict=True)):
             placement.check_placed(i, tensors)
         if reduce_gram is None:
             spread = placement.read(out, rows)
-        parts = [[placement.local(t) for t in side] for side in parts]
-    for name, side in zip(("forget", "retain", "out"), parts, strict=True):
+        sides = [[placement.local(t) for t in side] for side in sides]
+    for name, side in zip(("forget", "retain", "out"), sides, strict=True):
         for i, t in enumerate(side):
             if t is not None and not holds_data(t):
                 raise TypeError(f"Parameter `{name}[{i}]` should hold data. Found {type(t).__name__}.")
-    check_overlap(*parts)
-    devices = dict.fromkeys(t.device for t in parts[2] if t is not None) or {torch.device("cpu"): None}
+    check_overlap(*sides)
+    devices = dict.fromkeys(t.device for t in sides[2] if t is not None) or {torch.device("cpu"): None}
     return Pairs(
-        forget=parts[0],
-        retain=parts[1],
-        out=parts[2],
+        forget=sides[0],
+        retain=sides[1],
+        out=sides[2],
         updates=out,
         rows=rows,
         keys=keys,
@@ -147,11 +148,14 @@ def check_groups(
         return list(range(length)), list(range(length))
     if isinstance(groups, (str, bytes)) or not isinstance(groups, Sequence):
         raise TypeError(
-            f"Parameter `groups` should be a sequence with one key a tensor. Found {type(groups).__name__}."
+            "Parameter `groups` should be a sequence with a key for each tensor. "
+            f"Found {type(groups).__name__}."
         )
     groups = list(groups)
     if len(groups) != length:
-        raise ValueError(f"Parameter `groups` should have one key a tensor, {length}. Found {len(groups)}.")
+        raise ValueError(
+            f"Parameter `groups` should have {length} keys, one for each tensor. Found {len(groups)}."
+        )
     index: dict[Hashable, int] = {}
     for i, group in enumerate(groups):
         try:
@@ -176,12 +180,13 @@ def _out(out: Gradients | str | None, forget: list[Any], retain: list[Any]) -> l
     out = as_list("out", out)
     if len(out) != len(forget):
         raise ValueError(
-            f"Parameter `out` should have one tensor a gradient, {len(forget)}. Found {len(out)}."
+            f"Parameter `out` should have {len(forget)} tensors, one for each gradient. Found {len(out)}."
         )
     for i, (f, r, o) in enumerate(zip(forget, retain, out, strict=True)):
         if o is None and f is not r:
             raise ValueError(
-                f"Parameter `out[{i}]` should be a tensor, because the update is written there. Found None."
+                f"Parameter `out[{i}]` should be a tensor, because the update is written there. "
+                "Found None. Pass a tensor, or use sago.synthesize."
             )
         if f is None and r is None:
             out[i] = None

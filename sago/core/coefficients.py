@@ -21,7 +21,8 @@ def gram(rule: Rule, table: Tensor) -> Tensor | None:
 
 
 def limited(call: Call, table: Tensor | None, gram: Tensor | None, device: torch.device) -> Coefficients:
-    """The coefficients for gradients before `call.scales`, with `max_norm` and "zero_update" applied.
+    """The coefficients that multiply the gradients in memory, after `max_norm`, "zero_update" and
+    `call.scales`.
 
     Clipping equals `torch.nn.utils.clip_grad_norm_`, except that a norm that is not finite gives NaN.
     """
@@ -30,7 +31,7 @@ def limited(call: Call, table: Tensor | None, gram: Tensor | None, device: torch
     if table is not None and call.max_norm is not None:
         norm = of_update(call.nonfinite, table, values)[0].sum().sqrt()
         clip = (call.max_norm / (norm + 1e-6)).clamp(max=1.0)
-        # For a norm of inf the clip is 0, which would hide it: a coefficient of 0 leaves its gradient out.
+        # An infinite norm would make the clip 0, and coefficients of 0 would hide the inf. So it becomes NaN.
         values = values * torch.where(norm.isfinite(), clip, torch.nan)
         finite = finite & norm.isfinite()
     if table is not None and call.nonfinite == "zero_update":
@@ -43,7 +44,7 @@ def limited(call: Call, table: Tensor | None, gram: Tensor | None, device: torch
 
 
 def of_update(nonfinite: str | None, table: Tensor, values: Tensor) -> list[Tensor]:
-    """`<u,u>, <u,f>, <u,r>` of every row; NaN where NaN or inf of a gradient propagates."""
+    """`<u,u>, <u,f>, <u,r>` of every row; NaN where a NaN or inf in a gradient propagates."""
     found = sums.of_update(table, values)
     if nonfinite == "propagate":
         lost = sums.nonfinite(table)

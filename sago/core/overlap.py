@@ -24,7 +24,7 @@ class _Span(NamedTuple):
 
 
 def check_overlap(forget: list[Tensor | None], retain: list[Tensor | None], out: list[Tensor | None]) -> None:
-    """Raises ValueError where memory would be written twice, or be written before another element is read."""
+    """Raises ValueError if memory would be written twice, or written before another tensor reads it."""
     spans: dict[torch.device, list[_Span]] = {}
     for i, (f, r, o) in enumerate(zip(forget, retain, out, strict=True)):
         if o is None or o.numel() == 0:
@@ -32,7 +32,8 @@ def check_overlap(forget: list[Tensor | None], retain: list[Tensor | None], out:
         if not is_dense(o) and _overlaps_itself(o):
             raise ValueError(
                 f"The output for gradient {i} should not overlap itself. "
-                f"Found shape {tuple(o.shape)} with strides {o.stride()}."
+                f"Found shape {tuple(o.shape)} with strides {o.stride()}. Pass a tensor that is "
+                "not expanded."
             )
         there = spans.setdefault(o.device, [])
         there.append(_span(o, None, i))
@@ -58,7 +59,8 @@ def _check_shared(span: _Span, before: list[_Span]) -> None:
         if not both_read and span.start < other.end and _share_memory(span.tensor, other.tensor):
             raise ValueError(
                 "Memory that is written should not be shared, unless the output is exactly the forget or "
-                f"retain gradient of the same index. Found that {span} and {other} share memory."
+                f"retain gradient of the same index. Found that {span} and {other} share memory. Pass "
+                "`out=` with memory of its own, or use sago.synthesize."
             )
 
 
@@ -80,7 +82,7 @@ def _is_alias(t: Tensor, out: Tensor) -> bool:
 
 
 def is_dense(t: Tensor) -> bool:
-    """Whether the elements fill a stretch of memory, each once, in any order of dimensions."""
+    """Whether the elements fill a contiguous range of memory, in any order of the dimensions."""
     if t.is_contiguous():
         return True
     expected = 1
@@ -94,7 +96,7 @@ def is_dense(t: Tensor) -> bool:
 
 
 def _overlaps_itself(t: Tensor) -> bool:
-    # Enough for every view that slicing, transposing and expanding can make.
+    # This test is sufficient for all views that slicing, transposing and expanding can make.
     reach = 0
     for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
         if size > 1:
@@ -105,14 +107,15 @@ def _overlaps_itself(t: Tensor) -> bool:
 
 
 def _share_memory(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors whose memory ranges meet have a byte in common; columns of one matrix do not.
+    """Whether two tensors with overlapping memory ranges have a byte in common. Columns of a matrix do not.
 
-    Both are runs of bytes that repeat with a common period. Runs that stay apart within the period never
-    meet. What this does not settle is looked at byte by byte while it is small, and else taken to overlap.
+    Each tensor consists of runs of bytes that repeat with a common period. If the runs do not meet in one
+    period, they never meet. Otherwise small ranges are compared byte by byte, and large ranges count as
+    overlapping.
     """
     (run_x, strides_x), (run_y, strides_y) = _runs(x), _runs(y)
     period = math.gcd(*strides_x, *strides_y)
-    if period == 0:  # one stretch each
+    if period == 0:  # each tensor is one run
         return True
     shift = (y.data_ptr() - x.data_ptr()) % period
     if run_x <= shift and shift + run_y <= period:
@@ -127,7 +130,7 @@ def _share_memory(x: Tensor, y: Tensor) -> bool:
 
 
 def _runs(t: Tensor) -> tuple[int, list[int]]:
-    """Length in bytes of the stretches that `t` fills, and the strides in bytes between them."""
+    """The length in bytes of the contiguous runs of `t`, and the strides in bytes between the runs."""
     run = t.itemsize
     strides: list[int] = []
     for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):

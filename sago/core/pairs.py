@@ -19,14 +19,14 @@ class Over(Protocol):
     """Ranks that hold other shards of the same gradients, and that add up their tables of sums."""
 
     def check_same(self, layout: Sequence[object], device: torch.device) -> None:
-        """Raises ValueError on every rank where the layouts of the ranks differ."""
+        """Raises ValueError on every rank if the layouts of the ranks differ."""
 
     def start(self, table: Tensor) -> Callable[[], None]:
         """Begins the sum over the ranks, in place. The returned function waits for it."""
 
 
 class Spread(Protocol):
-    """How the gradients of a list are spread over ranks.
+    """How the gradients of a list are distributed over ranks.
 
     Attributes:
         counted: For each pair, whether the sums of this rank's shard are counted.
@@ -46,7 +46,7 @@ class Spread(Protocol):
 
 
 class Placement(Protocol):
-    """The functions on DTensors, which the layers above core provide as a module."""
+    """The functions on DTensors. `sago.core` receives the module, because it does not import `sago.ranks`."""
 
     def is_dtensor(self, t: Any, /) -> bool:
         """Whether `t` is a DTensor."""
@@ -55,10 +55,10 @@ class Placement(Protocol):
         """The shard of a DTensor that this rank holds; any other tensor itself."""
 
     def check_placed(self, i: int, tensors: Sequence[Any], /) -> None:
-        """Raises for the tensors of pair `i` unless they are placed alike and reduced."""
+        """Raises unless the tensors of pair `i` have the same placements and are reduced."""
 
     def read(self, gradients: Sequence[Any], rows: Sequence[int], /) -> Spread | None:
-        """How the list is spread over ranks; None if it is not."""
+        """How the list is distributed over ranks. None if it is not distributed."""
 
 
 @dataclass
@@ -66,13 +66,13 @@ class Pairs:
     """Checked gradient pairs.
 
     Attributes:
-        forget, retain, out: Local tensors; None for a zero gradient; out is None where both are.
+        forget, retain, out: Local tensors. None is a zero gradient, and `out` is None if both gradients are.
         updates: `out` as the caller passed it, before DTensors were replaced by their local shards.
         rows: The report row of each pair.
         keys: The group of each row.
         backends: For each device in the list, the backend that runs there.
-        spread: How the gradients are spread over ranks; None where they are not, or where a `reduce_gram`
-            takes care of it.
+        spread: How the gradients are distributed over ranks. None if they are not, or if `reduce_gram` adds
+            the sums up.
     """
 
     forget: list[Tensor | None]
@@ -85,7 +85,7 @@ class Pairs:
     spread: Spread | None = None
 
     def numel(self, everywhere: bool = True) -> list[int]:
-        """The number of elements of each row, on all ranks or those that this rank counts."""
+        """The number of elements of each row: on all ranks, or only the elements that this rank counts."""
         found = [0] * len(self.keys)
         for i, (row, o) in enumerate(zip(self.rows, self.out, strict=True)):
             if o is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +23,9 @@ from sago.core.statistics import Statistics, nothing, report
 class OnDevice(NamedTuple):
     """The pairs on one device, and the backend that runs there.
 
-    Tensors that are not dense in memory are processed as copies. `before` lists (copy, source) to fill ahead
-    of the synthesis, `after` lists (target, copy) to write back behind it.
+    Tensors that are not dense in memory are processed as copies. `before` has pairs (copy, source): the
+    source is copied before the synthesis. `after` has pairs (target, copy): the copy is written back after
+    it.
     """
 
     backend: Backend
@@ -39,18 +40,14 @@ class Pipeline:
 
     Args:
         pairs: The pairs.
-        numel: The number of elements of each row, on all ranks. Pairs that are flat buffers have more: the
-            gaps between parameters, which hold zeros.
-        own: The elements that this rank counts, where that is fewer.
-
-    Attributes:
-        writing: Whether an update has begun and not ended.
+        numel: The number of elements of each row, on all ranks. Flat buffers have more elements, because the
+            gaps between parameters hold zeros.
+        own: The number of elements that this rank counts, if it is smaller.
     """
 
     def __init__(self, pairs: Pairs, numel: list[int], own: list[int] | None = None) -> None:
         self.keys: list[Hashable] = pairs.keys
         self.numel, self._own = numel, own or numel
-        self.writing = False
         self._elements: Tensor | None = None
         self._spread = pairs.spread
         rows, report_rows = pairs.rows, list(range(len(self.keys)))
@@ -67,23 +64,25 @@ class Pipeline:
     def release(self) -> bool:
         """Drops the references to the tensors, which the caller then keeps alive.
 
-        Returns False where a backend, or a copy, needs more than addresses.
+        Returns False if a backend or a copy still needs the tensors.
         """
         return all(not (d.before or d.after) and d.batch.release() for d in self.devices)
 
-    def synthesize(self, call: Call) -> SynthesisReport:
-        """Writes the update of every pair, and reports on it."""
-        return report(call, self.keys, self.numel, self.update(call))
+    def synthesize(self, call: Call, begin: Callable[[], object] = nothing) -> SynthesisReport:
+        """Writes the update of every pair, and reports on it. `begin` is called before the first write."""
+        return report(call, self.keys, self.numel, self.update(call, begin))
 
-    def update(self, call: Call) -> Statistics | None:
-        """Writes the update of every pair; returns the sums, if any were taken."""
+    def update(self, call: Call, begin: Callable[[], object] = nothing) -> Statistics | None:
+        """Writes the update of every pair. Returns the sums, if any were computed.
+
+        `begin` is called before the first write. An earlier error leaves all gradients as they are.
+        """
         rule, wanted = call.rule, call.sums
-        self.writing = False
         for there in self.devices:
             if there.before:
                 _copy(there.before)
-        # Sums that the update depends on are taken first. Sums for `reduce_gram` are also taken first, as it
-        # may raise. For DTensors, sums that only the report needs are started after the update.
+        # Sums that the update depends on are computed first. Sums for `reduce_gram` are also computed first,
+        # because it may raise. For DTensors, sums that only the report needs are started after the update.
         ahead = wanted > 0 and (rule.scope != "element" or call.limited or call.reduce_gram is not None)
         taken = inner = coefficients = None
         if wanted and self._spread is not None:
@@ -100,7 +99,7 @@ class Pipeline:
         if inner is not None:
             inner = self._all_rows(inner)
         tables = []
-        self.writing = True
+        begin()
         for there in self.devices:
             table = there.backend.combine(
                 there.batch,
@@ -118,12 +117,11 @@ class Pipeline:
             if there.after:
                 _copy(there.after)
         if tables:
-            taken = self._reduced(tables, call)  # this may fail as well, with the update written
-        self.writing = False
+            taken = self._reduced(tables, call)  # an error here leaves the update already written
         return taken
 
     def _reduced(self, tables: Sequence[Tensor], call: Call) -> Statistics:
-        """The tables of all devices and of all ranks added up."""
+        """Adds up the tables of all devices and ranks."""
         table = tables[0]
         for other in tables[1:]:
             table = table + other.to(table.device)
@@ -143,7 +141,7 @@ class Pipeline:
         return Statistics(table, self.numel)
 
     def _all_rows(self, values: Tensor) -> Tensor:
-        """Values of the report's rows for the rows of the batches; one row may stand for all."""
+        """Repeats the values of report rows for scratch rows. A single row is valid for all rows."""
         return values if self._index is None or len(values) < len(self.keys) else values[self._index]
 
 

@@ -155,7 +155,7 @@ class SynthesisReport:
         return SynthesisReport(self.rule, ("all",), self.numel.sum(0, keepdim=True), lambda: sums)
 
     def to_dict(self) -> dict[str, list[float]]:
-        """Every field that was computed, a list with one number a group. Waits for the device."""
+        """Every field that was computed, as a list with one number for each group. Waits for the device."""
         present = {name: values for name in _FIELDS if (values := getattr(self, name)) is not None}
         if not present:
             return {}
@@ -166,7 +166,7 @@ class SynthesisReport:
         }
 
     def summary(self) -> dict[str, float]:
-        """Every field that was computed, for all groups taken together. Waits for the device."""
+        """Every field that was computed, over all groups together. Waits for the device."""
         return {name: values[0] for name, values in self.total().to_dict().items()}
 
     def table(self) -> str:
@@ -211,7 +211,7 @@ def _root(square: Tensor | None) -> Tensor | None:
 def _cosine(product: Tensor | None, square: Tensor | None, other: Tensor | None) -> Tensor | None:
     if product is None or square is None or other is None:
         return None
-    # A square that left the range of the sums gives no direction.
+    # A squared norm that underflowed or overflowed gives no cosine.
     known = (square > 0) & (other > 0) & square.isfinite() & other.isfinite()
-    # Each root is taken alone, because the product of two squares leaves the range before a root does.
+    # The roots are multiplied, because the product of the two squares could overflow or underflow.
     return torch.where(known, product / (square.sqrt() * other.sqrt()), torch.nan)

@@ -42,8 +42,8 @@ def find(
 ) -> tuple[Pipeline, Updates]:
     """The pipeline of a call of `sago.synthesize_`, and the tensors that its updates are written to.
 
-    The checks depend on addresses and metadata only, so lists are told apart by both. An address alone is not
-    enough, because another tensor may have it by now. No tensor is kept alive.
+    A list that has the addresses and the metadata of an earlier one is not checked again. Equal addresses are
+    not enough, because another tensor may have the same address later. No tensor is kept alive.
     """
     tensors, key = _key(forget, retain, rule, out, groups, backend)
     if key is not None:
@@ -62,14 +62,14 @@ def find(
 def _key(
     forget: Any, retain: Any, rule: Rule, out: Any, groups: Any, backend: str | None
 ) -> tuple[list[Any], Any]:
-    """The tensors of a call and the key to look them up by; None for a call that cannot be remembered."""
+    """The tensors of a call and its key in the cache. The key is None if the call cannot be cached."""
     given = (forget, retain) if out is None or isinstance(out, str) else (forget, retain, out)
     sides = [[x] if isinstance(x, Tensor) else x for x in given]
     if not all(type(x) in _PLAIN for x in sides) or not (groups is None or type(groups) in _PLAIN):
         return [], None
     tensors = list(chain(*sides))
     first = next((t for t in tensors if t is not None), None)
-    # A pipeline on the CPU holds its tensors, unless Triton is interpreted.
+    # A pipeline on the CPU keeps its tensors alive, except with Triton's interpreter, so it is not cached.
     if not isinstance(first, Tensor) or (backend != "triton" and first.device.type == "cpu"):
         return [], None
     addresses = _addresses(tensors)
@@ -80,14 +80,14 @@ def _key(
         addresses = _addresses(tensors)
     where = out if isinstance(out, str) else None
     keys = None if groups is None else tuple(groups)
-    # Objects of other types may hold memory, or define equality in their own way.
+    # Keys of other types could keep memory alive, or define their own equality.
     if addresses is None or (keys and not {str, int}.issuperset(map(type, keys))):
         return [], None
     return tensors, (addresses, missing, *map(len, sides), where, rule.scope, keys, backend)
 
 
 def _addresses(tensors: Iterable[Any]) -> tuple[int, ...] | None:
-    """None if not all of them are tensors with an address."""
+    """The addresses of the tensors. None if an item is not a tensor with an address."""
     try:
         return tuple(map(Tensor.data_ptr, tensors))
     except (TypeError, RuntimeError):

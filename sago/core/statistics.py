@@ -1,4 +1,4 @@
-"""The sums that a synthesis took, and the report that is made of them."""
+"""The sums that a synthesis computed, and the report that is made from them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Statistics(NamedTuple):
     """The sums over the gradients of every row.
 
     Attributes:
-        table: See `sago.backends.sums`. Complete, with what other ranks hold, once `wait` was called.
+        table: The table of sums; see `sago.backends.sums`. It includes the sums of other ranks after `wait`.
         elements: The number of elements of each row.
         wait: Waits for the other ranks, on the current stream.
     """
@@ -38,7 +38,7 @@ def report(
     """The report of a synthesis; the sums over the update are derived from those over the gradients."""
     if taken is None:
         return SynthesisReport(call.rule.name, keys, numel, dict)
-    # A weight on the device may have another value by the time the report is read.
+    # A weight on the device may change before the report is read.
     gamma, alpha = (w.clone() if isinstance(w, Tensor) else w for w in (call.gamma, call.alpha))
     then = call._replace(gamma=gamma, alpha=alpha)
 

@@ -1,4 +1,4 @@
-"""DistributedDataParallel: its gradients are averaged over the ranks once a window, in flat buffers."""
+"""Averages the gradients of DistributedDataParallel over the ranks, once a window, in flat buffers."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+_TESTED = "torch 2.6 to 2.14"
 _DDP = (
     *("require_backward_grad_sync", "_join_config", "_comm_hooks", "static_graph", "process_group"),
     *("find_unused_parameters", "parameters_to_ignore"),
@@ -33,11 +34,11 @@ class Accumulators(Protocol):
 
 
 class DataParallel:
-    """Averages over ranks that each have the gradient of their own batch.
+    """Averages gradients over ranks. Each rank has the gradient of its own batch.
 
     Args:
         group: The process group of the ranks.
-        partial: Whether a backward may leave out parameters, on some ranks or on all.
+        partial: Whether a backward may not reach all parameters, on some ranks or on all.
         modules: The DistributedDataParallel modules, which would otherwise reduce the gradients themselves.
     """
 
@@ -47,7 +48,7 @@ class DataParallel:
     def start(self) -> None:
         """Switches the modules' own reduction off."""
         for ddp in self._modules:
-            ddp.require_backward_grad_sync = False
+            reduce_in_backward(ddp, False)
 
     def check_not_joined(self) -> None:
         """Raises if `ddp.join()` was called and not ended."""
@@ -96,6 +97,12 @@ class DataParallel:
             side.touched = touched
 
 
+def reduce_in_backward(ddp: Any, on: bool) -> None:
+    """Switches the reduction of a DistributedDataParallel module in a backward on or off."""
+    require(ddp, ["require_backward_grad_sync"], "DistributedDataParallel", _TESTED)
+    ddp.require_backward_grad_sync = on
+
+
 def take_over(source: Any, params: Sequence[Tensor], names: Sequence[str]) -> DataParallel | None:
     """Replaces the reduction of the DistributedDataParallel module that has these parameters.
 
@@ -106,7 +113,7 @@ def take_over(source: Any, params: Sequence[Tensor], names: Sequence[str]) -> Da
         return None
     found = owners(source, params, torch.nn.parallel.DistributedDataParallel)
     for ddp in found:
-        require(ddp, _DDP, "DistributedDataParallel", "torch 2.6 to 2.14")
+        require(ddp, _DDP, "DistributedDataParallel", _TESTED)
         reduced = {id(p) for n, p in ddp.module.named_parameters() if n not in ddp.parameters_to_ignore}
         left = {id(p): n for n, p in ddp.module.named_parameters() if p.requires_grad}
         for name, p in zip(names, params, strict=True):
@@ -114,7 +121,7 @@ def take_over(source: Any, params: Sequence[Tensor], names: Sequence[str]) -> Da
             if id(p) not in reduced:
                 raise ValueError(
                     f"Parameter `{name}` should be reduced by DistributedDataParallel as the others are. "
-                    "Found that it is not."
+                    "Found that it is not: freeze it, or move it into the module that is wrapped."
                 )
         if left:
             raise ValueError(
@@ -124,13 +131,13 @@ def take_over(source: Any, params: Sequence[Tensor], names: Sequence[str]) -> Da
             )
         if ddp.static_graph:
             raise ValueError(
-                "DistributedDataParallel should be without static_graph, which cannot do without its own "
-                "reduction. Found static_graph=True."
+                "DistributedDataParallel should be without static_graph, which needs DDP's own reduction. "
+                "Found static_graph=True: leave it out."
             )
         if ddp._comm_hooks:
             raise ValueError(
                 "DistributedDataParallel should be without a communication hook, because gradients are "
-                "reduced in flat buffers in its place. Found one."
+                "reduced in flat buffers and the hook would not run. Found one: do not register it."
             )
     if not found:
         return None
@@ -143,8 +150,8 @@ def check_not_wrapped(params: Sequence[Tensor]) -> None:
     there = dist.is_available() and dist.is_initialized()
     if there and owners(None, params, torch.nn.parallel.DistributedDataParallel):
         raise ValueError(
-            "A module should be in DistributedDataParallel when its buckets are made, because they take over "
-            "the reduction. Found one that came later. Make new GradientBuckets."
+            "A module should be wrapped in DistributedDataParallel before its buckets are made, because the "
+            "buckets replace the reduction. Found that it was wrapped later. Make new GradientBuckets."
         )
 
 
@@ -157,7 +164,7 @@ def sharded(source: Any, params: Sequence[Tensor]) -> Sequence[torch.nn.Module]:
     if owners(source, params, FullyShardedDataParallel):
         raise ValueError(
             "Parameters should be sharded by fully_shard (FSDP2; fsdp_version: 2 in accelerate). Found "
-            "FullyShardedDataParallel, in whose flat parameters tensors have no gradients of their own."
+            "FullyShardedDataParallel (FSDP1), whose flat parameters have no gradient for each tensor."
         )
     found = owners(source, params, FSDPModule) if any(map(is_dtensor, params)) else []
     fsdp.check_known(found)
@@ -165,7 +172,7 @@ def sharded(source: Any, params: Sequence[Tensor]) -> Sequence[torch.nn.Module]:
 
 
 def owners(source: Any, params: Sequence[Tensor], kind: Any) -> list[Any]:
-    """The modules of this kind inside `source`, or else those that hold any of the parameters."""
+    """The modules of this kind inside `source`. If it has none, those that hold any of the parameters."""
     if isinstance(source, torch.nn.Module):
         found = [m for m in source.modules() if isinstance(m, kind)]
         if found:

@@ -12,7 +12,7 @@ from sago.ranks.sum_over import SumOver
 
 
 class Shards(NamedTuple):
-    """How the gradients of a list are spread over the ranks of a mesh; see `sago.core.pairs.Spread`.
+    """How the gradients of a list are distributed over the ranks of a mesh; see `sago.core.pairs.Spread`.
 
     Attributes:
         counted: For each gradient, whether the sums of this rank's shard are counted. Among the ranks that
@@ -44,14 +44,14 @@ def local_as(t: Any, like: Any) -> Any:
     return local(t)
 
 
-def wrap(part: Tensor, like: Any) -> Any:
-    """A DTensor with the placements of `like` and the shard `part`; `part` itself if `like` is no DTensor."""
+def wrap(shard: Tensor, like: Any) -> Any:
+    """A DTensor with the placements of `like` and this shard; the shard itself if `like` is no DTensor."""
     if not is_dtensor(like):
-        return part
+        return shard
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(
-        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        shard, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
 
 
@@ -61,7 +61,10 @@ def check_placed(i: int, tensors: Sequence[Any]) -> None:
         return
     found = [t for t in tensors if t is not None]
     if not all(map(is_dtensor, found)):
-        raise TypeError(f"Forget, retain and out of gradient {i} should all be DTensors or none. Found both.")
+        raise TypeError(
+            f"Forget, retain and out of gradient {i} should all be DTensors, or all be plain tensors. "
+            "Found both."
+        )
     first = found[0]
     for t in found:
         if t.device_mesh != first.device_mesh or t.placements != first.placements:
@@ -83,17 +86,17 @@ def check_reduced(name: str, t: Any) -> None:
 
 
 def read(gradients: Sequence[Any], rows: Sequence[int]) -> Shards | None:
-    """How a list is spread, from one tensor of each pair. None if no DTensor among them is sharded.
+    """How a list is distributed, read from one tensor of each pair. None if no DTensor is sharded.
 
-    All sums are taken over the largest mesh. A DTensor on a part of that mesh, and a plain tensor, are taken
-    to be the same on every other part.
+    All sums are added up over the largest mesh. A DTensor on a part of that mesh is assumed to be the same on
+    every other part. A plain tensor is assumed to be the same on every rank.
     """
     meshes: dict[Any, int] = {}
     for i, t in enumerate(gradients):
         if is_dtensor(t):
             meshes.setdefault(t.device_mesh, i)
-    parts = [t for t in gradients if is_dtensor(t) and t.device_mesh.size() > 1]
-    if all(_is_replicate(p) for t in parts for p in t.placements):
+    distributed = [t for t in gradients if is_dtensor(t) and t.device_mesh.size() > 1]
+    if all(_is_replicate(p) for t in distributed for p in t.placements):
         return None
     ranks = {mesh: mesh.mesh.flatten().tolist() for mesh in meshes}
     largest = max(meshes, key=lambda mesh: mesh.size())
@@ -102,7 +105,7 @@ def read(gradients: Sequence[Any], rows: Sequence[int]) -> Shards | None:
             raise ValueError(
                 "DTensors of one list should lie on one mesh or on parts of it, because their sums are added "
                 f"up over its ranks. Found gradient {meshes[largest]} on {largest} and gradient {i} on "
-                f"{mesh}. Synthesize them apart, or pass `reduce_gram=`."
+                f"{mesh}. Synthesize them separately, or pass `reduce_gram=`."
             )
     origin = ranks[largest][0]
     there = {mesh: origin in ranks[mesh] for mesh in meshes}

@@ -1,4 +1,4 @@
-"""Gradients that FSDP2 has not reduced yet, which are not in `p.grad`. The only user of its private names."""
+"""Finds gradients that FSDP2 has not reduced yet. Only this file uses private names of FSDP2."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TESTED = "torch 2.6 to 2.14"
 
 
 def check_known(modules: Sequence[torch.nn.Module]) -> None:
-    """Raises RuntimeError where a private name that this file reads is missing."""
+    """Raises RuntimeError if a private name that this file reads is missing."""
     for group in _groups(modules):
         require(group, _GROUP, "FSDP2", _TESTED)
         for p in group.fsdp_params:
@@ -23,20 +23,20 @@ def check_known(modules: Sequence[torch.nn.Module]) -> None:
 
 
 def check_synced(modules: Sequence[torch.nn.Module]) -> None:
-    """Raises where a gradient was not reduced, or would not be by the next backward."""
+    """Raises if a gradient was not reduced, or if the next backward would not reduce its gradients."""
     for group in _groups(modules):
         off = not (group.reduce_grads and group.all_reduce_grads)
         if off or any(getattr(owner, name) is not None for owner, name in _unreduced(group)):
-            found = "it switched off" if off else "gradients of an earlier backward that were not reduced"
+            found = "that this is switched off" if off else "unreduced gradients of an earlier backward"
             raise ValueError(
-                "FSDP should reduce gradients in every backward, because those that it holds back mix the "
+                "FSDP should reduce gradients in every backward, because unreduced gradients would mix the "
                 f"two sides later. Found {found}. Call set_requires_gradient_sync(True) on the model before "
                 "the backward; accelerate does with GradientAccumulationPlugin(sync_each_batch=True)."
             )
 
 
 def sharded_parameters(modules: Sequence[torch.nn.Module]) -> dict[int, Any]:
-    """The sharded parameters, by the `id` of the unsharded ones, which replace them for a forward."""
+    """The sharded parameters, by the `id` of the unsharded ones that replace them during a forward."""
     return {
         id(p._unsharded_param): p.sharded_param
         for group in _groups(modules)
@@ -54,10 +54,10 @@ def discard(modules: Sequence[torch.nn.Module]) -> None:
 
 def _unreduced(group: Any) -> Iterator[tuple[Any, str]]:
     """Yields the (object, attribute) pairs that hold unreduced gradients."""
-    yield group, "_partial_reduce_output"  # for the all-reduce of HSDP
+    yield group, "_partial_reduce_output"  # waits for the all-reduce of HSDP
     for p in group.fsdp_params:
         yield p, "unsharded_accumulated_grad"
-        if hasattr(p, "_unsharded_param"):  # since the first forward
+        if hasattr(p, "_unsharded_param"):  # exists after the first forward
             yield p._unsharded_param, "grad"
 
 

@@ -32,8 +32,8 @@ class SumOver:
 
     Args:
         over: Process groups, or DeviceMeshes or parts of them, whose ranks hold different shards. Each
-            argument is one collective, for a mesh of any number of dimensions. Without arguments, and for
-            None, it is the default group.
+            argument is one collective, also if a mesh has several dimensions. None stands for the default
+            group, which is also used without arguments.
 
     DTensors do not need it, because their placements tell which rank holds which shard. A tensor that several
     ranks hold whole is counted once for each of them.
@@ -45,7 +45,10 @@ class SumOver:
 
     def __init__(self, *over: ProcessGroup | DeviceMesh | None) -> None:
         if not (dist.is_available() and dist.is_initialized()):
-            raise ValueError("torch.distributed should be initialised for SumOver. Found that it is not.")
+            raise ValueError(
+                "torch.distributed should be initialised for SumOver. Found that it is not. Call "
+                "torch.distributed.init_process_group first."
+            )
         for x in over:
             _check_over(x)
         self._over = over or (None,)
@@ -173,13 +176,13 @@ def _check_same(group: ProcessGroup, layout: Sequence[object], device: torch.dev
     most, least, high, low = found.tolist()
     if most != -least:
         raise ValueError(
-            "Gradients should be one list, the same on every rank. "
+            "The list of gradients should be the same on every rank. "
             f"Found from {-least} to {most} gradients or groups on {dist.get_world_size(group)} ranks."
         )
     if high != -low:
         raise ValueError(
-            "Gradients should be one list, the same on every rank. Found other shapes, placements, dtypes or "
-            "groups on some ranks."
+            "The list of gradients should be the same on every rank. Found other shapes, placements, dtypes "
+            "or groups on some ranks."
         )
     same.add(digest)
 

@@ -175,8 +175,8 @@ def test_what_is_not_placed_alike_is_refused_with_the_reason(ranks4):
         "partial parameter": (ValueError, "should be reduced before"),
         "mesh": (ValueError, "the same mesh and placements"),
         "placements": (ValueError, "the same mesh and placements"),
-        "plain": (TypeError, "all be DTensors or none"),
-        "out": (TypeError, "all be DTensors or none"),
+        "plain": (TypeError, "all be DTensors, or all be plain tensors"),
+        "out": (TypeError, "all be DTensors, or all be plain tensors"),
         "no common mesh": (ValueError, "on one mesh or on parts of it"),
     }
     for found in ranks4(misplaced):
@@ -233,4 +233,4 @@ def other_rows():
 def test_sum_over_tables_of_other_sizes_is_an_error_on_every_rank(ranks2):
     for error, text in ranks2(other_rows):
         assert error is ValueError
-        assert "one list, the same on every rank" in text
+        assert "list of gradients should be the same on every rank" in text

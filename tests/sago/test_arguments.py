@@ -50,7 +50,9 @@ def cases():
         "lengths": case(
             ValueError, "`forget` and `retain`.*same length.*2 and 1", forget=[ones(2)] * 2, retain=[ones(2)]
         ),
-        "length of out": case(ValueError, "`out`.*one tensor a gradient, 1.*Found 2", out=[ones(3), ones(3)]),
+        "length of out": case(
+            ValueError, "`out`.*1 tensors, one for each gradient.*Found 2", out=[ones(3), ones(3)]
+        ),
         # shapes
         "shape": case(
             ValueError,

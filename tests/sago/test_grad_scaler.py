@@ -1,5 +1,7 @@
 """`torch.amp.GradScaler` around a synthesis: unscaled before or after, and nothing infinite gets through."""
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -226,16 +228,85 @@ class Wrapper(torch.optim.Optimizer):
         self.optimizer.param_groups = groups
 
 
-def test_a_wrapped_optimizer_is_unscaled_once():
+@pytest.fixture
+def accelerated():
+    """The class of accelerate that wraps an optimizer."""
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
+    accelerate.Accelerator(cpu=True)
+    yield accelerate.optimizer.AcceleratedOptimizer
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()
+
+
+def captured(optimizer):
+    """Buckets with a forget gradient of 2 and a retain gradient of 3, times the scale, and the scaler."""
     (p,), buckets = fresh(ANY, [torch.ones(3)], [torch.ones(3)])
-    optimizer, scaler = torch.optim.SGD([p], lr=1.0), scaler_on(ANY)
+    optimizer.add_param_group({"params": [p]})
+    scaler = scaler_on(ANY)
     for capture, value in ((buckets.forget, 2.0), (buckets.retain, 3.0)):
         with capture():
             scaled(scaler, p, torch.full((3,), value))
-    buckets.unscale_(scaler, Wrapper(optimizer))
+    return p, buckets, scaler
+
+
+def assert_unscaled_once(wrapper, optimizer):
+    p, buckets, scaler = captured(optimizer)
+    buckets.unscale_(scaler, wrapper)
     buckets.synthesize_("sum")
     scaler.step(optimizer)
     assert (p.detach() == -5.0).all()
+
+
+def plain_optimizer():
+    return torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+
+
+def test_a_wrapped_optimizer_is_unscaled_once():
+    optimizer = plain_optimizer()
+    assert_unscaled_once(Wrapper(Wrapper(optimizer)), optimizer)
+
+
+def test_the_wrapper_of_accelerate_is_unscaled_once(accelerated):
+    optimizer = plain_optimizer()
+    assert_unscaled_once(accelerated(optimizer), optimizer)
+
+
+@pytest.mark.parametrize("base", ["accelerate", "a class made from it"])
+def test_a_wrapper_of_accelerate_without_the_name_is_refused(base):
+    """Unscaled in the place of its optimizer, it would let `scaler.step` divide a second time."""
+
+    class Renamed(torch.optim.Optimizer):
+        __module__ = "accelerate.optimizer"
+
+        def __init__(self, optimizer):
+            self.wrapped = optimizer
+
+        param_groups = property(
+            lambda self: self.wrapped.param_groups, lambda self, x: setattr(self.wrapped, "param_groups", x)
+        )
+
+    kind = Renamed if base == "accelerate" else type("Renamed", (Renamed,), {"__module__": "mine"})
+    optimizer = plain_optimizer()
+    p, buckets, scaler = captured(optimizer)
+    with pytest.raises(RuntimeError, match=r"accelerate should have the .*`Renamed\.optimizer`.*Install"):
+        buckets.unscale_(scaler, kind(optimizer))
+    buckets.unscale_(scaler, optimizer)  # nothing was written
+    buckets.synthesize_("sum")
+    assert (p.grad == 5.0).all()
+
+
+def test_an_interrupted_unscaling_is_not_repeated():
+    """Some gradients may be divided already."""
+    optimizer = plain_optimizer()
+    p, buckets, scaler = captured(optimizer)
+    stopped = mock.patch.object(scaler, "unscale_", side_effect=KeyboardInterrupt)
+    with stopped, pytest.raises(KeyboardInterrupt):
+        buckets.unscale_(scaler, optimizer)
+    for call in (buckets.synthesize_, lambda: buckets.unscale_(scaler, optimizer)):
+        with pytest.raises(ValueError, match=r"should be whole.*KeyboardInterrupt.*Call zero_"):
+            call()
+    buckets.zero_()
+    assert p.grad is None
 
 
 def test_gradients_of_which_some_are_unscaled_have_no_common_norm():
