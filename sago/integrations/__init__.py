@@ -1,1 +1,1 @@
-"""Adapters to other libraries, one a module. Nothing here is imported by `import sago`."""
+"""Adapters to other libraries, with one module for each. `import sago` imports none of them."""

@@ -6,7 +6,6 @@ stage 3 they are mounted as partitions in the table of its optimizer.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -21,12 +20,12 @@ from sago.capture.host import Arrived, GradHost
 from sago.capture.opening import Opened, open_grads
 from sago.capture.parameters import Parameters
 from sago.capture.side import Capture, Side
-from sago.private import require
+from sago.private import has_since, require
 from sago.ranks.ddp import DataParallel, owners
 from sago.ranks.dtensor import Shards
 from sago.ranks.sum_over import SumOver
 
-# At stage 3, the optimizer's partitions of the gradients, by the `ds_id` of the parameter.
+# The attribute with the optimizer's partitions of the gradients at stage 3, by the `ds_id` of a parameter.
 PARTITIONS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 
 _TESTED = "DeepSpeed 0.17.6 to 0.19"
@@ -40,6 +39,9 @@ _STAGE3 = (
     *("micro_step_id", "dp_process_group", "offload_optimizer", "set_local_grad_for_param"),
     *("swap_optimizer", "loss_scale", "torch_autocast_gradscaler"),
 )
+_BUCKET = ("params", "elements")
+# The classes at stage 0 whose steps take the gradients from `p.grad` and divide them by a scale.
+_SCALING = ("FP16_Optimizer", "FP16_UnfusedOptimizer")
 # The names that a later version added, with that version.
 _ADDED = {
     "torch_autocast_z0_gradscaler": (0, 18, 3),
@@ -78,12 +80,11 @@ class Engine:
     @property
     def scaled(self) -> bool:
         """Whether the losses are multiplied by a scale, which the step divides the gradients by."""
-        optimizer = self.core.optimizer
         scalers = (
-            optimizer.torch_autocast_gradscaler if self.stage == 3 else None,
+            self.core.optimizer.torch_autocast_gradscaler if self.stage == 3 else None,
             _added(self.core, "torch_autocast_z0_gradscaler", None),
         )
-        return any(s is not None for s in scalers) or getattr(optimizer, "loss_scale", 1.0) != 1.0
+        return any(s is not None for s in scalers) or scale_of(self.core) != 1.0
 
     def wanted(self, p: Any) -> bool:
         """Whether the optimizer trains the parameter."""
@@ -124,7 +125,7 @@ class Engine:
         self._capturing = False
 
     def ready(self) -> None:
-        """Lets the next step use the update, which is published."""
+        """Lets the next step use the update, after it was published."""
         self.waiting = True
 
     def release(self) -> None:
@@ -169,7 +170,7 @@ class Zero0Host:
     def __init__(self, engine: Engine, grads: Any) -> None:
         self._engine = engine
         self._grads: GradHost = grads
-        # DeepSpeed takes no part in these.
+        # These methods are those of plain torch.
         self.watch, self.collect = grads.watch, grads.collect
         self.check_start, self.check_outside = grads.check_start, grads.check_outside
         self.check_reduced, self.check_parameters = grads.check_reduced, grads.check_parameters
@@ -223,11 +224,11 @@ class Partitions(Side):
             ]
             views = [p[:n] for p, n in zip(self.partitions, numel, strict=True)]
         super().__init__(name, Flat(views, [0] * len(views), [buffer]), views)
-        self._clean = -1  # version of the buffer that had nothing in it
+        self._clean = -1  # the version of the buffer when it was last cleared
 
     @property
     def foreign(self) -> bool:
-        """Whether the buffer was written as a whole, which no capture does."""
+        """Whether other code than a capture wrote to the whole buffer."""
         return self.buffers[0]._version != self._clean
 
     def clear(self) -> None:
@@ -282,7 +283,8 @@ class Zero3Host:
             self.retain.clear()
         side = self.forget if capture.side is self.forget else self.retain
         self._table.update(zip(self._ids, side.partitions, strict=True))
-        # At 0 the optimizer copies instead of adding, and it stays at 0 between two forwards.
+        # At micro_step_id 0 the optimizer copies gradients instead of adding them. DeepSpeed leaves the id
+        # at 0 between two forwards.
         self._optimizer.micro_step_id = max(self._optimizer.micro_step_id, 1)
         capture.versions = side.versions()
         self._mounted = capture
@@ -321,10 +323,10 @@ class Zero3Host:
         if arrived is not None:
             raise ValueError(
                 "synthesize_in_backward should not be used at ZeRO stage 3, where gradients are reduced "
-                "behind the hook. Call synthesize_."
+                "after the hook. Call synthesize_."
             )
         for i, (p, view) in enumerate(zip(self._params, self.retain.views, strict=True)):
-            if view.numel() == 0:  # nothing is written there, so no version shows a backward
+            if view.numel() == 0:  # a backward writes nothing there, so the version does not change
                 hook = partial(self._note, capture, i)
                 capture.handles.append(p.register_post_accumulate_grad_hook(hook))
 
@@ -337,7 +339,7 @@ class Zero3Host:
         for i, (before, now) in enumerate(zip(capture.versions, side.versions(), strict=True)):
             if now != before:
                 side.touched[i] = capture.reached = side.written = True
-        capture.reached |= any(p.grad is not None for p in self._params)  # held back, or left by an error
+        capture.reached |= any(p.grad is not None for p in self._params)  # not reduced, or left by an error
 
     def check_used(self) -> None:
         _check_stepped(self._engine)
@@ -350,17 +352,18 @@ class Zero3Host:
         unused = optimizer.micro_step_id > 0 or _added(optimizer, "_epilogue_ran_this_backward", False)
         if self.retain.foreign if started else unused:
             raise ValueError(
-                "Backwards should run within forget() or retain(). Found gradients of another in the "
-                "optimizer, which engine.step() has not used. Call engine.step(), or drop them with zero_."
+                "Backwards should run within forget() or retain(). Found gradients of another backward in "
+                "the optimizer, which engine.step() has not used. Call engine.step(), or drop them with "
+                "zero_."
             )
 
     def check_reduced(self) -> None:
         for name, p in zip(self._names, self._params, strict=True):
             if p.grad is not None:
                 raise ValueError(
-                    "DeepSpeed should reduce gradients in every backward, because those that it holds back "
-                    f"mix the two sides later. Found one in `{name}.grad`. Call engine.backward(loss), and "
-                    "coalesce_grad_reduction within a capture."
+                    "DeepSpeed should reduce gradients in every backward, because unreduced gradients would "
+                    f"mix the two sides later. Found one in `{name}.grad`. Call engine.backward(loss). Use "
+                    "coalesce_grad_reduction only inside a capture."
                 )
 
     def check_parameters(self) -> None:
@@ -373,13 +376,28 @@ class Zero3Host:
 
 
 def refuse(source: Any, params: Sequence[Tensor]) -> None:
-    """Raises if the parameters belong to an engine that was not given itself."""
+    """Raises if the parameters belong to an engine, but the engine itself was not given."""
     deepspeed = sys.modules.get("deepspeed")
     if deepspeed is not None and owners(source, params, deepspeed.DeepSpeedEngine):
         raise ValueError(
             "Parameter `params` should be the DeepSpeed engine, as deepspeed.initialize and "
             "accelerator.prepare return it. Found parameters of an engine."
         )
+
+
+def is_engine(model: Any) -> bool:
+    """Whether the model is a DeepSpeed engine. Does not import DeepSpeed."""
+    deepspeed = sys.modules.get("deepspeed")
+    return deepspeed is not None and isinstance(model, deepspeed.DeepSpeedEngine)
+
+
+def scale_of(core: Any) -> Any:
+    """The scale that the step of the engine's optimizer divides the gradients by."""
+    optimizer = core.optimizer
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return 1.0
+    require(optimizer, ["loss_scale"], "DeepSpeed", _TESTED)
+    return optimizer.loss_scale
 
 
 def _check(core: Any, stage: int) -> None:
@@ -394,6 +412,10 @@ def _check(core: Any, stage: int) -> None:
     kind = type(optimizer).__name__
     if kind == "DeepSpeedZeroOptimizer_Stage3":
         require(optimizer, _STAGE3, "DeepSpeed", _TESTED)
+        for bucket in optimizer.ipg_buckets.values():
+            require(bucket, _BUCKET, "DeepSpeed", _TESTED)
+    elif kind in _SCALING:
+        require(optimizer, ["loss_scale"], "DeepSpeed", _TESTED)
     found = None
     if optimizer is None or kind in ("DummyOptim", "DeepSpeedZeRoOffload"):
         found = "none"
@@ -406,6 +428,11 @@ def _check(core: Any, stage: int) -> None:
         found = "ZenFlow, which updates parameters apart from the step"
     elif stage == 3 and kind != "DeepSpeedZeroOptimizer_Stage3":
         found = f"{kind}, which keeps gradients elsewhere"
+    elif stage == 0 and not (isinstance(optimizer, torch.optim.Optimizer) or kind in _SCALING):
+        found = (
+            f"{kind}, which sago does not know: at stage 0, use a torch.optim.Optimizer, or an engine whose "
+            f"optimizer is of class {' or '.join(_SCALING)}; or use stage 3"
+        )
     elif stage == 3 and optimizer.swap_optimizer:
         found = "gradients offloaded to NVMe: offload them to the CPU"
     if found is not None:
@@ -429,16 +456,8 @@ def _check(core: Any, stage: int) -> None:
 
 def _added(owner: Any, name: str, before: Any) -> Any:
     """The attribute, or `before` if the installed version is older than the attribute."""
-    if hasattr(owner, name):
-        return getattr(owner, name)
-    if _version() >= _ADDED[name]:
-        require(owner, [name], "DeepSpeed", _TESTED)
-    return before
-
-
-def _version() -> tuple[int, ...]:
-    digits = re.findall(r"\d+", sys.modules["deepspeed"].__version__)
-    return tuple(int(x) for x in digits[:3])
+    there = has_since(owner, name, "deepspeed", _ADDED[name], "DeepSpeed", _TESTED)
+    return getattr(owner, name) if there else before
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

@@ -88,7 +88,7 @@ class SynthesisAggregator(Aggregator):
 
 
 class SynthesisWeighting(Weighting):
-    """The coefficients `(a, b)` of an ungated rule from a Gramian: fp32 or wider `[2, 2]` to `[2]`.
+    """The coefficients `(a, b)` of an ungated rule, `[2]`, from a Gramian `[2, 2]` in fp32 or fp64.
 
     Use it with `torchjd.autogram`, which never holds the Jacobian, or as
     `GramianWeightedAggregator(SynthesisWeighting("blur"))`, which `jac_to_grad` applies without concatenating
@@ -96,7 +96,7 @@ class SynthesisWeighting(Weighting):
     one tensor. The coefficients are computed in fp64.
 
     Args:
-        rule: A name or a `sago.Rule` that is not gated: a gated rule decides for each coordinate.
+        rule: A name or a `sago.Rule` that is not gated: a gated rule decides for each element.
         gamma, alpha: Weights of forget and retain, as in `SynthesisAggregator`.
 
     Raises:
@@ -109,7 +109,7 @@ class SynthesisWeighting(Weighting):
         if self.rule.gated:
             raise ValueError(
                 "Parameter `rule` should be a rule that is not gated, because weights are the same for all "
-                f"coordinates. Found {self.rule.name!r}; use SynthesisAggregator."
+                f"elements. Found {self.rule.name!r}. Use SynthesisAggregator."
             )
         self.gamma = gamma
         self.alpha = alpha

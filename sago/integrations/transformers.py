@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import operator
 import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -14,10 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.parallel import DistributedDataParallel
 
 from sago.capture.buckets import GradientBuckets
 from sago.core.report import SynthesisReport
+from sago.integrations import deepspeed
+from sago.private import has_since, require
+from sago.ranks.ddp import reduce_in_backward
 from sago.rules import Rule, resolve
 
 if TYPE_CHECKING:
@@ -25,6 +30,8 @@ if TYPE_CHECKING:
 else:
     _Trainer = object
 
+_TESTED = "transformers 4.45 to 5.24"
+_ACCELERATE = "accelerate 1.15"
 _PRODUCTS = ("mul", "multiply", "__mul__", "__rmul__")
 _NORMS = ("norm_forget", "norm_retain", "norm_update")
 _LOGGED = (
@@ -79,8 +86,8 @@ class GradientSynthesisMixin(_Trainer):
     evaluation.
 
     A trainer that weighs its losses in another way defines a method `compute_losses(model, inputs)`, which
-    returns the unweighted forget and retain loss. Training uses it instead of `compute_loss`, with
-    `self.gamma` and `self.alpha` as weights, or 1 for a missing one.
+    returns the unweighted forget and retain loss. Training uses it instead of `compute_loss`. The weights are
+    `self.gamma` and `self.alpha`, or 1 if the attribute is missing.
 
     The mixin finds the two losses while `compute_loss` runs. `self.gamma` and `self.alpha` are then floats
     that record the tensors they are multiplied with, and cut the products out of the graph. The trainer's own
@@ -95,12 +102,14 @@ class GradientSynthesisMixin(_Trainer):
 
     Raises:
         ValueError: In a training step, unless both losses are found and nothing else reaches the parameters.
+        RuntimeError: In a training step, if the installed versions of transformers or accelerate do not do
+            what the mixin relies on.
 
     Source: arXiv 2604.14808; the trainers of OpenUnlearning (arXiv 2506.12618).
     """
 
     synthesis: Synthesis = Synthesis()
-    _window: _Window | None = None
+    _synthesizer: _Synthesizer | None = None
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -115,50 +124,55 @@ class GradientSynthesisMixin(_Trainer):
             )
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        if self._window is None or self._window.model is not model:
-            # The end of a training is noticed there.
+        if self._synthesizer is None or self._synthesizer.model is not model:
+            # The mixin overrides `_inner_training_loop` to notice the end of a training.
             if not hasattr(super(), "_inner_training_loop"):
                 raise RuntimeError(
                     "The trainer should have the private method `_inner_training_loop` of "
-                    "transformers.Trainer, on which sago relies. Found none. Install transformers 4.45 to "
-                    "5.24, with which sago was tested."
+                    f"transformers.Trainer, on which sago relies. Found none. Install {_TESTED}, with which "
+                    "sago was tested."
                 )
-            self._window = _Window(self, model)
-        window = self._window
-        window.begin(self)
+            self._synthesizer = _Synthesizer(self, model)
+        synthesizer = self._synthesizer
+        synthesizer.begin(self)
         forget, retain = _weights(self)
         instead: dict[str, Any] = {"gamma": forget, "alpha": retain}
-        if hasattr(self, "compute_losses"):
-            # Its losses are means over a micro-batch: the trainer has to divide by the window's length.
+        unweighted = hasattr(self, "compute_losses")
+        if unweighted:
+            # These losses are means over a micro-batch. The trainer must divide them by the number of
+            # micro-batches, and asks these attributes whether it does. `check_scale` finds out.
             instead = {
                 "compute_loss": partial(_weighed, self.compute_losses, forget, retain),
+                "loss_is_scaled_for_ga": False,
                 "model_accepts_loss_kwargs": False,
                 "compute_loss_func": None,
             }
         extra = () if num_items_in_batch is None else (num_items_in_batch,)
         try:
-            with _replaced(self, instead), window.not_stepping(self.accelerator):
+            with _replaced(self, instead), synthesizer.not_stepping(self.accelerator):
                 loss = super().training_step(model, inputs, *extra)
-            window.capture(forget, retain)
+            if unweighted:
+                synthesizer.check_scale(self, num_items_in_batch is not None, forget, retain)
+            synthesizer.capture(forget, retain)
         finally:
             forget.products = retain.products = None
         if _steps_next(self):
-            window.synthesize(float(forget), float(retain), self.accelerator)
+            synthesizer.synthesize(float(forget), float(retain), self.accelerator)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # The trainer itself logs its loss on every rank, so ranks can be averaged here.
-        if self._window is not None and "loss" in logs and self.control.should_log:
-            logs = {**logs, **self._window.summary(self.accelerator)}
+        if self._synthesizer is not None and "loss" in logs and self.control.should_log:
+            logs = {**logs, **self._synthesizer.summary(self.accelerator)}
         super().log(logs, *(() if start_time is None else (start_time,)))
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super()._inner_training_loop(*args, **kwargs)
         finally:
-            if self._window is not None:
-                self._window.close()
-            self._window = None  # with its two copies of the gradients
+            if self._synthesizer is not None:
+                self._synthesizer.close()
+            self._synthesizer = None  # frees the two copies of the gradients
 
 
 class _Weight(float):
@@ -203,7 +217,7 @@ class _Weight(float):
         return cut
 
 
-class _Window:
+class _Synthesizer:
     """The buckets of a model in training, and the losses since the last log.
 
     Attributes:
@@ -213,18 +227,19 @@ class _Window:
     def __init__(self, trainer: Any, model: Any) -> None:
         _check_optimizer(trainer)
         self.model = model
-        self._engine: Any = getattr(trainer.accelerator, "deepspeed_engine_wrapped", None)
-        self._backward_options: dict[str, Any] = {}  # that the trainer gives to DeepSpeed
+        self._engine = _engine(trainer.accelerator, model)
+        self._backward_options: dict[str, Any] = {}  # those of the trainer's call for DeepSpeed
         self._named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self._rule, groups = _rule_and_groups(trainer, model, self._engine)
         self._how = trainer.synthesis
         self._buckets = GradientBuckets(model, groups, self._how.accumulate_dtype)
         self._reducing = list(_reducing(model))
-        self._weights: tuple[float, float] | None = None  # of the window that is open
-        self._step = 0  # that it belongs to
+        self._weights: tuple[float, float] | None = None  # the weights of the open window
+        self._step = 0  # the optimizer step of the open window
         self._shared: bool | None = None
         self._report: SynthesisReport | None = None
         self._loss_scale: Any = 1.0
+        self._checked: set[tuple[int, bool]] = set()  # the cases in which `check_scale` has read the scale
         self._losses: Tensor | None = None  # sums since the last log
         self._count = 0
 
@@ -232,14 +247,15 @@ class _Window:
         step = trainer.state.global_step
         if self._weights is not None and self._step != step:
             raise ValueError(
-                "The optimizer should step after the last micro-batch of a window, which is known by "
-                f"`accelerator.sync_gradients`. Found that step {self._step} went by before it was set."
+                "The optimizer should step only after a micro-batch with `accelerator.sync_gradients`, which "
+                f"ends a window. Found that step {self._step} ended without it. Leave the order of steps "
+                "to the Trainer."
             )
         self._step = step
         # This may run inside accelerate's no_sync, which surrounds all micro-batches but the last.
         for module in self._reducing:
             if isinstance(module, DistributedDataParallel):
-                module.require_backward_grad_sync = False  # `GradientBuckets` reduces
+                reduce_in_backward(module, False)  # `GradientBuckets` reduces
             else:
                 module.set_requires_gradient_sync(True, recurse=False)
 
@@ -247,11 +263,11 @@ class _Window:
         """Switches the modules' own reduction on again."""
         for module in self._reducing:
             if isinstance(module, DistributedDataParallel):
-                module.require_backward_grad_sync = True
+                reduce_in_backward(module, True)
 
     @contextmanager
     def not_stepping(self, accelerator: Any) -> Iterator[None]:
-        """Inside the block `accelerator.backward` calls `loss.backward`. DeepSpeed's wrapper would step."""
+        """Makes `accelerator.backward` call `loss.backward`, because DeepSpeed's wrapper would also step."""
         if self._engine is None:
             yield
             return
@@ -260,6 +276,42 @@ class _Window:
             yield
         finally:
             accelerator.deepspeed_engine_wrapped = self._engine
+
+    def check_scale(self, trainer: Any, counted: bool, *weights: _Weight) -> None:
+        """Raises unless the losses of `compute_losses` are divided by the number of micro-batches.
+
+        Waits for the device at the first micro-batch of each case, because the Trainer's code decides by the
+        case and not by the values.
+
+        Args:
+            trainer: The trainer.
+            counted: Whether the trainer counted the items of the window, which its code may ask.
+            weights: The weights, after the trainer's backward.
+        """
+        count = _micro_batches(trainer)
+        cuts = [cut for weight in weights for _, cut in weight.products or ()]
+        scales = [cut.grad for cut in cuts if cut.grad is not None]
+        if (count, counted) in self._checked or not scales:  # `capture` says which loss is missing
+            return
+        factors = torch.stack([scale.float().sum() for scale in scales])
+        if self._engine is None:
+            factors = factors / _gradient_scale(trainer.accelerator, factors)
+        elif self._backward_options.get("scale_wrt_gas", True):  # the engine divides in its own backward
+            factors = factors / self._engine.engine.gradient_accumulation_steps()
+        found = [factor.item() for factor in factors]
+        if not all(math.isfinite(x) for x in found):
+            return  # a GradScaler begins with a scale that overflows, and skips the step
+        self._checked.add((count, counted))
+        # At most four operations round, in the dtype of a loss or in a wider one.
+        rounding = 4 * max(torch.finfo(scale.dtype).eps for scale in scales)
+        wrong = [x for x in found if abs(x * count - 1.0) > rounding]
+        if wrong:
+            raise RuntimeError(
+                f"The losses of `compute_losses` should reach the backward with the factor {1 / count:g}, "
+                f"because a window has {count} micro-batches. Found {wrong[0]:g}. The Trainer divides losses "
+                "in another way than in the versions with which sago was tested: set "
+                f"gradient_accumulation_steps=1, or install {_TESTED}, but not 4.46."
+            )
 
     def capture(self, forget: _Weight, retain: _Weight) -> None:
         """Runs both backwards with the scales that the trainer's backward has left at the cuts."""
@@ -294,10 +346,10 @@ class _Window:
         )
         self._weights = None
         if self._engine is not None:
-            self._loss_scale = getattr(self._engine.engine.optimizer, "loss_scale", 1.0)
+            self._loss_scale = deepspeed.scale_of(self._engine.engine)
             self._engine.engine.step()
-        elif accelerator.scaler is not None and self._losses is not None:
-            self._loss_scale = accelerator.scaler.scale(torch.ones_like(self._losses[0]))
+        elif self._losses is not None:
+            self._loss_scale = _gradient_scale(accelerator, self._losses)
 
     def summary(self, accelerator: Any) -> dict[str, float]:
         """The values to log. Waits for the device."""
@@ -328,19 +380,19 @@ class _Engineless:
     """Replaces accelerate's wrapper of a DeepSpeed engine by a plain backward.
 
     Args:
-        named: The parameters, which it should not reach: the engine's hooks would take the gradients.
-        options: Where to put what the engine's backward was to get.
+        named: The parameters. The plain backward must not reach them, because the engine's hooks would run.
+        options: A dict that receives the options of the trainer's call.
     """
 
     def __init__(self, named: Sequence[tuple[str, Tensor]], options: dict[str, Any]) -> None:
         self._named, self._options = named, options
 
     def backward(self, loss: Tensor, **options: Any) -> None:
-        names = {id(p): name for name, p in self._named}
+        # Also keeps the nodes alive, because autograd would make another object for the same node.
+        names = {get_gradient_edge(p).node: name for name, p in self._named if p.requires_grad}
         for node in _nodes([loss]):
-            reached = names.get(id(getattr(node, "variable", None)))
-            if reached is not None:
-                raise _another_term(reached)
+            if node in names:
+                raise _another_term(names[node])
         self._options.clear()
         self._options.update(options)
         loss.backward()
@@ -409,22 +461,26 @@ def _scaled(weight: str, name: str, found: _Weight) -> list[tuple[Tensor, Tensor
     """The losses that the weight was multiplied with, and the derivative of the total by each product."""
     reached = [(loss, cut.grad) for loss, cut in found.products or () if cut.grad is not None]
     if not reached:
-        seen = "a product that is no part of the loss" if found.products else "no product of it and a loss"
+        seen = (
+            f"that the loss does not contain the product with `self.{weight}`"
+            if found.products
+            else f"no product of `self.{weight}` and a loss"
+        )
         raise ValueError(
             "The loss in training should be `self.gamma * forget_loss + self.alpha * retain_loss`. Found "
-            f"{seen} for `self.{weight}`. Where a trainer uses its weights otherwise, or leaves the {name} "
-            "loss out of some batches, give it `compute_losses(model, inputs)`, which returns the forget and "
-            "the retain loss."
+            f"{seen}. If a trainer uses its weights in another way, or leaves the {name} loss out of some "
+            "batches, give it a method `compute_losses(model, inputs)`, which returns the forget and the "
+            "retain loss."
         )
     for _, cut in found.products or ():
-        cut.grad = None  # the backwards that follow should not come here again
+        cut.grad = None  # `capture` finds a product inside a loss by a new gradient here
     return reached
 
 
 def _share_graph(forget: Sequence[Tensor], retain: Sequence[Tensor]) -> bool:
     """Whether the second backward needs tensors that the first would free."""
-    nodes = set(_nodes(forget))  # kept, because a node that is let go comes back as another object
-    return any(node in nodes and node.next_functions for node in _nodes(retain))  # a leaf frees nothing
+    nodes = set(_nodes(forget))  # kept alive, because autograd would make another object for the same node
+    return any(node in nodes and node.next_functions for node in _nodes(retain))  # a leaf saves nothing
 
 
 def _nodes(losses: Sequence[Tensor]) -> Iterator[Any]:
@@ -454,7 +510,7 @@ def _rule_and_groups(trainer: Any, model: torch.nn.Module, engine: Any) -> tuple
     named = [(_clean(n), p) for n, p in model.named_parameters()]
     if rule.scope != "global":
         return rule, None if groups is None else [groups(n) for n, _ in named]
-    if engine is not None:  # whose optimizer has flat parts of the parameters
+    if engine is not None:  # the optimizer of an engine has flat parts of the parameters
         return rule, None
     trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     keys: list[Hashable] = [id(p) in trained for _, p in named]
@@ -468,17 +524,55 @@ def _clean(name: str) -> str:
     return name.replace("_orig_mod.", "").removeprefix("module.")
 
 
+def _engine(accelerator: Any, model: Any) -> Any:
+    """accelerate's wrapper of the DeepSpeed engine, or None without DeepSpeed."""
+    name = "deepspeed_engine_wrapped"
+    if not deepspeed.is_engine(model):
+        return getattr(accelerator, name) if hasattr(accelerator, name) else None
+    require(accelerator, [name], "accelerate", _ACCELERATE)
+    wrapper = getattr(accelerator, name)
+    if wrapper is None:
+        raise ValueError(
+            f"`accelerator.{name}` should be the wrapper of the DeepSpeed engine that is trained, because "
+            "sago replaces it during the trainer's backward. Found None. Make the engine with "
+            "accelerator.prepare."
+        )
+    return wrapper
+
+
+def _micro_batches(trainer: Any) -> int:
+    """The number of micro-batches of the open window."""
+    if hasattr(trainer, "current_gradient_accumulation_steps"):
+        current: int = trainer.current_gradient_accumulation_steps
+        return current
+    # Before transformers 4.54. In 4.45 accelerate may have a number of its own.
+    return max(trainer.args.gradient_accumulation_steps, trainer.accelerator.gradient_accumulation_steps)
+
+
+def _gradient_scale(accelerator: Any, like: Tensor) -> Any:
+    """The scale of accelerate's GradScaler, on the device of a tensor."""
+    return 1.0 if accelerator.scaler is None else accelerator.scaler.scale(torch.ones_like(like[0]))
+
+
 def _check_optimizer(trainer: Any) -> None:
     name = str(getattr(trainer.args.optim, "value", trainer.args.optim))
     if "layerwise" in name or "lomo" in name:
         raise ValueError(f"Parameter `optim` should step after the backward, not in it. Found {name!r}.")
-    if getattr(getattr(trainer.accelerator, "parallelism_config", None), "cp_enabled", False):
+    if _context_parallel(trainer.accelerator):
         raise ValueError(
-            "Parameter `parallelism_config` should be without context parallelism, whose backward belongs in "
-            "its context. Found cp_size > 1."
+            "Parameter `parallelism_config` should be without context parallelism, because its backward must "
+            "run inside its context manager. Found cp_size > 1. Set cp_size=1."
         )
     if getattr(trainer, "use_apex", False):
         raise ValueError("Parameter `half_precision_backend` should be 'auto'. Found apex.")
+
+
+def _context_parallel(accelerator: Any) -> bool:
+    known = has_since(accelerator, "parallelism_config", "accelerate", (1, 10), "accelerate", _ACCELERATE)
+    if not known or accelerator.parallelism_config is None:
+        return False
+    require(accelerator.parallelism_config, ["cp_enabled"], "accelerate", _ACCELERATE)
+    return bool(accelerator.parallelism_config.cp_enabled)
 
 
 def _steps_next(trainer: Any) -> bool:
@@ -488,7 +582,8 @@ def _steps_next(trainer: Any) -> bool:
         return True
     if hasattr(trainer, "get_batch_samples"):
         return False
-    # transformers 4.45 steps at the end of an epoch that is shorter than a window, and says so afterwards.
+    # transformers 4.45 also steps at the end of an epoch that is shorter than a window, but sets
+    # `sync_gradients` only afterwards.
     batches = operator.length_hint(trainer.callback_handler.train_dataloader, sys.maxsize)
     short = batches <= trainer.args.gradient_accumulation_steps
     return short and accelerator.gradient_state.end_of_dataloader

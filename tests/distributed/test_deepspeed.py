@@ -1,6 +1,7 @@
 """DeepSpeed on two ranks against one process with the concatenated batches."""
 
 import importlib.util
+import inspect
 import os
 import warnings
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 import sago
+from sago.integrations import deepspeed as integration
 from tests.support.oracle import PROMISED, rounding_error
 from tests.support.ranks import Ranks
 
@@ -333,6 +335,11 @@ def errors(stage, **config):
         return engine.global_steps
 
 
+def recognised():
+    engine = start(0)
+    return [integration.is_engine(model) for model in (engine.module, engine)]
+
+
 def refused(stage):
     engine = start(stage)
     with pytest.raises(ValueError, match="ZeRO") as error:
@@ -494,6 +501,49 @@ def scaled(scale):
         assert not engine.was_step_applied()
         assert all(torch.equal(p, before[name]) for name, p in whole(engine).items())
         return found, before
+
+
+@contextmanager
+def fp16_on_a_cpu():
+    """DeepSpeed uses fp16 only if the accelerator says that it has fp16. torch has it on every CPU."""
+    accelerator = type(load().accelerator.get_accelerator())
+    supported = [torch.float32, torch.bfloat16, torch.float16]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accelerator, "is_fp16_supported", lambda self: True)
+        patch.setattr(accelerator, "supported_dtypes", lambda self: supported)
+        yield
+
+
+def wrapped(dtype, scale):
+    """An engine at stage 0 in bf16 or fp16, whose optimizer DeepSpeed wraps, and its parameters in fp32."""
+    config = {"bf16": {"enabled": True}}
+    if dtype == torch.float16:
+        config = {"fp16": {"enabled": True, "loss_scale": scale}}
+    engine = start(0, **config)
+    assert type(engine.optimizer).__name__ == "FP16_UnfusedOptimizer"
+    for group in engine.optimizer.param_groups:  # an update that is off by no more than its gradient
+        group.update(lr=0.1, eps=1.0, weight_decay=0.0)
+    return engine, [p for group in engine.optimizer.fp32_groups for p in group]
+
+
+def moved_in_a_wrapper(dtype, scale, own):
+    """The movement of the parameters by the sum of both gradients, with or without buckets."""
+    forget, retain = batches(1)[0][0]
+    with fp16_on_a_cpu(), their_warnings():
+        engine, masters = wrapped(dtype, scale)
+        before = torch.cat([p.detach().flatten() for p in masters])
+        if own:
+            buckets = sago.GradientBuckets(engine)
+            capture(buckets, engine, forget, retain)
+            for argument in ({"max_norm": 1.0}, {"eps": 1e-10}) if scale != 1.0 else ():
+                with pytest.raises(ValueError, match="where DeepSpeed scales losses"):
+                    buckets.synthesize_("pcgrad", **argument)
+            buckets.synthesize_("sum")
+        else:
+            engine.backward(loss(engine, mine(forget), True) + loss(engine, mine(retain), False))
+        engine.step()
+        assert engine.was_step_applied()
+        return torch.cat([p.detach().flatten() for p in masters]) - before
 
 
 def sent():
@@ -743,6 +793,39 @@ def test_loss_scale(two):
         [128.0**2 * x for x in expected["fr"]], rel=10 * DRIFT, abs=128.0**2 * PROMISED
     )
     assert_same(p, q)
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.bfloat16, 1.0), (torch.float16, 128.0)])
+def test_stage_0_in_a_wrapper_of_the_optimizer(two, dtype, scale):
+    """The step of the wrapper takes the update from `p.grad`, as the gradient of a plain training.
+
+    The gradients differ by at most four roundings (of a side, of the average, and of their sum), of terms of
+    which the sum is at least a quarter.
+    """
+    both = (two(moved_in_a_wrapper, dtype, scale, own) for own in (True, False))
+    for found, expected in zip(*both, strict=True):
+        assert expected.norm() > 0.0
+        assert (found - expected).norm() < rounding_error(16, dtype) * expected.norm()
+
+
+def test_deepspeed_has_the_classes_that_are_recognised_by_name():
+    """At stage 0 every other class is refused. The names of stage 3 are checked when buckets are made."""
+    load()
+    from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3, IPGBucketZ3
+
+    scaling = (FP16_Optimizer, FP16_UnfusedOptimizer)
+    assert tuple(kind.__name__ for kind in scaling) == integration._SCALING
+    for kind in (*scaling, DeepSpeedZeroOptimizer_Stage3):
+        assert isinstance(inspect.getattr_static(kind, "loss_scale"), property)
+        assert not issubclass(kind, torch.optim.Optimizer)
+    bucket = IPGBucketZ3()
+    assert [name for name in integration._BUCKET if not hasattr(bucket, name)] == []
+
+
+def test_deepspeed_recognises_an_engine(two):
+    assert two(recognised) == [[False, True]] * 2
 
 
 def test_stage_0_sends_once_a_window(two):

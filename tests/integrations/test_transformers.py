@@ -2,10 +2,12 @@
 
 import copy
 import gc
+import inspect
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -234,7 +236,7 @@ def test_resumes_from_a_checkpoint(tmp_path):
 def test_is_as_new_for_a_second_training(tmp_path):
     trainer = make(with_mixin(GradDiff), tmp_path, data=Pairs(3))
     trainer.train()
-    assert trainer._window is None
+    assert trainer._synthesizer is None
     trainer.model.load_state_dict(llama().state_dict())
     trainer.optimizer = trainer.lr_scheduler = None
     trainer.train()
@@ -419,13 +421,18 @@ class OneForward(GradDiff):
         return -forget.mean() / (LENGTH - 2), retain.mean() / (LENGTH - 2)
 
 
+def averaged(batches, accumulation):
+    """As `windows`, with losses that are averaged. transformers 4.51 leaves other losses undivided."""
+    return [(window, len(window)) for window, _ in windows(batches, accumulation)]
+
+
 @pytest.mark.parametrize("kind", [WithLosses, OneForward])
 def test_takes_the_losses_from_compute_losses(kind, tmp_path):
     options = {"data": Pairs(4), "gradient_accumulation_steps": 2}
     trainer = make(with_mixin(kind, rule="pcgrad"), tmp_path, eval_dataset=Texts(2), **options)
     trainer.train()
     expected = llama()
-    by_hand(expected, graddiff_losses, windows(trainer.data_collator.batches, 2), "pcgrad")
+    by_hand(expected, graddiff_losses, averaged(trainer.data_collator.batches, 2), "pcgrad")
     assert_trained_alike(trainer.model, expected)
     trainer.evaluate()
     assert "compute_loss" not in vars(trainer)
@@ -439,19 +446,71 @@ class Labelled(Collator):
         return {**batch, "labels": batch["forget"]["labels"]} if "forget" in batch else batch
 
 
-def test_losses_from_compute_losses_are_averaged_over_a_window(tmp_path):
-    """However the trainer divides: they are means over a micro-batch. Clipped, so that a factor shows."""
+@pytest.mark.parametrize("says_scaled", [None, True, False])
+def test_losses_from_compute_losses_are_averaged_over_a_window(says_scaled, tmp_path):
+    """However the trainer divides: they are means over a micro-batch. Clipped, so that a factor shows.
+
+    A trainer may say of its own `compute_loss`, which does not run, that it divides by the accumulation.
+    """
     trainer = make(with_mixin(WithLosses, rule="pcgrad"), tmp_path, gradient_accumulation_steps=4)
     trainer.data_collator = Labelled()
+    trainer.loss_is_scaled_for_ga = says_scaled
     trainer.train()
+    assert trainer.loss_is_scaled_for_ga is says_scaled
     expected = llama()
-    steps = windows(trainer.data_collator.batches, 4)
+    steps = averaged(trainer.data_collator.batches, 4)
     reports = by_hand(expected, graddiff_losses, steps, "pcgrad")
     norms = [log["grad_norm"] for log in steps_of(trainer)]
     torch.testing.assert_close(
         norms, [report["norm_update"] for report in reports], rtol=10 * DRIFT, atol=DRIFT
     )
     assert_trained_alike(trainer.model, expected)
+
+
+class Renamed(WithLosses):
+    """Divides losses as a Trainer would that asks an attribute of another name."""
+
+    factor = 1.0
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = self.compute_loss(model, self._prepare_inputs(inputs)) * self.factor
+        loss.backward()
+        return loss.detach()
+
+
+@pytest.mark.parametrize(("factor", "found"), [(1.0, "1"), (0.25, "0.25")])
+def test_refuses_losses_that_are_not_averaged_over_a_window(factor, found, tmp_path):
+    """Before a gradient is written."""
+    trainer = make(with_mixin(Renamed), tmp_path, data=Pairs(4), gradient_accumulation_steps=2)
+    trainer.factor = factor
+    with pytest.raises(
+        RuntimeError, match=rf"the factor 0\.5, .* 2 micro-batches.* Found {found}\. .*accumulation_steps=1"
+    ):
+        trainer.train()
+    assert all(p.grad is None for p in trainer.model.parameters())
+    assert_unmoved(trainer)
+
+
+def test_the_scale_of_the_losses_is_read_once(tmp_path):
+    """A training with `compute_losses` waits for the device in its first micro-batch, and then no more."""
+    counts = []
+    for kind in (GradDiff, WithLosses):
+        reads, each = Reads(), []
+
+        class Watched(with_mixin(kind, stats=False)):
+            def training_step(self, *args):
+                reads.count = 0  # noqa: B023
+                with reads:  # noqa: B023
+                    loss = super().training_step(*args)
+                each.append(reads.count)  # noqa: B023
+                return loss
+
+        make(Watched, tmp_path, data=Pairs(8), gradient_accumulation_steps=2).train()
+        counts.append(each)
+    plain, own = counts
+    assert len(plain) == 8
+    assert own[0] > plain[0]
+    assert own[1:] == plain[1:]
 
 
 def test_weights_are_1_where_a_trainer_with_compute_losses_has_none(tmp_path):
@@ -523,7 +582,7 @@ NOT_SEEN = {
     "constant": (lambda self, f, r: self.gamma * f + self.alpha * r.detach(), r"no product.*`self.alpha`"),
     "not used": (
         lambda self, f, r: (self.gamma * f).detach() + self.alpha * r,
-        r"no part of the loss.*gamma",
+        r"the loss does not contain the product with `self.gamma`",
     ),
     "regularised": (
         lambda self, f, r: self.gamma * f + self.alpha * r + next(self.model.parameters()).square().sum(),
@@ -597,7 +656,7 @@ def test_refuses_a_step_without_synthesis(tmp_path):
             return super().training_step(*args)
 
     trainer.__class__ = Silent
-    with pytest.raises(ValueError, match=r"known by `accelerator.sync_gradients`. Found that step 0 went by"):
+    with pytest.raises(ValueError, match=r"`accelerator.sync_gradients`.*Found that step 0 ended without it"):
         trainer.train()
 
 
@@ -614,11 +673,85 @@ def test_refuses_optimizers_that_step_in_the_backward(optim, tmp_path):
 
 def test_refuses_context_parallelism(tmp_path, monkeypatch):
     """Its backward belongs in its context, and the two of the mixin come behind it."""
+    parallelism = pytest.importorskip("accelerate.parallelism_config", reason="accelerate before 1.10")
     trainer = make(with_mixin(GradDiff), tmp_path)
-    config = SimpleNamespace(cp_enabled=True)
-    monkeypatch.setattr(type(trainer.accelerator), "parallelism_config", config, raising=False)
+    state = trainer.accelerator.state
+    monkeypatch.setattr(state, "parallelism_config", parallelism.ParallelismConfig(cp_size=1))
+    integration._check_optimizer(trainer)
+    monkeypatch.setattr(state, "parallelism_config", parallelism.ParallelismConfig(cp_size=2))
     with pytest.raises(ValueError, match=r"without context parallelism.*Found cp_size > 1"):
-        integration._Window(trainer, trainer.model)
+        integration._Synthesizer(trainer, trainer.model)
+
+
+def trainer_with(**accelerator):
+    return SimpleNamespace(
+        args=SimpleNamespace(optim="adamw_torch"), accelerator=SimpleNamespace(**accelerator)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "accelerator"),
+    [("parallelism_config", {}), ("cp_enabled", {"parallelism_config": SimpleNamespace()})],
+)
+def test_context_parallelism_that_cannot_be_recognised_is_an_error(name, accelerator, monkeypatch):
+    """In accelerate 1.10 and later, which has it."""
+    monkeypatch.setattr(accelerate, "__version__", "1.10.0.dev0")
+    with pytest.raises(RuntimeError, match=rf"accelerate should have .*SimpleNamespace\.{name}`"):
+        integration._check_optimizer(trainer_with(**accelerator))
+    monkeypatch.setattr(accelerate, "__version__", "1.9.1")
+    integration._check_optimizer(trainer_with())
+    integration._check_optimizer(trainer_with(parallelism_config=None))
+
+
+def test_an_engine_without_the_wrapper_of_accelerate_is_an_error(monkeypatch):
+    """The engine would otherwise step in each backward of the trainer."""
+
+    class Engine:
+        pass
+
+    plain, name = torch.nn.Linear(1, 1), "deepspeed_engine_wrapped"
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(DeepSpeedEngine=Engine))
+    assert integration._engine(SimpleNamespace(), plain) is None
+    assert integration._engine(SimpleNamespace(**{name: None}), plain) is None
+    assert integration._engine(SimpleNamespace(**{name: "wrapper"}), Engine()) == "wrapper"
+    with pytest.raises(RuntimeError, match=rf"accelerate should have .*SimpleNamespace\.{name}`"):
+        integration._engine(SimpleNamespace(), Engine())
+    with pytest.raises(ValueError, match=rf"{name}` should be.*Found None.*accelerator\.prepare"):
+        integration._engine(SimpleNamespace(**{name: None}), Engine())
+
+
+def test_the_backward_of_accelerate_calls_the_wrapper():
+    assert "self.deepspeed_engine_wrapped.backward(" in inspect.getsource(accelerate.Accelerator.backward)
+
+
+def test_a_term_that_reaches_a_parameter_of_an_engine_is_found():
+    """In the graph that torch makes, because the engine's hooks would run in a backward."""
+    free, p, frozen = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
+    frozen.requires_grad_(False)
+    engineless = integration._Engineless([("layer.p", p), ("frozen", frozen)], {})
+    cut = torch.ones(2, requires_grad=True)
+    engineless.backward((cut * free.detach()).sum())
+    assert (cut.grad == 1.0).all()
+    for loss in (p.sum(), (cut + p * 2.0).sum(), (cut * p.view_as(cut).exp()).sum()):
+        with pytest.raises(ValueError, match=r"another term, which reaches parameter `layer\.p`"):
+            engineless.backward(loss)
+    assert p.grad is None
+
+
+def test_the_trainer_has_the_names_that_the_mixin_replaces():
+    """In `training_step`, which decides by them whether it divides the loss."""
+    version = tuple(int(x) for x in transformers.__version__.split(".")[:2])
+    code = inspect.getsource(transformers.Trainer.training_step)
+    assert callable(transformers.Trainer._inner_training_loop)
+    assert "self.compute_loss(" in code
+    assert hasattr(transformers.Trainer, "get_batch_samples") is (version > (4, 45))
+    if version > (4, 46):
+        assert "self.model_accepts_loss_kwargs" in code
+        assert "self.compute_loss_func" in code
+    if version >= (4, 55):
+        assert "self.current_gradient_accumulation_steps" in code
+    if version >= (5, 20):
+        assert "self.loss_is_scaled_for_ga" in code
 
 
 def test_refuses_to_be_the_last_of_the_bases():
@@ -650,7 +783,7 @@ def test_groups_are_made_of_the_names_of_parameters(tmp_path):
 
     trainer = make(with_mixin(GradDiff, rule="pcgrad", groups=block), tmp_path, data=Pairs(3))
     seen = set()
-    trainer.add_callback(Looking(lambda: seen.update(trainer._window._report.groups)))
+    trainer.add_callback(Looking(lambda: seen.update(trainer._synthesizer._report.groups)))
     trainer.train()
     assert seen == {block(name) for name, _ in trainer.model.named_parameters()}
     assert len(seen) == 5
@@ -683,7 +816,7 @@ def test_bf16_gradients_accumulate_in_fp32(tmp_path):
     kind = with_mixin(GradDiff, accumulate_dtype=FP32)
     trainer = make(kind, tmp_path, llama(BF16), data=Pairs(4), gradient_accumulation_steps=4)
     sizes = [sago.GradientBuckets(trainer.model, accumulate_dtype=FP32).nbytes]
-    trainer.add_callback(Looking(lambda: sizes.append(trainer._window._buckets.nbytes)))
+    trainer.add_callback(Looking(lambda: sizes.append(trainer._synthesizer._buckets.nbytes)))
     trainer.train()
     assert sizes[0] == sizes[1]
     expected = llama(BF16)
@@ -713,16 +846,16 @@ def test_a_gradient_that_is_not_finite(nonfinite, tmp_path):
         assert_trained_alike(trainer.model, expected)
 
 
-@pytest.mark.parametrize("rule", ["sago", "pcgrad"])
-def test_fp16_with_a_gradient_scaler(rule, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("kind", "rule"), [(GradDiff, "sago"), (GradDiff, "pcgrad"), (WithLosses, "sago")])
+def test_fp16_with_a_gradient_scaler(kind, rule, tmp_path, monkeypatch):
     """accelerate has no GradScaler on a CPU, but torch has. The first scale overflows: a step is skipped."""
     monkeypatch.setattr(AcceleratorState, "mixed_precision", property(lambda self: "fp16"))
-    trainer = make(with_mixin(GradDiff, rule=rule), tmp_path, data=Pairs(16), gradient_accumulation_steps=2)
+    trainer = make(with_mixin(kind, rule=rule), tmp_path, data=Pairs(16), gradient_accumulation_steps=2)
     scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**17) for _ in range(2)]
     trainer.accelerator.scaler, trainer.accelerator.native_amp = scalers[0], True
     trainer.train()
     expected = llama()
-    steps = windows(trainer.data_collator.batches, 2)
+    steps = (averaged if kind is WithLosses else windows)(trainer.data_collator.batches, 2)
     reports = by_hand(expected, graddiff_losses, steps, rule, autocast=FP16, scaler=scalers[1])
     assert scalers[0].get_scale() == scalers[1].get_scale() < 2.0**17
     assert_trained_alike(trainer.model, expected, exact=False)
@@ -772,7 +905,7 @@ def test_a_trainer_is_copied_between_trainings_and_refuses_it_within(tmp_path):
     trainer.add_callback(Looking(look))
     trainer.train()
     assert refused
-    assert copy.deepcopy(trainer)._window is None
+    assert copy.deepcopy(trainer)._synthesizer is None
 
 
 def test_importing_it_imports_no_framework():

@@ -20,6 +20,7 @@ from tests.support.trainers import (
     Pairs,
     arguments,
     assert_logged,
+    graddiff_losses,
     llama,
     make,
     weights,
@@ -36,6 +37,15 @@ def ranks():
     pool = Ranks(2)
     yield pool
     pool.stop()
+
+
+class WithLosses(GradDiff):
+    """Says of a loss of its own, which does not run, that it divides by the accumulation."""
+
+    loss_is_scaled_for_ga = True
+
+    def compute_losses(self, model, inputs):
+        return graddiff_losses(model, None, inputs)
 
 
 class Regularised(GradDiff):
@@ -95,10 +105,16 @@ def train(folder, how, stage, accumulation, kind=GradDiff):
 
 
 @pytest.mark.parametrize(
-    ("stage", "rule", "accumulation"),
-    [(3, "pcgrad", 1), (3, "sago", 4), (0, "pcgrad", 2)],
+    ("kind", "stage", "rule", "accumulation"),
+    [
+        (GradDiff, 3, "pcgrad", 1),
+        (GradDiff, 3, "sago", 4),
+        (GradDiff, 0, "pcgrad", 2),
+        (WithLosses, 3, "sago", 4),
+        (WithLosses, 0, "sago", 2),
+    ],
 )
-def test_ranks_of_deepspeed_are_one_process(ranks, stage, rule, accumulation, tmp_path):
+def test_ranks_of_deepspeed_are_one_process(ranks, kind, stage, rule, accumulation, tmp_path):
     """The engine clips, and steps in accelerate's backward if it is let."""
     how = {"rule": rule}
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": accumulation}
@@ -106,12 +122,27 @@ def test_ranks_of_deepspeed_are_one_process(ranks, stage, rule, accumulation, tm
     alone.train()
     expected = [log for log in alone.state.log_history if "loss" in log]
     fields = ["forget_loss", "retain_loss", "norm_update", "cos_forget_retain", "conflict_fraction"]
-    for found, logs in ranks(train, str(tmp_path), how, stage, accumulation):
+    for found, logs in ranks(train, str(tmp_path), how, stage, accumulation, kind):
         torch.testing.assert_close(found, weights(alone.model), rtol=0, atol=DRIFT)
         assert len(logs) == 4 // accumulation
         for log, other in zip(logs, expected, strict=True):
             wanted = fields if stage == 0 else [*fields, "grad_norm"]
             assert_logged(log, {k: other[k] for k in wanted})
+
+
+class Undivided(WithLosses):
+    """Divides losses as a Trainer would that asks attributes of other names."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        self.accelerator.backward(loss, scale_wrt_gas=False)
+        return loss.detach()
+
+
+@pytest.mark.parametrize("stage", [3, 0])
+def test_losses_that_are_not_averaged_over_a_window_are_refused(ranks, stage, tmp_path):
+    for text in ranks(refused, str(tmp_path), stage, Undivided, 2, RuntimeError):
+        assert "with the factor 0.5, because a window has 2 micro-batches. Found 1." in text
 
 
 def test_stages_that_mix_the_gradients_are_refused(ranks, tmp_path):
@@ -124,7 +155,7 @@ def test_a_third_term_is_found_before_the_engine_takes_its_gradients(ranks, tmp_
         assert "and nothing else. Found another term, which reaches parameter" in text
 
 
-def refused(folder, stage, kind):
-    with pytest.raises(ValueError, match="Found") as raised:
-        train(folder, {}, stage, 1, kind)
+def refused(folder, stage, kind, accumulation=1, error=ValueError):
+    with pytest.raises(error, match="Found") as raised:
+        train(folder, {}, stage, accumulation, kind)
     return str(raised.value)

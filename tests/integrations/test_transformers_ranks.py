@@ -135,7 +135,7 @@ class Unweighted(GradDiff):
 
 
 def error_of(folder, engine):
-    with pytest.raises(ValueError, match=r"no product of it and a loss for `self.gamma`"):
+    with pytest.raises(ValueError, match=r"no product of `self.gamma` and a loss"):
         train(folder, Unweighted, engine, {}, {})
 
 
