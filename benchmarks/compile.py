@@ -184,7 +184,7 @@ def inspect(launch: Launch, arch: str) -> dict[str, Any]:
         "vector_stores": sum(width >= 16 for width in stores),
         "vector_stores_expected": pieces["OUT"],
         "instructions": _instructions(cubin, bits["FORGET"] + bits["RETAIN"]) if cubin else None,
-        "fma": _fused(assembly),
+        "fma": _fused(assembly, compiled.asm["llir"]),
     }
     row["failures"] = failures(row)
     return row
@@ -216,16 +216,23 @@ def _accesses(assembly: str, kind: str) -> list[int]:
     return [int(n or 1) * int(bits) // 8 for n, bits in ptx] + [unit.get(u, 1) * int(n or 1) for u, n in amd]
 
 
-def _fused(assembly: str) -> int:
-    """Counts the fused multiply-adds, and in PTX also the operations that the assembler may fuse."""
-    ptx = re.findall(r"\bfma\.|\b(?:mul|add|sub)(?:\.ftz)?\.f(?:32|64)", assembly)
-    amd = re.findall(r"\bv_(?:pk_)?(?:fma|fmac|mad|mac)\w*_b?f(?:16|32|64)\w* .*", assembly)
+def _fused(assembly: str, ir: str) -> int:
+    """Counts the products that the compiler fused, or that the assembler may fuse, into a sum.
+
+    The fused multiply-adds of the source, which are calls in the LLVM IR, do not count.
+    """
+    calls = re.findall(r"call (?:<(\d+) x )?\w+>? @llvm\.fma\.", ir)
+    ptx = re.findall(r"\bfma\.rn\.f(?:32|64)(x2)?", assembly)
+    open_to_fusion = re.findall(r"\b(?:mul|add|sub|fma)(?:\.ftz)?\.f(?:32|64)", assembly)
+    amd = re.findall(r"\bv_(pk_)?(?:fma|fmac|mad|mac)\w*_b?f(?:16|32|64)\w*( .*)", assembly)
     # The compiler writes an fp16 product as one with the addend -0, a sum as one with the factor 1, and a
     # difference as one with the factor -1. Each has a single rounding.
     single = ("neg(0)", ", 1.0,", ", -1.0,")
-    fused = sum(not any(operand in line for operand in single) for line in amd)
+    fused = sum(1 + bool(packed) for packed, line in amd if not any(operand in line for operand in single))
     # The division of two fp64 scalars takes five of them and one v_div_fmas.
-    return len(ptx) + fused - 5 * len(re.findall(r"\bv_div_fmas_f64", assembly))
+    fused -= 5 * len(re.findall(r"\bv_div_fmas_f64", assembly))
+    fused += sum(1 + bool(packed) for packed in ptx)
+    return len(open_to_fusion) + abs(fused - sum(int(width or 1) for width in calls))
 
 
 def _cuobjdump(cubin: bytes, option: str) -> str:

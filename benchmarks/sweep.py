@@ -36,11 +36,10 @@ SHIPPED = Configuration(CHUNK, BLOCK, THREADS)
 def configured(configuration: Configuration) -> Iterator[None]:
     """Temporarily replaces the constants of `sago.kernels`. Batches that are made inside have new layouts."""
     batch, *kernels = (import_module(f"sago.kernels.{name}") for name in ("batch", "gram", "combine"))
-    both: dict[str, Any] = {"CHUNK": configuration.chunk, "BLOCK": configuration.block}
-    others: dict[str, Any] = {"THREADS": configuration.threads, "_layouts": Cache(64)}
-    with mock.patch.multiple(batch, **both, **others), ExitStack() as stack:
+    constants: dict[str, Any] = {name.upper(): value for name, value in configuration._asdict().items()}
+    with mock.patch.multiple(batch, **constants, _layouts=Cache(64)), ExitStack() as stack:
         for kernel in kernels:
-            stack.enter_context(mock.patch.multiple(kernel, **both))
+            stack.enter_context(mock.patch.multiple(kernel, **constants))
         yield
 
 

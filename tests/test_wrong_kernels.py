@@ -12,17 +12,47 @@ from typing import NamedTuple
 import pytest
 import torch
 
-import sago
-from sago import reference, synthesis
+from sago import synthesis
 from sago.backends import compiled, sums
 from sago.backends.streams import Cache
 from sago.capture import buckets
 from sago.core import coefficients, pipeline, seen, statistics
-from sago.rules import Rule, where
-from tests.support import inputs, oracle, properties, repeats
+from tests.support import repeats
 from tests.support.backends import INTERPRETED, Backend, import_with_triton
-from tests.support.traffic import assert_floor, counted
-from tests.support.windows import averaged, bucketed, clipped, mean, with_nan
+from tests.support.checks import (
+    CHECKS,
+    chunks,
+    clipping,
+    clipping_of_inf,
+    clipping_of_little,
+    counts,
+    counts_of_means,
+    gated,
+    groups,
+    means,
+    missing,
+    overflow,
+    products,
+    products_again,
+    products_of_bf16,
+    products_over_blocks,
+    products_over_chunks,
+    propagated,
+    range_,
+    report,
+    rounding,
+    signed_zeros,
+    specials,
+    subnormals,
+    sums_over_chunks,
+    sums_over_spans,
+    switched_off,
+    tails,
+    traffic,
+    weights,
+    weights_of_zero,
+    zero_update,
+)
 
 if not INTERPRETED:
     pytest.skip("mutants are interpreted", allow_module_level=True)
@@ -34,268 +64,6 @@ stream, combine, gram, batch, formula = (
 )
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 WEIGHTS = {"gamma": 0.75, "alpha": 1.5}
-
-
-def specials(run):
-    for rule in ("sago", "sum"):
-        properties.assert_as_reference(run, *inputs.specials(FP32, FP32), rule, stats=False, **WEIGHTS)
-
-
-def negative_nan(run):
-    """The sign of a NaN is a bit like any other."""
-    nan = torch.tensor([0x7FC00000, -0x400000], dtype=torch.int32).view(FP32)
-    f, r = (t.flatten() for t in torch.meshgrid(nan, torch.tensor([2.0, -3.0]), indexing="ij"))
-    for forget, retain in ((f, r), (r, f)):
-        properties.assert_as_reference(run, [forget], [retain], "sago", stats=False)
-        assert run([forget], [retain], "sago")[1].conflict_fraction.item() == 0.0
-
-
-def subnormals(run):
-    properties.assert_as_reference(run, *inputs.subnormals(FP16, FP16), "sago", stats=False)
-    properties.assert_as_reference(run, *inputs.subnormals(FP32, FP32), "sago", stats=False)
-
-
-def weights_of_zero(run):
-    for kind in (float, torch.tensor):
-        for gamma, alpha in ((0.0, 0.0), (0.0, 1.0), (1.0, 0.0)):
-            options = {"gamma": kind(gamma), "alpha": kind(alpha), "stats": False}
-            properties.assert_as_reference(run, *inputs.specials(FP32, FP32), "sum", **options)
-
-
-def rounding(run):
-    for dtypes in ((BF16, BF16), (FP32, FP16), (FP64, BF16)):
-        properties.assert_as_reference(
-            run, *inputs.IN_RANGE["scale_1"](*dtypes), "sum", stats=False, **WEIGHTS
-        )
-
-
-def weights(run):
-    f, r = inputs.pair(20)
-    properties.assert_as_reference(run, [f], [r], "sum", gamma=1 / 3, alpha=0.1, stats=False)
-
-
-def tails(run):
-    properties.assert_as_reference(run, *inputs.tails(FP32, FP32), "sago", stats=False)
-
-
-def unaligned(run):
-    properties.assert_as_reference(run, *inputs.unaligned(FP32, FP32), "sago", stats=False)
-
-
-def missing(run):
-    properties.assert_as_reference(run, *inputs.missing(FP32, FP32), "sum", stats=False, **WEIGHTS)
-
-
-def signed_zeros(run):
-    properties.assert_as_reference(run, *inputs.signed_zeros(FP32, FP32), "sum", gamma=0.0, stats=False)
-
-
-def chunks(run):
-    f, r = inputs.pair(inputs.CHUNK + 20)
-    properties.assert_as_reference(run, [f.float()], [r.float()], "sago", stats=False)
-
-
-def products(run):
-    for rule, eps in (("pcgrad", 0.0), ("pcgrad", 3.0), ("blur", 3.0)):
-        properties.assert_as_oracle(run, *inputs.tails(FP32, FP32), rule, eps=eps, stats=False, **WEIGHTS)
-
-
-def products_of_bf16(run):
-    forget, retain = inputs.tails(BF16, BF16)
-    dtypes = [FP32] * len(forget)  # bf16 would hide it
-    properties.assert_as_oracle(run, forget, retain, "pcgrad", stats=False, dtypes=dtypes)
-
-
-def products_over_blocks(run):
-    f, r = inputs.pair(3000)
-    properties.assert_as_oracle(run, [f.float()], [r.float()], "pcgrad", stats=False)
-
-
-def products_over_chunks(run):
-    f, r = inputs.pair(2 * inputs.CHUNK + 20)
-    properties.assert_as_oracle(run, [f.float()], [r.float()], "pcgrad", stats=False)
-
-
-def range_(run):
-    for scale in (1e-18, 1e18):
-        f = torch.full((3000,), scale)
-        properties.assert_as_oracle(run, [f], [-f], "pcgrad", stats=False)
-
-
-def groups(run):
-    forget, retain = inputs.tails(FP32, FP32)
-    for rule in ("pcgrad", "pcgrad_global"):
-        keys = [i % 3 for i in range(len(forget))]
-        updates, report = run(forget, retain, rule, groups=keys, **WEIGHTS)
-        properties.assert_updates(updates, forget, retain, rule, groups=keys, **WEIGHTS)
-        properties.assert_report(report, forget, retain, rule, groups=keys, **WEIGHTS)
-
-
-def report(run):
-    for rule, dtype in (("sago", FP32), ("pcgrad", BF16)):
-        forget, retain = inputs.tails(dtype, dtype)
-        _, found = run(forget, retain, rule, **WEIGHTS)
-        properties.assert_report(found, forget, retain, rule, **WEIGHTS)
-
-
-def counts(run):
-    forget, retain = inputs.specials(FP32, FP32)
-    _, found = run(forget, retain, "sago")
-    expected = oracle.expect(forget, retain, "sago").sums
-    for name in properties.COUNTS:
-        assert getattr(found, name).item() == expected[name][0]
-    assert found.conflict_fraction.item() == expected["conflicts"][0] / expected["numel"][0]
-
-
-def company(run):
-    forget, retain = inputs.flat_views(BF16, BF16)
-    properties.assert_independent_of_company(run, forget[:5], retain[:5], "pcgrad")
-
-
-def switched_off(run):
-    forget, retain = ([t.float()] for t in inputs.pair(20))
-    for rule, weight in (("sum", "gamma"), ("sum", "alpha"), ("pcgrad", "gamma")):
-        properties.assert_switched_off(run, forget, retain, rule, weight)
-
-
-def compared(ff, fr, rr, gamma, alpha):
-    return gamma, where(fr < 0.0, alpha, 0.0)
-
-
-def overflow(run):
-    """A comparison with NaN is false: the update looks like one without conflict."""
-    forget, retain = [torch.tensor([1e20, 1e20, 1.0])], [torch.tensor([1e20, -1e20, 1.0])]
-    (update,), _ = run(forget, retain, Rule("compared", compared, "tensor"), stats=False)
-    assert update.isnan().all()
-
-
-def gated(run):
-    """A rule of inner products with a branch for conflicts: the products are over both branches."""
-    rule = Rule("gated", lambda ff, fr, rr, gamma, alpha: (0.0, ff / rr, fr / rr, 0.0), "tensor", gated=True)
-    forget, retain = inputs.tails(FP32, FP32)
-    updates, _ = run(forget, retain, rule)
-    for update, f, r in zip(updates, forget, retain, strict=True):
-        f, r = f.double(), r.double()  # by hand: the reference shares the sum over the branches
-        ff, fr, rr = f @ f, f @ r, r @ r
-        expected = torch.where(f * r < 0, ff / rr * r, fr / rr * f)
-        # Quotients of two sums, each off by `SUM_ERROR` of its magnitudes.
-        properties.assert_near([update], [expected], 16 * oracle.SUM_ERROR[FP32])
-
-
-def propagated(run):
-    """Whole vectors and the tail; gradients that the rule leaves out."""
-    for rule, stats in (("sago", False), ("sum", True)):
-        for weights in ({}, {"gamma": 0.0}):
-            forget, retain = inputs.specials(FP32, FP32)
-            expected, _ = reference.synthesize(forget, retain, rule, **weights)
-            found, _ = bucketed(run, forget, retain, rule, stats=stats, **weights)
-            properties.assert_equal_bits(found, with_nan(expected, forget, retain))
-
-
-def clipping(run):
-    """Of all groups; of rules with one branch and with two, with products and without."""
-    own = Rule("own", lambda ff, fr, rr, gamma, alpha: (fr / ff, alpha, gamma, 0.5 * ff / rr), "tensor", True)
-    for rule in ("sum", "sago", "pcgrad", own):
-        forget, retain = inputs.IN_RANGE["scale_1"](FP32, FP32)
-        expected, norm = clipped(forget, retain, rule, 0.5, **WEIGHTS)
-        found, report = bucketed(run, forget, retain, rule, max_norm=0.5, **WEIGHTS)
-        # Quotients of two sums, and a norm of three, each off by `SUM_ERROR` of its magnitudes.
-        assert abs(report.total_norm.item() / norm - 1) < 8 * oracle.SUM_ERROR[FP32]
-        properties.assert_near(found, expected, 16 * oracle.SUM_ERROR[FP32])
-
-
-def clipping_of_little(run):
-    forget, retain = inputs.IN_RANGE["scale_1"](FP32, FP32)
-    expected, _ = reference.synthesize(forget, retain, "sago")
-    for max_norm in (1e3, torch.inf):
-        found, _ = bucketed(run, forget, retain, "sago", max_norm=max_norm)
-        properties.assert_equal_bits(found, expected)
-
-
-def clipping_of_inf(run):
-    """A norm out of range, an inf that the rule leaves out, coefficients known to be 0."""
-    both = [torch.tensor([-1.0, 2.0])], [torch.tensor([3.0, 4.0])]
-    large = [torch.full((9,), 1e30)]
-    for forget, retain, rule, weights in (
-        (large, large, "sum", {}),
-        ([both[0][0] * torch.tensor([torch.inf, 1.0])], both[1], "sago", {}),
-        (both[0], [both[1][0] * torch.tensor([1e30, 1.0])], "sago", {"gamma": 0.0}),
-    ):
-        (update,), _ = bucketed(run, forget, retain, rule, max_norm=1.0, **weights)
-        assert update.isnan().all()
-
-
-def zero_update(run):
-    options = {"nonfinite": "zero_update", "stats": False}
-    clean = inputs.IN_RANGE["scale_1"](FP32, FP32)
-    expected, _ = reference.synthesize(*clean, "sago")
-    properties.assert_equal_bits(bucketed(run, *clean, "sago", **options)[0], expected)
-    for side, bad in ((0, torch.nan), (1, torch.inf)):
-        both = inputs.IN_RANGE["scale_1"](FP32, FP32)
-        both[side][1][-1] = bad
-        for update in bucketed(run, *both, "sago", **options)[0]:
-            assert not update.any()
-    large = [torch.full((9,), 1e30)]
-    for more in ({"gamma": torch.inf}, {"max_norm": 1.0}):
-        (update,), _ = bucketed(run, large, large, "sum", **options, **more)
-        assert not update.any()
-
-
-def means(run):
-    """Of 3 and of 5 captures: factors that are neither 1 nor equal nor their own squares."""
-
-    def normalized(ff, fr, rr, gamma, alpha):
-        return gamma / ff.sqrt(), alpha / rr.sqrt()
-
-    forget, retain = inputs.IN_RANGE["scale_1"](FP64, FP64)
-    exact = mean(forget, 3), mean(retain, 5)
-    for rule in ("sago", "sum", "pcgrad", Rule("own", normalized, "tensor")):
-        found, _ = averaged(run, forget, retain, rule, (3, 5), **WEIGHTS)
-        expected, _ = reference.synthesize(*exact, rule, **WEIGHTS)
-        properties.assert_near(found, expected, 16 * oracle.SUM_ERROR[FP64])
-    for rule in ("sago", "sum"):
-        _, found = averaged(run, forget, retain, rule, (3, 5), **WEIGHTS)
-        properties.assert_report(found, *exact, rule, **WEIGHTS)
-
-
-def counts_of_means(run):
-    forget, retain = ([t.float()] for t in inputs.pair(20))
-    forget[0][:3], retain[0][1:6] = torch.nan, torch.inf
-    _, found = averaged(run, forget, retain, "sago", (3, 5))
-    assert found.nonfinite_forget.tolist() == [3]
-    assert found.nonfinite_retain.tolist() == [5]
-
-
-def traffic(run):
-    """Of blocks, tails and None: what is moved for an update that may well be right."""
-    forget, retain = ([t.float() for t in side] for side in zip(*map(inputs.pair, (3000, 33)), strict=True))
-    forget, retain = [*forget, None, forget[1].clone()], [*retain, retain[1].clone(), None]
-    out = [torch.empty_like(t) for t in (*retain[:3], forget[3])]
-    for rule, stats, reads in (("sago", True, 1), ("sago", False, 1), ("pcgrad", True, 2)):
-        with counted(*forget, *retain, *out) as found:
-            sago.synthesize_(forget, retain, rule, out=out, stats=stats, backend=run.name)
-        assert_floor(found, forget, retain, out, reads)
-
-
-CHECKS = [
-    *(
-        specials,
-        negative_nan,
-        subnormals,
-        signed_zeros,
-        weights_of_zero,
-        rounding,
-        weights,
-        tails,
-        unaligned,
-        missing,
-        chunks,
-        products,
-        products_of_bf16,
-    ),
-    *(products_over_chunks, range_, groups, report, counts, company, switched_off, gated),
-    *(propagated, clipping, clipping_of_little, clipping_of_inf, zero_update, means, counts_of_means),
-]
 
 
 RIGHT = [(backend, check) for backend in ("triton", "compiled") for check in CHECKS] + [("triton", traffic)]
@@ -314,9 +82,9 @@ class Mutant(NamedTuple):
     check: object
 
 
-SIGNS = "is_negative(f * r) & (tl.abs(f) > 0) & (tl.abs(r) > 0)"
+SIGNS = "is_negative(f * r) & (smaller > 0)"
 GUARDS = " and seen.guards.hold(tensors)"
-ROW, SLOT = "row = tl.load(shape + 3)", "slot = tl.program_id(0) - tl.load(shape + 1) + tl.load(shape + 2)"
+ROW = "row = tl.load(shape + 3)"
 FORGET = "f = upcast(tl.load(forget + at, mask=at < forget_body, other=0.0), COMPUTE)"
 OF_BODY = "store(out + at, at < body, f, r, a_c, b_c, a, b, OUT, GATED, PROPAGATE)"
 NO_TAIL = "at < size, f, r, a_c, b_c, a, b, OUT, GATED, False", propagated
@@ -325,11 +93,10 @@ FACTOR = "values * torch.where(norm.isfinite(), clip, torch.nan)"
 KERNELS = {
     (stream, "in_conflict"): {
         "product instead of signs": (SIGNS, "f * r < 0", subnormals),
-        "zeros conflict": ("(tl.abs(f) > 0)", "(tl.abs(f) >= 0)", specials),
+        "zeros conflict": ("(smaller > 0)", "(smaller >= 0)", specials),
         "NaN conflicts": (SIGNS, "(f > 0) != (r > 0)", specials),
         "one sign of conflict": ("is_negative(f * r)", "is_negative(f)", tails),
-        "zeros of retain conflict": (" & (tl.abs(r) > 0)", "", specials),
-        "any NaN conflicts": (SIGNS, "is_negative(f * r) & (f != 0) & (r != 0)", negative_nan),
+        "zeros of retain conflict": ("tl.abs(f), tl.abs(r),", "tl.abs(f), tl.abs(f),", specials),
     },
     (stream, "store"): {
         "swapped branches": ("where(in_conflict(f, r)", "where(~in_conflict(f, r)", tails),
@@ -425,35 +192,71 @@ KERNELS = {
         "any groups": ("rule.scope, keys,", "rule.scope,", repeats.other_groups),
         "any scope": ("rule.scope, keys,", "keys,", repeats.other_scopes),
     },
+    (stream, "lanes"): {
+        "tail left out of the sums": (" + tail.to(tl.float64)", "", products),
+        "a lane for all": ("tl.sum(x, axis=0)", "tl.max(x, axis=0)", products_over_blocks),
+    },
     (stream, "across"): {
-        "tail left out of the sums": (" + tl.sum(tail.to(tl.float64))", "", products),
+        "sums of other columns": ("interleaved(x1, x5)", "interleaved(x5, x1)", report),
+        "the ninth from elsewhere": ("tl.sum(s8)", "tl.sum(s7)", report),
+    },
+    (stream, "put"): {
+        "the ninth left out": ("if SUMS == 9:", "if SUMS == 10:", report),
+        "a column too many": ("column < SUMS", "column <= SUMS", traffic),
+    },
+    (stream, "total"): {
+        "last chunk left out": ("(row < count)[:, None]", "(row < count - 1)[:, None]", products_over_chunks),
+        "last ninth left out": ("mask=row < count,", "mask=row < count - 1,", sums_over_chunks),
+        "the first rows again": (
+            "at + row[:, None] * SUMS",
+            "at + (row - i)[:, None] * SUMS",
+            sums_over_spans,
+        ),
+    },
+    (stream, "is_last"): {
+        "counters left as they are": ("tl.store(counter, 0)", "pass", products_again),
+        "added up too early": ("== count - 1", "== count - 2", products_over_chunks),
     },
     (stream, "finish"): {
-        "counters left as they are": ("tl.store(counters + row, 0)", "pass", repeats.same_lists),
-        "sums to the first group": (ROW, ROW + " * 0", groups),
-        "chunk number for slot": (SLOT, "slot = tl.program_id(0)", groups),
-        "slots of another row": ("partials + k * slots + first", "partials + k * slots", groups),
-        "last chunk left out": ("at < count, other", "at < count - 1, other", products_over_chunks),
-        "added up too early": ("done == count - 1", "done == count - 2", products_over_chunks),
-        "the last chunk alone": ("k * slots + first", "k * slots + slot", products_over_chunks),
+        "sums to the first group": ("into = table + row * SUMS", "into = table", groups),
+        "slots of another row": ("(first_slot + span * SPAN)", "(span * SPAN)", groups),
+        "the last chunk alone": ("(first_slot + span * SPAN)", "(first_slot + slot)", products_over_chunks),
+        "spans of one size": (
+            "tl.minimum(slots - span * SPAN, SPAN)",
+            "tl.minimum(slots, SPAN)",
+            sums_over_spans,
+        ),
+        "the last span alone": ("if spans == 1:", "if spans >= 1:", sums_over_spans),
     },
     (pipeline, "Pipeline.update"): {
         "statistics in a pass of their own": ('rule.scope != "element"', "True", traffic),
     },
     (stream, "accumulate"): {
         "products rounded to bf16": (
-            "fr = f * r",
-            "fr = upcast(downcast(f * r, tl.bfloat16), f.dtype)",
+            "s1 = plus_product(s1, f, r)",
+            "s1 += upcast(downcast(f * r, tl.bfloat16), f.dtype)",
             products_of_bf16,
         ),
-        "not squared": ("rr = r * r", "rr = tl.abs(r)", products),
-        "squared in fp16": ("ff = f * f", "ff = (f * f).to(tl.float16).to(f.dtype)", report),
-        "out of range on the way": ("fr = f * r", "fr = f * r * 1e3 * 1e-3", range_),
-        "inf not counted": ("~is_finite(f)", "f != f", counts),
-        "not counted beside NaN": ("~is_finite(r)", "~is_finite(r) & (f == f)", counts),
+        "not squared": ("s2 = plus_product(s2, r, r)", "s2 += tl.abs(r)", products),
+        "squared in fp16": (
+            "s0 = plus_product(s0, f, f)",
+            "s0 += (f * f).to(tl.float16).to(f.dtype)",
+            report,
+        ),
+        "out of range on the way": ("s1 = plus_product(s1, f, r)", "s1 += f * r * 1e3 * 1e-3", range_),
+        "inf not counted": ("is_finite(f)", "f == f", counts),
+        "not counted beside NaN": ("is_finite(r)", "is_finite(r) | (f != f)", counts),
         "conflicts by the product": ("= in_conflict(f, r)", "= f * r < 0", counts),
-        "the other branch": ("tl.where(conflict, 0.0, ff)", "tl.where(conflict, ff, 0.0)", report),
-        "both branches": ("rr = tl.where(conflict, 0.0, rr)", "rr = rr", report),
+        "the other branch": (
+            "s0 = tl.where(conflict, s0, plus_product(s0, f, f))",
+            "s0 = tl.where(conflict, plus_product(s0, f, f), s0)",
+            report,
+        ),
+        "both branches": (
+            "s2 = tl.where(conflict, s2, plus",
+            "s2 = tl.where(conflict & (s2 < 0), s2, plus",
+            report,
+        ),
     },
 }
 ON_THE_CPU = {

@@ -1,4 +1,4 @@
-"""Two Triton kernels over lists of tensors: `gram` reduces, `combine` streams.
+"""Two Triton kernels over lists of tensors: `gram` computes sums, `combine` writes updates.
 
 All rules use the same two kernels with different coefficients. A list of any length and any mix of sizes
 is one launch for each combination of dtypes. The kernels find their tensors through a table of addresses

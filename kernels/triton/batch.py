@@ -17,6 +17,7 @@ from sago.backends.upload import upload
 CHUNK = 32768
 BLOCK = 1024
 THREADS = 128
+SPAN = 256  # chunks of a row whose sums are added before those of the row
 
 TRITON_DTYPES = {
     torch.bfloat16: tl.bfloat16,
@@ -33,8 +34,8 @@ class Section(NamedTuple):
     """The tensors of one dtype combination, in the order of the list: one launch.
 
     Attributes:
-        dtypes: Of forget, retain and out.
-        members: Positions in the list.
+        dtypes: The dtypes of forget, retain and out.
+        members: The positions of these tensors in the list.
         shapes: int64 `[members, 4]`: elements, first chunk in this launch, first slot, row.
         owner: int32 `[chunks]`: which member a chunk belongs to.
         compiled: Kernels that were compiled for this section, by alignment; see `launch`.
@@ -51,10 +52,10 @@ class Launch(NamedTuple):
     """A launch of a batch.
 
     Attributes:
-        dtypes: Of forget, retain and out.
-        chunks: Programs of the launch.
+        dtypes: The dtypes of forget, retain and out.
+        chunks: The number of chunks. Each chunk has one program of the launch.
         tables: The first arguments of both kernels: addresses int64 `[members, 4]`, shapes, owner and rows.
-        addresses: Of these tables.
+        addresses: The addresses of these tables.
         aligned: Whether the addresses of all gradients are multiples of 16.
         compiled: Kernels that were compiled for this launch; see `launch`.
     """
@@ -74,8 +75,11 @@ class Layout:
     of a row are contiguous and in the order of the list, for any dtypes.
 
     Attributes:
-        rows: int64 `[rows, 2]`: the first slot and the number of slots of each row.
+        rows: int64 `[rows, 4]`: the first slot of each row, the number of its slots, its counter, which the
+            counters of its spans follow, and the slot of its first span, if it has several.
         slots: The total number of slots.
+        entries: The number of slots of chunks and spans.
+        counters: The number of counters: one for each row and each span.
         sections: The tensors of each combination of dtypes.
     """
 
@@ -89,7 +93,7 @@ class Layout:
     ) -> None:
         chunks = [-(-n // CHUNK) for n in numels]
         first_slot = [0] * len(numels)
-        row_table = []
+        row_table: list[tuple[int, ...]] = []
         self.slots = 0
         members_of: list[list[int]] = [[] for _ in range(row_count)]
         for i, row in enumerate(rows):
@@ -100,6 +104,14 @@ class Layout:
                 first_slot[i] = self.slots
                 self.slots += chunks[i]
             row_table.append((start, self.slots - start))
+        # A row of several spans has a slot for each, behind the slots of all chunks.
+        self.counters = self.entries = 0
+        for row, (start, slots) in enumerate(row_table):
+            spans = -(-slots // SPAN)
+            row_table[row] = start, slots, self.counters, self.slots + self.entries
+            self.counters += 1 + spans
+            self.entries += spans if spans > 1 else 0
+        self.entries += self.slots
         self.rows = upload(row_table, torch.int64, device)
 
         self.sections = []
@@ -126,15 +138,15 @@ class Batch:
     A batch is used on one stream at a time. It keeps the tensors alive until `release`.
 
     Args:
-        device: Where all of them are.
-        forget, retain: Tensors or None (a zero gradient), pairwise of one shape and, over dense memory,
-            of one element order. At most one of a pair is None.
-        out: Where `combine` writes; may be forget or retain themselves.
-        rows: The row of the Gram table a pair belongs to.
-        row_count: Rows of the table; a row without elements is zero.
+        device: The device of all tensors.
+        forget, retain: Tensors, or None for a zero gradient. The two tensors of a pair have the same shape
+            and strides and are dense in memory. At most one of a pair is None.
+        out: The tensors that `combine` writes. They may be those of forget or retain.
+        rows: For each pair, its row in the table of sums.
+        row_count: The number of rows of the table. A row without elements is zero.
 
     Attributes:
-        launches: One for each combination of dtypes.
+        launches: One launch for each combination of dtypes.
     """
 
     def __init__(
@@ -159,7 +171,7 @@ class Batch:
             )
             addresses.append((f_at, r_at, o_at, int((f_at | r_at | o_at) % 16 == 0)))
         self.device = device
-        self._tensors: object = (forget, retain, out)  # the tables hold bare addresses
+        self._tensors: object = (forget, retain, out)  # kept alive, because the tables hold only addresses
         self.row_count = row_count
         key = (tuple(numels), tuple(dtypes), tuple(rows), row_count, device)
         self.layout: Layout = _layouts.get(key, [device], lambda: Layout(*key))
@@ -182,13 +194,13 @@ class Batch:
         self._counters: Tensor | None = None
 
     def scratch(self, sums: int) -> tuple[Tensor, Tensor]:
-        """Memory for partial sums, `[sums, slots]`, and a counter for each row that is 0 between launches."""
-        partials = torch.empty(sums, self.layout.slots, dtype=torch.float64, device=self.device)
+        """Memory for sums of chunks and spans, `[entries, sums]`. Counters, which are 0 between launches."""
+        partials = torch.empty(self.layout.entries, sums, dtype=torch.float64, device=self.device)
         # A CUDA graph has counters of its own, because a replay may overlap with eager calls.
         capturing = is_capturing([self.device])
         counters = None if capturing else self._counters
         if counters is None:
-            counters = torch.zeros(self.row_count, dtype=torch.int32, device=self.device)
+            counters = torch.zeros(self.layout.counters, dtype=torch.int32, device=self.device)
             self._counters = None if capturing else counters
         return partials, counters
 
@@ -198,7 +210,7 @@ class Batch:
         return True
 
     def discard_counters(self) -> None:
-        """Drops the counters after a failed launch, which may have left them with other values than 0."""
+        """Drops the counters after a failed launch, because they may not be 0."""
         self._counters = None
 
     def table(self, sums: int) -> Tensor:
@@ -228,7 +240,7 @@ def options(
     found: dict[str, int | bool] = {"num_warps": THREADS // lanes(device), "enable_fp_fusion": False}
     rare = not aligned or len(set(dtypes)) > 1 or from_table
     if rare and device.type == "cuda" and torch.version.hip is None:
-        # Otherwise ptxas spills a few registers to fit one more block, in kernels with two paths, with two
-        # widths, or with coefficients that it does not know to be weights.
+        # Without this limit, ptxas spills a few registers so that one more block fits. It does so in kernels
+        # with two paths (aligned and not), with several dtypes, or with coefficients from a table.
         found["maxnreg"] = 255
     return found

@@ -1,4 +1,4 @@
-"""`combine`: one pass that writes the update and, if they are wanted, takes the sums."""
+"""`combine`: one pass that writes the update and can also compute the sums."""
 
 from __future__ import annotations
 
@@ -11,7 +11,18 @@ from torch import Tensor
 
 from sago.rules import Coefficients, Rule, evaluate
 
-from .batch import BLOCK, CHUNK, TRITON_DTYPES, Batch, Launch, compute_dtype, options, vector
+from .batch import (
+    BLOCK,
+    CHUNK,
+    SPAN,
+    THREADS,
+    TRITON_DTYPES,
+    Batch,
+    Launch,
+    compute_dtype,
+    options,
+    vector,
+)
 from .formula import on_device, overflow, read_bits
 from .launch import bits, launch
 from .stream import finish, locate, stream
@@ -31,25 +42,27 @@ def _weight(weight, IN_MEMORY: tl.constexpr):
 @triton.jit(
     do_not_specialize=[
         *("addresses", "shapes", "owner", "rows", "partials", "counters", "table", "coefficients", "gram"),
-        *("gamma", "alpha", "eps", "slots", "gram_stride"),
+        *("gamma", "alpha", "eps", "gram_stride"),
     ]
 )
 def _combine_kernel(
     addresses, shapes, owner, rows, partials, counters, table, coefficients, gram,
-    gamma: tl.int64, alpha: tl.int64, eps: tl.int64, slots: tl.int32, gram_stride: tl.int32,
+    gamma: tl.int64, alpha: tl.int64, eps: tl.int64, gram_stride: tl.int32,
     GAMMA_IN_MEMORY: tl.constexpr, ALPHA_IN_MEMORY: tl.constexpr,
     FORGET: tl.constexpr, RETAIN: tl.constexpr, OUT: tl.constexpr, COMPUTE: tl.constexpr,
     FORMULA: tl.constexpr, READS: tl.constexpr, GATED: tl.constexpr, PROPAGATE: tl.constexpr,
     GRAM: tl.constexpr, SUMS: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr, V: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """out_i = a_c * f_i + b_c * r_i if GATED and f_i, r_i in conflict else a * f_i + b * r_i, with
 
         a_c, b_c, a, b = FORMULA(ff + eps, fr, rr + eps, gamma, alpha)
 
-    on fp64 scalars, ff, fr, rr from the row of `gram` (0 unless GRAM). A coefficient is NaN if one of its
-    READS is not finite. FORMULA None: the four are read from `coefficients`. PROPAGATE: out_i = NaN where f_i
-    or r_i is NaN or inf. SUMS = 0: no sums are taken.
+    on fp64 scalars. `ff, fr, rr` come from the row of `gram`, and are 0 without GRAM. A coefficient is NaN if
+    one of the sums in READS is not finite. If FORMULA is None, the four coefficients come from
+    `coefficients`. With PROPAGATE, out_i is NaN where f_i or r_i is NaN or inf. With SUMS = 0, no sums are
+    computed.
     """
     forget, retain, out, aligned, start, size, shape = locate(addresses, shapes, owner, CHUNK)
     row = tl.load(shape + 3)
@@ -73,7 +86,7 @@ def _combine_kernel(
             a, b = FORMULA(ff, fr, rr, gamma, alpha)
             a_c = a
             b_c = b
-        # The addition also makes an fp64 scalar of a literal.
+        # The addition also converts a literal to an fp64 scalar.
         a_c = overflow(ff, fr, rr, gamma, alpha, READS) + a_c
         b_c = overflow(ff, fr, rr, gamma, alpha, READS >> 12) + b_c
         a = overflow(ff, fr, rr, gamma, alpha, READS >> 24) + a
@@ -81,10 +94,10 @@ def _combine_kernel(
     sums = stream(
         forget, retain, out, aligned, start, size,
         a_c.to(COMPUTE), b_c.to(COMPUTE), a.to(COMPUTE), b.to(COMPUTE),
-        FORGET, RETAIN, OUT, COMPUTE, GATED, PROPAGATE, SUMS, BLOCK, V, ALIGNED,
+        FORGET, RETAIN, OUT, COMPUTE, GATED, PROPAGATE, SUMS, BLOCK, THREADS, V, ALIGNED,
     )  # fmt: skip
     if SUMS > 0:
-        finish(sums, shape, partials, counters, table, rows, slots, SUMS, BLOCK)
+        finish(sums, shape, partials, counters, table, rows, SUMS, SPAN)
 
 
 def combine(
@@ -98,18 +111,18 @@ def combine(
     coefficients: Coefficients | None = None,
     propagate: bool = False,
 ) -> Tensor | None:
-    """Writes the update of every pair to `out`; returns the sums, as `sago.kernels.gram`, or None.
+    """Writes the update of every pair to `out`. Returns the table of sums as `gram` does, or None.
 
     Args:
-        batch: The pairs. `out` may be forget or retain themselves.
-        rule: Gives the coefficients of a row.
+        batch: The pairs.
+        rule: The rule, which computes the coefficients of each row.
         gamma, alpha: Floats, or 0-d fp64 tensors on the batch's device.
         eps: Added to ff and rr.
-        gram: fp64, its first three columns `ff, fr, rr`, with one row a batch row; a row stride of 0 gives
-            all rows the same numbers. None for rules that use no inner products.
-        sums: The number of sums to take of the inputs on the way, as in `gram`, or 0 for none.
-        coefficients: Used instead of what the rule makes of `gram`, `gamma`, `alpha` and `eps`.
-        propagate: Whether NaN and inf of either gradient make NaN of the update's element.
+        gram: An fp64 table with one row for each row of the batch. Its first three columns are `ff, fr, rr`.
+            A row stride of 0 gives all rows the same numbers. None for rules that use no inner products.
+        sums: The number of sums to compute in the same pass, as in `gram`, or 0 for none.
+        coefficients: Used instead of the rule's function of `gram`, `gamma`, `alpha` and `eps`.
+        propagate: Whether NaN or inf in either gradient makes the element of the update NaN.
     """
     formula = None if coefficients else on_device(rule.coefficients)
     values = None
@@ -136,7 +149,9 @@ def combine(
             "GRAM": gram is not None,
             "SUMS": sums,
             "CHUNK": CHUNK,
+            "SPAN": SPAN,
             "BLOCK": BLOCK,
+            "THREADS": THREADS,
             "V": vector(one.dtypes),
             "ALIGNED": one.aligned,
         }
@@ -147,7 +162,7 @@ def combine(
         batch,
         ("combine", function, rule.gated, propagate, gram is not None, sums, *in_memory),
         (partials, counters, table, values, gram),
-        (bits(gamma), bits(alpha), bits(eps), batch.layout.slots, 0 if gram is None else gram.stride(0)),
+        (bits(gamma), bits(alpha), bits(eps), 0 if gram is None else gram.stride(0)),
         constants,
         partial(options, from_table=formula is None),
     )

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from sago import rules
-from sago.rules.reads import CASES, SUMS
+from sago.rules.reads import CASES, PRODUCTS
 
 # The syntax that has the same meaning on tensors and on Triton scalars.
 _PLAIN = (
@@ -56,7 +56,7 @@ def read_bits(rule: rules.Rule) -> int:
     for k, case in enumerate(CASES):
         both = rule.reads[case] if rule.gated else 2 * rule.reads[case]
         for i, names in enumerate(both):
-            bits |= sum(1 << 12 * i + 3 * k + SUMS.index(name) for name in names)
+            bits |= sum(1 << 12 * i + 3 * k + PRODUCTS.index(name) for name in names)
     return bits
 
 
@@ -68,9 +68,10 @@ def _where(condition, x, y):
 def on_device(coefficients: Any) -> Any:
     """The device function of `coefficients`, or None if it cannot be compiled into a kernel.
 
-    It can if it is a plain function from a source file, without defaults or annotations (Triton would
-    evaluate them), made of arithmetic and comparisons, whose only global names are `where` of
-    `sago.rules` and functions of the same kind. A global number is left to torch: here it would be frozen.
+    A function can be compiled if it is a plain function from a source file, without defaults or annotations
+    (Triton would evaluate them), and uses only arithmetic, comparisons, `where` of `sago.rules` and functions
+    of the same kind. A function that reads a global number is not compiled, because the kernel would keep the
+    number's first value.
     """
     if coefficients is rules.where:
         return _where
@@ -87,7 +88,7 @@ def _compiled(function: FunctionType) -> Any:
         if names[name] is None:
             return None
     device = FunctionType(function.__code__, names, function.__name__)
-    # Triton up to 3.8 tells functions in constexpr arguments apart by name only.
+    # Triton up to 3.8 distinguishes functions in constexpr arguments by name only.
     device.__qualname__ = f"{function.__qualname__}_{len(_NUMBERED)}"
     _NUMBERED.append(device)
     return triton.jit(device)

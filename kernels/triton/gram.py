@@ -6,34 +6,44 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .batch import BLOCK, CHUNK, TRITON_DTYPES, Batch, Launch, compute_dtype, options, vector
+from .batch import (
+    BLOCK,
+    CHUNK,
+    SPAN,
+    THREADS,
+    TRITON_DTYPES,
+    Batch,
+    Launch,
+    compute_dtype,
+    options,
+    vector,
+)
 from .launch import launch
 from .stream import finish, locate, stream
 
 
-@triton.jit(
-    do_not_specialize=["addresses", "shapes", "owner", "rows", "partials", "counters", "table", "slots"]
-)
+@triton.jit(do_not_specialize=["addresses", "shapes", "owner", "rows", "partials", "counters", "table"])
 def _gram_kernel(
-    addresses, shapes, owner, rows, partials, counters, table, slots: tl.int32,
+    addresses, shapes, owner, rows, partials, counters, table,
     FORGET: tl.constexpr, RETAIN: tl.constexpr, COMPUTE: tl.constexpr, SUMS: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr, V: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """table[row] = the sums over the elements of the row that `accumulate` lists."""
     forget, retain, out, aligned, start, size, shape = locate(addresses, shapes, owner, CHUNK)
     sums = stream(
         forget, retain, out, aligned, start, size, 0.0, 0.0, 0.0, 0.0,
-        FORGET, RETAIN, None, COMPUTE, False, False, SUMS, BLOCK, V, ALIGNED,
+        FORGET, RETAIN, None, COMPUTE, False, False, SUMS, BLOCK, THREADS, V, ALIGNED,
     )  # fmt: skip
-    finish(sums, shape, partials, counters, table, rows, slots, SUMS, BLOCK)
+    finish(sums, shape, partials, counters, table, rows, SUMS, SPAN)
 
 
 def gram(batch: Batch, sums: int) -> Tensor:
     """The sums of every row, fp64 `[rows, sums]`.
 
-    `sums` is 3 for `ff, fr, rr`; 6 adds the numbers of conflicts and of non-finite elements of forget
-    and retain; 9 has ff, fr, rr of the elements out of conflict, the counts, and ff, fr, rr of those in
-    conflict. Reads each gradient once, in one launch for each combination of dtypes.
+    With `sums` = 3, the columns are `ff, fr, rr`. 6 adds the numbers of conflicts and of non-finite elements
+    of forget and retain. 9 has `ff, fr, rr` of the elements out of conflict, the three counts, and `ff, fr,
+    rr` of the elements in conflict. Each gradient is read once, in one launch for each combination of dtypes.
     """
     partials, counters = batch.scratch(sums)
     table = batch.table(sums)
@@ -46,11 +56,13 @@ def gram(batch: Batch, sums: int) -> Tensor:
             "COMPUTE": compute_dtype(one.dtypes),
             "SUMS": sums,
             "CHUNK": CHUNK,
+            "SPAN": SPAN,
             "BLOCK": BLOCK,
+            "THREADS": THREADS,
             "V": vector(one.dtypes),
             "ALIGNED": one.aligned,
         }
 
     tensors = partials, counters, table
-    launch(_gram_kernel, batch, ("gram", sums), tensors, [batch.layout.slots], constants, options)
+    launch(_gram_kernel, batch, ("gram", sums), tensors, (), constants, options)
     return table

@@ -1,25 +1,30 @@
-"""Device functions of both kernels: locate a chunk, read it once, add its sums in two fixed stages.
+"""Device functions of both kernels: they locate a chunk, read it once and add its sums in a fixed order.
 
 Inside a chunk every lane adds in fp32 (fp64 for fp64 gradients). The lanes of the chunk are then added in
-fp64 and stored in the chunk's slot. The chunk of a row that finishes last adds the slots of the row in slot
-order. The sum does not depend on which chunk that is, so results are the same from run to run.
+fp64 and stored in the chunk's slot. `SPAN` slots of a row in a sequence are a span. The chunk of a span that
+finishes last adds the slots of the span, and the span of a row that finishes last adds the spans of the row.
+No sum depends on which chunk that is, so results are the same from run to run.
 """
 
 import triton
 import triton.language as tl
 
+ROWS = tl.constexpr(64)  # of a table of partial sums that are read at once
+
 
 @triton.jit
 def is_negative(x):
-    """The sign bit, also of -0."""
+    """Whether the sign bit of x is set, also for -0."""
     INTEGER: tl.constexpr = tl.int64 if x.dtype == tl.float64 else tl.int32
     return x.to(INTEGER, bitcast=True) < 0
 
 
 @triton.jit
 def in_conflict(f, r):
-    # f * r may underflow, but its sign bit is still that of the product. A NaN is not above 0.
-    return is_negative(f * r) & (tl.abs(f) > 0) & (tl.abs(r) > 0)
+    # f * r may underflow to 0, but its sign bit stays correct. The minimum is NaN if one of them is NaN, and
+    # then the comparison is false. One comparison of the minimum takes fewer instructions than two.
+    smaller = tl.minimum(tl.abs(f), tl.abs(r), propagate_nan=tl.PropagateNan.ALL)
+    return is_negative(f * r) & (smaller > 0)
 
 
 # The interpreter truncates fp32 to bf16 and misreads bf16 subnormals, so it casts through the bits here.
@@ -35,7 +40,7 @@ def upcast(x, COMPUTE: tl.constexpr):
 
 @triton.jit
 def downcast(u, OUT: tl.constexpr):
-    """One rounding, to nearest even; fp64 goes to 16 bits through fp32, as it does in torch."""
+    """Rounds once, to nearest even. fp64 is converted to 16 bits through fp32, as in torch."""
     if tl.bfloat16 == OUT or tl.float16 == OUT:
         u = u.to(tl.float32)
     if INTERPRETED and tl.bfloat16 == OUT:
@@ -47,60 +52,65 @@ def downcast(u, OUT: tl.constexpr):
 
 @triton.jit
 def weighted(a, f, b, r):
-    """a * f + b * r, where a gradient whose coefficient is 0 is left out, be it NaN or inf."""
+    """a * f + b * r. A gradient whose coefficient is 0 is left out, even if it is NaN or inf."""
     x = tl.where(a == 0, 0.0, a * f)
     y = b * r
     return tl.where(b == 0, x, tl.where(a == 0, y, x + y))
 
 
 @triton.jit
-def one_if(condition, DTYPE: tl.constexpr):
-    return tl.where(condition, 1.0, 0.0).to(DTYPE)
-
-
-@triton.jit
 def is_finite(x):
-    return x - x == 0  # NaN for NaN and inf; |x| < inf compiles to more instructions
+    return tl.abs(x) < float("inf")
 
 
 @triton.jit
-def fold(x, V: tl.constexpr):
-    """Adds the V elements of one vector load inside a thread, so that an accumulator costs 1/V registers."""
-    return tl.sum(tl.reshape(x, (x.shape[0] // V, V)), axis=1)
+def halves(x):
+    """The elements at even and at odd positions. Every thread keeps the elements that it has."""
+    return tl.split(tl.reshape(x, (x.shape[0] // 2, 2)))
 
 
 @triton.jit
-def accumulate(f, r, s0, s1, s2, s3, s4, s5, s6, s7, s8, SUMS: tl.constexpr, V: tl.constexpr):
-    """Adds a block to the sums.
+def plus_product(total, x, y):
+    """total + x * y, with one rounding in fp32."""
+    return total + x * y if x.dtype == tl.float64 else tl.fma(x, y, total)
 
-    SUMS = 3: ff, fr, rr. SUMS = 6: then the number of conflicts and of non-finite elements of f and r.
+
+@triton.jit
+def accumulate(f, r, s0, s1, s2, s3, s4, s5, s6, s7, s8, SUMS: tl.constexpr):
+    """Adds the elements of a block to the sums, of which each has a lane for every V elements of the block.
+
+    SUMS = 3: ff, fr, rr. SUMS = 6 adds the numbers of conflicts and of non-finite elements of f and of r.
     SUMS = 9: ff, fr, rr of the elements out of conflict, the three counts, ff, fr, rr of those in conflict.
     """
-    ff = f * f
-    fr = f * r
-    rr = r * r
-    if SUMS > 3:
-        conflict = in_conflict(f, r)
-        s3 += fold(one_if(conflict, f.dtype), V)
-        s4 += fold(one_if(~is_finite(f), f.dtype), V)
-        s5 += fold(one_if(~is_finite(r), r.dtype), V)
-    if SUMS == 9:
-        s6 += fold(tl.where(conflict, ff, 0.0), V)
-        s7 += fold(tl.where(conflict, fr, 0.0), V)
-        s8 += fold(tl.where(conflict, rr, 0.0), V)
-        ff = tl.where(conflict, 0.0, ff)
-        fr = tl.where(conflict, 0.0, fr)
-        rr = tl.where(conflict, 0.0, rr)
-    if SUMS > 0:
-        s0 += fold(ff, V)
-        s1 += fold(fr, V)
-        s2 += fold(rr, V)
+    if f.shape[0] > s0.shape[0]:
+        f0, f1 = halves(f)
+        r0, r1 = halves(r)
+        s0, s1, s2, s3, s4, s5, s6, s7, s8 = accumulate(f0, r0, s0, s1, s2, s3, s4, s5, s6, s7, s8, SUMS)
+        s0, s1, s2, s3, s4, s5, s6, s7, s8 = accumulate(f1, r1, s0, s1, s2, s3, s4, s5, s6, s7, s8, SUMS)
+    else:
+        # A selected sum compiles to one addition with a predicate.
+        if SUMS > 3:
+            conflict = in_conflict(f, r)
+            s3 = tl.where(conflict, s3 + 1.0, s3)
+            s4 = tl.where(is_finite(f), s4, s4 + 1.0)
+            s5 = tl.where(is_finite(r), s5, s5 + 1.0)
+        if SUMS == 9:
+            s0 = tl.where(conflict, s0, plus_product(s0, f, f))
+            s1 = tl.where(conflict, s1, plus_product(s1, f, r))
+            s2 = tl.where(conflict, s2, plus_product(s2, r, r))
+            s6 = tl.where(conflict, plus_product(s6, f, f), s6)
+            s7 = tl.where(conflict, plus_product(s7, f, r), s7)
+            s8 = tl.where(conflict, plus_product(s8, r, r), s8)
+        elif SUMS > 0:
+            s0 = plus_product(s0, f, f)
+            s1 = plus_product(s1, f, r)
+            s2 = plus_product(s2, r, r)
     return s0, s1, s2, s3, s4, s5, s6, s7, s8
 
 
 @triton.jit
 def locate(addresses, shapes, owner, CHUNK: tl.constexpr):
-    """The tensors of this program's chunk, its start in them, its elements, and its entry of `shapes`."""
+    """The tensors of this program's chunk, its first element, its size, and its entry of `shapes`."""
     chunk = tl.program_id(0)
     member = tl.load(owner + chunk)
     entry = addresses + member * 4
@@ -119,7 +129,7 @@ def locate(addresses, shapes, owner, CHUNK: tl.constexpr):
 @triton.jit
 def pointer(address, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     at = address.to(tl.pointer_type(DTYPE)) + start
-    # The hint counts only behind the cast; on the integer it leaves the loads scalar.
+    # The hint has an effect only after the cast. On the integer address, the loads would stay scalar.
     return tl.multiple_of(at, 16) if ALIGNED else at
 
 
@@ -128,31 +138,31 @@ def stream(
     forget, retain, out, aligned, start, size, a_c, b_c, a, b,
     FORGET: tl.constexpr, RETAIN: tl.constexpr, OUT: tl.constexpr, COMPUTE: tl.constexpr,
     GATED: tl.constexpr, PROPAGATE: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr,
-    V: tl.constexpr, ALIGNED: tl.constexpr,
+    THREADS: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Reads `size` elements of both gradients once, returns their sums and, unless OUT is None, writes
 
         out_i = a_c * f_i + b_c * r_i if GATED and f_i, r_i in conflict else a * f_i + b * r_i
 
-    or, if PROPAGATE, NaN where f_i or r_i is NaN or inf. An address of 0 is a zero gradient. Loads are
-    upcast to COMPUTE, one rounding at the store. ALIGNED says that every address of the launch is a
-    multiple of 16; otherwise `aligned` says it of this one.
+    With PROPAGATE, out_i is NaN where f_i or r_i is NaN or inf. An address of 0 is a zero gradient. Loads are
+    upcast to COMPUTE, and the store rounds once. ALIGNED means that every address of the launch is a multiple
+    of 16. Without it, `aligned` tells whether the addresses of this tensor are.
     """
     if ALIGNED:
         sums = _stream(
             forget, retain, out, start, size, a_c, b_c, a, b,
-            FORGET, RETAIN, OUT, COMPUTE, GATED, PROPAGATE, SUMS, BLOCK, V, True,
+            FORGET, RETAIN, OUT, COMPUTE, GATED, PROPAGATE, SUMS, BLOCK, THREADS, V, True,
         )  # fmt: skip
     else:
         if aligned != 0:
             sums = _stream(
                 forget, retain, out, start, size, a_c, b_c, a, b,
-                FORGET, RETAIN, OUT, COMPUTE, GATED, PROPAGATE, SUMS, BLOCK, V, True,
+                FORGET, RETAIN, OUT, COMPUTE, GATED, PROPAGATE, SUMS, BLOCK, THREADS, V, True,
             )  # fmt: skip
         else:
             sums = _stream(
                 forget, retain, out, start, size, a_c, b_c, a, b,
-                FORGET, RETAIN, OUT, COMPUTE, GATED, PROPAGATE, SUMS, BLOCK // 2, V // 2, False,
+                FORGET, RETAIN, OUT, COMPUTE, GATED, PROPAGATE, SUMS, BLOCK // 2, THREADS, V // 2, False,
             )  # fmt: skip
     return sums
 
@@ -162,7 +172,7 @@ def _stream(
     forget, retain, out, start, size, a_c, b_c, a, b,
     FORGET: tl.constexpr, RETAIN: tl.constexpr, OUT: tl.constexpr, COMPUTE: tl.constexpr,
     GATED: tl.constexpr, PROPAGATE: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr,
-    V: tl.constexpr, VECTOR: tl.constexpr,
+    THREADS: tl.constexpr, V: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     forget_size = tl.where(forget == 0, 0, size)
     retain_size = tl.where(retain == 0, 0, size)
@@ -170,34 +180,53 @@ def _stream(
     retain = pointer(retain, start, RETAIN, VECTOR)
     if OUT is not None:
         out = pointer(out, start, OUT, VECTOR)
-    s0 = tl.zeros((BLOCK // V,), COMPUTE)
+    # In the interpreter every operation is slow, so each element has a lane of its own there.
+    s0 = tl.zeros((BLOCK if INTERPRETED else BLOCK // V,), COMPUTE)
     s1, s2, s3, s4, s5, s6, s7, s8 = s0, s0, s0, s0, s0, s0, s0, s0
-    t0 = tl.zeros((16,), COMPUTE)
+    t0 = tl.zeros((THREADS,), COMPUTE)
     t1, t2, t3, t4, t5, t6, t7, t8 = t0, t0, t0, t0, t0, t0, t0, t0
 
-    # A mask keeps whole vectors only if its limit is a multiple of 16; the rest is the tail.
+    # A mask keeps whole vectors only if its limit is known to be a multiple of 16. The rest is the tail.
     UNIT: tl.constexpr = 16 if VECTOR else 1
-    body = size // UNIT * UNIT
-    forget_body = forget_size // UNIT * UNIT
-    retain_body = retain_size // UNIT * UNIT
+    body = tl.multiple_of(size & -UNIT, UNIT)
+    forget_body = tl.multiple_of(forget_size & -UNIT, UNIT)
+    retain_body = tl.multiple_of(retain_size & -UNIT, UNIT)
+    BOTH_BF16: tl.constexpr = tl.bfloat16 == FORGET and tl.bfloat16 == RETAIN
+    PAIRS: tl.constexpr = VECTOR and BOTH_BF16 and not INTERPRETED
     for i in range(0, body, BLOCK):
         at = i + tl.arange(0, BLOCK)
-        f = upcast(tl.load(forget + at, mask=at < forget_body, other=0.0), COMPUTE)
-        r = upcast(tl.load(retain + at, mask=at < retain_body, other=0.0), COMPUTE)
-        s0, s1, s2, s3, s4, s5, s6, s7, s8 = accumulate(f, r, s0, s1, s2, s3, s4, s5, s6, s7, s8, SUMS, V)
+        if PAIRS:
+            f = pairs(forget, i, forget_body, BLOCK)
+            r = pairs(retain, i, retain_body, BLOCK)
+        else:
+            f = upcast(tl.load(forget + at, mask=at < forget_body, other=0.0), COMPUTE)
+            r = upcast(tl.load(retain + at, mask=at < retain_body, other=0.0), COMPUTE)
+        s0, s1, s2, s3, s4, s5, s6, s7, s8 = accumulate(f, r, s0, s1, s2, s3, s4, s5, s6, s7, s8, SUMS)
         if OUT is not None:
             store(out + at, at < body, f, r, a_c, b_c, a, b, OUT, GATED, PROPAGATE)
     if VECTOR:
-        at = body + tl.arange(0, 16)
+        # One element a thread: of several threads that load an element of retain, one could store it first.
+        at = body + tl.arange(0, THREADS)
         f = upcast(tl.load(forget + at, mask=at < forget_size, other=0.0), COMPUTE)
         r = upcast(tl.load(retain + at, mask=at < retain_size, other=0.0), COMPUTE)
-        t0, t1, t2, t3, t4, t5, t6, t7, t8 = accumulate(f, r, t0, t1, t2, t3, t4, t5, t6, t7, t8, SUMS, 1)
+        t0, t1, t2, t3, t4, t5, t6, t7, t8 = accumulate(f, r, t0, t1, t2, t3, t4, t5, t6, t7, t8, SUMS)
         if OUT is not None:
             store(out + at, at < size, f, r, a_c, b_c, a, b, OUT, GATED, PROPAGATE)
     return (
-        across(s0, t0), across(s1, t1), across(s2, t2), across(s3, t3), across(s4, t4),
-        across(s5, t5), across(s6, t6), across(s7, t7), across(s8, t8),
+        lanes(s0, t0), lanes(s1, t1), lanes(s2, t2), lanes(s3, t3), lanes(s4, t4),
+        lanes(s5, t5), lanes(s6, t6), lanes(s7, t7), lanes(s8, t8),
     )  # fmt: skip
+
+
+@triton.jit
+def pairs(x, i, body, BLOCK: tl.constexpr):
+    """The bf16 elements of a block in fp32. They are loaded in pairs: one operation upcasts an element."""
+    at = (i >> 1) + tl.arange(0, BLOCK // 2)
+    words = tl.multiple_of(x.to(tl.pointer_type(tl.int32)), 16)
+    word = tl.load(words + at, mask=at < body // 2, other=0)
+    low = (word << 16).to(tl.float32, bitcast=True)
+    high = (word & -65536).to(tl.float32, bitcast=True)
+    return tl.reshape(tl.join(low, high), (BLOCK,))
 
 
 @triton.jit
@@ -215,28 +244,93 @@ def store(
 
 
 @triton.jit
-def across(x, tail):
-    return tl.sum(x.to(tl.float64)) + tl.sum(tail.to(tl.float64))
+def lanes(x, tail):
+    """The lanes of the body and of the tail in fp64, one for each thread."""
+    x = tl.reshape(x.to(tl.float64), (x.shape[0] // tail.shape[0], tail.shape[0]))
+    return tl.sum(x, axis=0) + tail.to(tl.float64)
 
 
 @triton.jit
-def finish(sums, shape, partials, counters, table, rows, slots, SUMS: tl.constexpr, WIDTH: tl.constexpr):
-    """Stores a chunk's sums in its slot; the last chunk of the row adds the row's slots into the table."""
-    slot = tl.program_id(0) - tl.load(shape + 1) + tl.load(shape + 2)
-    row = tl.load(shape + 3)
-    for k in tl.static_range(SUMS):
-        tl.store(partials + k * slots + slot, sums[k])
+def interleaved(x, y):
+    """[n, k] and [n, k] -> [n, 2 * k], whose columns are those of x and y in turns."""
+    return tl.reshape(tl.join(x, y), (x.shape[0], 2 * x.shape[1]))
+
+
+@triton.jit
+def across(sums, SUMS: tl.constexpr):
+    """Adds the lanes of all sums: fp64 [4] for 3 sums, else [8], and the ninth sum."""
+    s0, s1, s2, s3, s4, s5, s6, s7, s8 = sums
+    x0, x1, x2, x3, x4, x5 = s0[:, None], s1[:, None], s2[:, None], s3[:, None], s4[:, None], s5[:, None]
+    if SUMS == 3:
+        columns = interleaved(interleaved(x0, x2), interleaved(x1, x3))
+    else:
+        even = interleaved(interleaved(x0, x4), interleaved(x2, s6[:, None]))
+        columns = interleaved(even, interleaved(interleaved(x1, x5), interleaved(x3, s7[:, None])))
+    return tl.sum(columns, axis=0), tl.sum(s8)
+
+
+@triton.jit
+def put(at, first, ninth, SUMS: tl.constexpr):
+    """Stores what `across` returns at the address `at`."""
+    column = tl.arange(0, first.shape[0])
+    tl.store(at + column, first, mask=column < SUMS)
+    if SUMS == 9:
+        tl.store(at + 8, ninth)
+
+
+@triton.jit
+def total(at, count, SUMS: tl.constexpr, ROWS: tl.constexpr):
+    """Adds `count` entries that `put` stored one after another, in their order in each of `ROWS` lanes."""
+    COLUMNS: tl.constexpr = 4 if SUMS == 3 else 8
+    column = tl.arange(0, COLUMNS)[None, :]
+    first = tl.zeros((ROWS, COLUMNS), tl.float64)
+    ninth = tl.zeros((ROWS,), tl.float64)
+    for i in range(0, count, ROWS):
+        row = i + tl.arange(0, ROWS)
+        mask = (row < count)[:, None] & (column < SUMS)
+        # Other blocks stored them, so they are read from the L2 cache.
+        first += tl.load(at + row[:, None] * SUMS + column, mask=mask, other=0.0, cache_modifier=".cg")
+        if SUMS == 9:
+            ninth += tl.load(at + row * SUMS + 8, mask=row < count, other=0.0, cache_modifier=".cg")
+    return tl.sum(first, axis=0), tl.sum(ninth)
+
+
+@triton.jit
+def is_last(counter, count):
+    """Counts a block that has stored its part. Whether it is the last of `count`, which sees all parts."""
     # The barrier orders the stores of the whole block before the release.
     tl.debug_barrier()
-    first = tl.load(rows + 2 * row)
-    count = tl.load(rows + 2 * row + 1)
-    done = tl.atomic_add(counters + row, 1, sem="acq_rel")
-    if done == count - 1:
-        for k in tl.static_range(SUMS):
-            column = partials + k * slots + first
-            total = tl.zeros((WIDTH,), tl.float64)
-            for i in range(0, count, WIDTH):
-                at = i + tl.arange(0, WIDTH)
-                total += tl.load(column + at, mask=at < count, other=0.0, cache_modifier=".cg")
-            tl.store(table + row * SUMS + k, tl.sum(total))
-        tl.store(counters + row, 0)  # for the next launch
+    last = tl.atomic_add(counter, 1, sem="acq_rel") == count - 1
+    if last:
+        tl.store(counter, 0)  # for the next launch
+    return last
+
+
+@triton.jit
+def finish(sums, shape, partials, counters, table, rows, SUMS: tl.constexpr, SPAN: tl.constexpr):
+    """Stores the sums of a chunk. The last chunk of the row adds them up into the table."""
+    first, ninth = across(sums, SUMS)
+    row = tl.load(shape + 3)
+    entry = rows + 4 * row
+    first_slot = tl.load(entry)
+    slots = tl.load(entry + 1)
+    into = table + row * SUMS
+    if slots == 1:
+        put(into, first, ninth, SUMS)
+    else:
+        slot = tl.program_id(0) - tl.load(shape + 1) + tl.load(shape + 2) - first_slot
+        put(partials + (first_slot + slot) * SUMS, first, ninth, SUMS)
+        span = slot // SPAN
+        spans = (slots + SPAN - 1) // SPAN
+        size = tl.minimum(slots - span * SPAN, SPAN).to(tl.int32)
+        counter = counters + tl.load(entry + 2)  # of the row, in front of those of its spans
+        if is_last(counter + 1 + span, size):
+            first, ninth = total(partials + (first_slot + span * SPAN) * SUMS, size, SUMS, ROWS)
+            if spans == 1:
+                put(into, first, ninth, SUMS)
+            else:
+                of_spans = partials + tl.load(entry + 3) * SUMS
+                put(of_spans + span * SUMS, first, ninth, SUMS)
+                if is_last(counter, spans):
+                    first, ninth = total(of_spans, spans.to(tl.int32), SUMS, ROWS)
+                    put(into, first, ninth, SUMS)

@@ -38,8 +38,21 @@ def test_a_tensor_is_cut_into_chunks():
         [CHUNK + 1, 2, 2, 2],
         [1, 4, 4, 3],
     ]
-    assert found.rows.tolist() == [[0, 1], [1, 1], [2, 2], [4, 1]]
-    assert found.slots == 5
+    assert found.rows.tolist() == [[0, 1, 0, 5], [1, 1, 2, 5], [2, 2, 4, 5], [4, 1, 6, 5]]
+    assert (found.slots, found.entries, found.counters) == (5, 5, 8)
+
+
+def test_a_row_is_cut_into_spans():
+    """The counter of a row precedes those of its spans. The slots of spans follow those of the chunks."""
+    span = batch.SPAN * CHUNK
+    found = layout([span, span + 1, 0, 1], [SAME] * 4, [0, 1, 2, 1], 3)
+    slots = batch.SPAN, batch.SPAN + 2
+    assert found.rows.tolist() == [
+        [0, slots[0], 0, sum(slots)],
+        [slots[0], slots[1], 2, sum(slots)],
+        [sum(slots), 0, 5, sum(slots) + 2],
+    ]
+    assert (found.slots, found.entries, found.counters) == (sum(slots), sum(slots) + 2, 6)
 
 
 def test_slots_of_a_row_are_together_and_in_the_order_of_the_list():
@@ -51,7 +64,7 @@ def test_slots_of_a_row_are_together_and_in_the_order_of_the_list():
     assert [group.members for group in found.sections] == [[0, 4], [1, 2, 5]]
     slots = slots_of(found)
     in_rows = [[s for i in range(6) if rows[i] == row for s in slots.get(i, [])] for row in range(4)]
-    for row, (first, count) in enumerate(found.rows.tolist()):
+    for row, (first, count, *_) in enumerate(found.rows.tolist()):
         assert in_rows[row] == list(range(first, first + count))
     assert sorted(slot for row in in_rows for slot in row) == list(range(found.slots))
     assert found.rows[3].tolist()[1] == 0
@@ -136,8 +149,8 @@ def test_counters_are_kept_until_they_are_discarded():
     made = make([torch.zeros(3)] * 5, [torch.zeros(3)] * 5, [torch.zeros(3)] * 5)
     for sums in (3, 6, 9):
         partials, counters = made.scratch(sums)
-        assert partials.shape == (sums, 5)
-        assert counters.tolist() == [0] * 5
+        assert partials.shape == (5, sums)
+        assert counters.tolist() == [0] * 10  # of 5 rows and 5 spans
         assert made.scratch(sums)[1] is counters
         assert made.scratch(sums)[0] is not partials
     counters[2] = 1

@@ -21,7 +21,7 @@ def inspected(arch: str) -> dict[str, dict]:
     variants = {
         "shipped": plain,
         "fused": plain._replace(kwargs=plain.kwargs | {"enable_fp_fusion": True}),
-        "narrow block": plain._replace(kwargs=plain.kwargs | {"BLOCK": 512}),
+        "narrow block": plain._replace(kwargs=plain.kwargs | {"BLOCK": 512, "V": 4}),
         "too many values a thread": stats._replace(kwargs=stats.kwargs | {"BLOCK": 16384, "V": 1}),
     }
     return {name: compile.inspect(launch, arch) for name, launch in variants.items()}

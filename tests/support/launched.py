@@ -88,7 +88,7 @@ def launched(name: str) -> dict[str, Any]:
 
 
 def prepared(case: Case) -> tuple[Callable[[], None], list[int]]:
-    """A function that launches the case, and what is to be found among the parameters of its last launch."""
+    """Returns a function that launches the case, and values that its last launch must have as parameters."""
     forget, retain = (
         [
             torch.ones(n + 1, dtype=pair[side])[case.offset :][:n]
