@@ -112,7 +112,7 @@ class Gradients:
         found: list[list[float]] = torch.stack(table).tolist()
         return found
 
-    def _coefficients(self, rule: str) -> list[reference.Coefficients]:
+    def _coefficients(self, rule: str) -> list[reference.FourFloats]:
         if rule == "add":
             return [(1.0, 1.0, 1.0, 1.0)] * len(self.numels)
         function, scope = REFERENCES[rule], RULES[rule].scope

@@ -26,12 +26,8 @@ from sago.core.report import SynthesisReport
 from sago.rules import REFERENCES
 
 __all__ = [
-    "blur",
+    *REFERENCES,
     "conflict",
-    "pcgrad",
-    "sago",
-    "sago_prefer_retain",
-    "sum",
     "sums",
     "synthesize",
     "synthesize_",
@@ -42,11 +38,14 @@ __all__ = [
 ]
 
 Gradients = Tensor | Sequence[Tensor | None]
-Coefficients = tuple[float, ...]  # a_c, b_c, a, b
+FourFloats = tuple[float, ...]  # a_c, b_c, a, b
 
-sum, sago, sago_prefer_retain, pcgrad, blur = (
-    REFERENCES[name] for name in ("sum", "sago", "sago_prefer_retain", "pcgrad", "blur")
-)
+
+def __getattr__(name: str) -> Callable[..., FourFloats]:
+    """The function of each rule: `sago.reference.pcgrad`."""
+    if name in REFERENCES:
+        return REFERENCES[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def synthesize(
@@ -113,7 +112,8 @@ def synthesize_(
                 f"Forget, retain and out of gradient {i} should be tensors of one shape. Found {found}."
             )
 
-    # A row has the nine values of `sums` and the number of elements.
+    # A row has the nine values of `sums` and the number of elements. This file does not use the functions of
+    # `sago.backends.sums` that read the columns, because the tests compare them with it.
     device = next((p[0].device for p in pairs if p), torch.device("cpu"))
     table = torch.zeros(len(rows), 10, dtype=torch.float64, device=device)
     for group, pair in zip(groups, pairs, strict=True):
@@ -140,13 +140,13 @@ def _listed(tensors: Any) -> list[Any]:
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
 
 
-def _plain(rule: Any) -> Callable[..., Coefficients]:
+def _plain(rule: Any) -> Callable[..., FourFloats]:
     """The coefficient function of a `sago.Rule` on floats. It always returns four coefficients.
 
     A coefficient is NaN if a sum that it reads is not finite.
     """
 
-    def coefficients(*numbers: float) -> Coefficients:
+    def coefficients(*numbers: float) -> FourFloats:
         *products, gamma, alpha = numbers
         lost = {name for name, x in zip(("ff", "fr", "rr"), products, strict=True) if not isfinite(x)}
         values = [float(x) for x in rule.coefficients(*torch.tensor(numbers, dtype=torch.float64))]
@@ -161,7 +161,7 @@ def _report(
     name: str,
     rows: list[Hashable],
     table: Tensor,
-    chosen: list[Coefficients],
+    chosen: list[FourFloats],
     stats: bool,
     scope: str,
     gated: bool,
@@ -179,7 +179,7 @@ def _report(
     return SynthesisReport(name, rows, numel[:, 0], lambda: columns)
 
 
-def _of_update(chosen: list[Coefficients], outside: Tensor, inside: Tensor) -> Tensor:
+def _of_update(chosen: list[FourFloats], outside: Tensor, inside: Tensor) -> Tensor:
     """`<u,u>`, `<u,f>` and `<u,r>` of `u = a*f + b*r`, from the sums in conflict and out of conflict."""
     total = torch.zeros_like(outside)
     for i, (a_c, b_c, a, b) in enumerate(chosen):

@@ -7,9 +7,9 @@ group, of the exact result; the inner products of the released code are plain su
 import pytest
 import torch
 
-from benchmarks.released import EPS, released
+from benchmarks.released import EPS, RULES, released
 from tests.support import inputs, oracle
-from tests.support.backends import RULES
+from tests.support.backends import GLOBAL
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 WEIGHTS = {"gamma": 0.75, "alpha": 1.5}
@@ -41,7 +41,7 @@ def test_agreement(backend, rule, dtype, error, scale):
     """At scales where the released epsilon does not bite, and is given as `eps` all the same."""
     forget, retain = lists(dtype, scale)
     updates, _ = backend(forget, retain, rule, eps=EPS, **WEIGHTS)
-    if rule in ("pcgrad_global", "blur"):
+    if rule in GLOBAL:
         error = 2e-6  # the released code adds up these inner products in fp32, whatever the gradients are
     assert max(differences(updates, released(forget, retain, rule, **WEIGHTS))) < error
 

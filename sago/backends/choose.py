@@ -18,6 +18,8 @@ MODULES = {
     "reference": "sago.backends.reference",
 }
 BACKENDS = tuple(MODULES)
+# The backends whose `Batch.release` drops the tensors on every device.
+BY_ADDRESS = ("triton",)
 
 
 def load(backend: str) -> Backend:

@@ -27,8 +27,7 @@ import torch
 from torch import Tensor
 
 from sago.backends.protocol import Batch
-from sago.backends.sums import Sums
-from sago.backends.sums import table as make_table
+from sago.backends.sums import Sums, insert_nonfinite, without_nonfinite
 from sago.rules import Coefficients, Rule, Term, evaluate
 
 Known = tuple[tuple[Term, ...], bool]  # which coefficients are zero; whether NaN and inf propagate
@@ -54,13 +53,11 @@ def gram(batch: Batch, sums: int) -> Tensor:
 
 def _table(batch: Batch, sums: int) -> Tensor:
     pairs = [_flat_pair(f, r) for f, r in zip(batch.forget, batch.retain, strict=True)]
-    members: list[list[Tensor]] = [[] for _ in range(batch.row_count)]
+    by_row: list[list[Tensor]] = [[] for _ in range(batch.row_count)]
     for pair, row in zip(pairs, batch.rows, strict=True):
-        members[row].append(_pair_sums(*pair, sums))
-    # Everything but the two counts of non-finite elements.
-    columns = sums if sums == Sums.PRODUCTS else sums - 2
-    zero = torch.zeros(columns, dtype=torch.float64, device=batch.device)
-    table = torch.stack([_total(row) if row else zero for row in members])
+        by_row[row].append(_pair_sums(*pair, sums))
+    zero = torch.zeros(without_nonfinite(sums), dtype=torch.float64, device=batch.device)
+    table = torch.stack([_total(found) if found else zero for found in by_row])
     if sums == Sums.PRODUCTS:
         return table
     # An inf or NaN makes ff or rr not finite, so only the elements of such rows are inspected.
@@ -69,9 +66,7 @@ def _table(batch: Batch, sums: int) -> Tensor:
     for pair, row in zip(pairs, batch.rows, strict=True):
         if row in suspects:
             nonfinite[row] += torch.stack([_count_nonfinite(t) for t in pair])
-    products, conflicts, inside = table[:, :3], table[:, 3:4], table[:, 4:]
-    counts = torch.cat([conflicts, nonfinite], dim=1)
-    return make_table(products, counts, inside if sums == Sums.SPLIT else None)
+    return insert_nonfinite(table, nonfinite)
 
 
 def _count_nonfinite(t: Tensor) -> Tensor:

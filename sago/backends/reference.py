@@ -78,6 +78,10 @@ def _products(f: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @torch.no_grad()
 def gram(batch: Batch, sums: int) -> Tensor:
     """The table of these sums, fp64 `[rows, sums]`."""
+    return _table(batch, sums)
+
+
+def _table(batch: Batch, sums: int) -> Tensor:
     table = torch.zeros(batch.row_count, Sums.SPLIT, dtype=torch.float64, device=batch.device)
     for f, r, row in zip(batch.forget, batch.retain, batch.rows, strict=True):
         table[row] += sums_of(*with_zeros(f, r))
@@ -91,14 +95,14 @@ def combine(
     gamma: float | Tensor,
     alpha: float | Tensor,
     eps: float,
-    gram_table: Tensor | None,
+    gram: Tensor | None,
     sums: int,
     coefficients: Coefficients | None = None,
     propagate: bool = False,
 ) -> Tensor | None:
     """Writes the update of every pair to `out`; see `sago.backends.protocol`."""
-    table = gram(batch, sums) if sums else None
-    values, _ = coefficients or evaluate(rule, gram_table, gamma, alpha, eps, batch.device)
+    table = _table(batch, sums) if sums else None
+    values, _ = coefficients or evaluate(rule, gram, gamma, alpha, eps, batch.device)
     both = values if rule.gated else values.repeat(1, 2)
     rows = both.expand(batch.row_count, 4).tolist()
     for f, r, out, row in zip(batch.forget, batch.retain, batch.out, batch.rows, strict=True):

@@ -1,4 +1,7 @@
-"""The sums that a backend computes over the gradients of a row. Only this file knows their columns.
+"""The sums that a backend computes over the gradients of a row, and the columns of their table.
+
+A backend computes the columns in the order below, and other code reads them with the functions of this file.
+`sago.reference` has its own code for the columns, because the tests compare the library with it.
 
 A table of sums is fp64 `[rows, columns]`. With `f` the forget and `r` the retain gradient, the columns are
 
@@ -26,9 +29,14 @@ class Sums(IntEnum):
     SPLIT = 9
 
 
-def table(products: Tensor, counts: Tensor, inside: Tensor | None = None) -> Tensor:
-    """The table of `[rows, 3]` parts: COUNTED, or SPLIT if `inside` has the products in conflict."""
-    return torch.cat([products, counts] if inside is None else [products, counts, inside], dim=1)
+def without_nonfinite(sums: int) -> int:
+    """The number of columns besides `nonfinite_forget` and `nonfinite_retain`."""
+    return sums if sums == Sums.PRODUCTS else sums - 2
+
+
+def insert_nonfinite(table: Tensor, counts: Tensor) -> Tensor:
+    """The table of COUNTED or SPLIT, from one without these two counts, and the counts, `[rows, 2]`."""
+    return torch.cat([table[:, :4], counts, table[:, 4:]], dim=1)
 
 
 def merge(table: Tensor, wanted: Sums) -> Tensor:

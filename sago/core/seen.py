@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sago.backends.choose import BY_ADDRESS
 from sago.backends.streams import Cache
 from sago.core.checks import ReduceGram, check_pairs
 from sago.core.guards import Guards
@@ -69,8 +70,8 @@ def _key(
         return [], None
     tensors = list(chain(*sides))
     first = next((t for t in tensors if t is not None), None)
-    # A pipeline on the CPU keeps its tensors alive, except with Triton's interpreter, so it is not cached.
-    if not isinstance(first, Tensor) or (backend != "triton" and first.device.type == "cpu"):
+    # The default backend on the CPU keeps its tensors alive, so its pipelines are not cached.
+    if not isinstance(first, Tensor) or (first.device.type == "cpu" and backend not in BY_ADDRESS):
         return [], None
     addresses = _addresses(tensors)
     missing: tuple[int, ...] = ()

@@ -149,13 +149,13 @@ def group_of(mesh: DeviceMesh) -> ProcessGroup:
     world = _world()
     if len(ranks) == dist.get_world_size(world):
         return world
-    known = _groups.setdefault(world, {})
+    known = _groups_of_ranks.setdefault(world, {})
     if ranks not in known:
         known[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
     return known[ranks]
 
 
-_groups: WeakKeyDictionary[ProcessGroup, dict[tuple[int, ...], ProcessGroup]] = WeakKeyDictionary()
+_groups_of_ranks: WeakKeyDictionary[ProcessGroup, dict[tuple[int, ...], ProcessGroup]] = WeakKeyDictionary()
 
 
 def _world() -> ProcessGroup:

@@ -17,9 +17,9 @@ Names = frozenset[str]
 # For each case `(gamma == 0, alpha == 0)`, the names that each coefficient reads.
 Reads = dict[tuple[bool, bool], tuple[Names, ...]]
 
-SUMS = ("ff", "fr", "rr")
+PRODUCTS = ("ff", "fr", "rr")
 CASES = ((False, False), (False, True), (True, False), (True, True))
-_ALL, _CONSTANT = frozenset(SUMS), frozenset({"constant"})
+_ALL, _CONSTANT = frozenset(PRODUCTS), frozenset({"constant"})
 
 # `_METADATA` has functions that use no values of their arguments. `_SIZES` has functions that use only the
 # size of a tensor. The size of an argument of the rule does not depend on any value. `_LIKE` has functions
@@ -33,15 +33,15 @@ _LIKE = {
 
 
 def reads(coefficients: Callable[..., Any]) -> Reads:
-    """The names of the sums that each coefficient depends on.
+    """The names of the inner products that each coefficient depends on.
 
-    A coefficient reads all sums if this cannot be determined, for example after `.item()`.
+    A coefficient reads all of them if this cannot be determined, for example after `.item()`.
     """
     found: Reads = {}
     constants = None
     # The first run only collects the tensors that the function holds.
     for zero in (CASES[0], *CASES):
-        numbers = [torch.ones(2, dtype=torch.float64, device="cpu") for _ in SUMS]
+        numbers = [torch.ones(2, dtype=torch.float64, device="cpu") for _ in PRODUCTS]
         numbers += [torch.full((), 0.0 if z else 1.0, dtype=torch.float64, device="cpu") for z in zero]
         zeros = frozenset(name for name, z in zip(("gamma", "alpha"), zero, strict=True) if z)
         tracker = _Tracker(numbers, zeros, constants)
@@ -71,7 +71,8 @@ class _Tracker(TorchFunctionMode):
         self._arguments = {id(t) for t in numbers}
         # The tensors are kept alive, so that each identity stays unique.
         self._known = {
-            id(t): (t, frozenset({name})) for t, name in zip(numbers, (*SUMS, "gamma", "alpha"), strict=True)
+            id(t): (t, frozenset({name}))
+            for t, name in zip(numbers, (*PRODUCTS, "gamma", "alpha"), strict=True)
         }
 
     def names(self, value: Any) -> Names:

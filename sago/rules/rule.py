@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sago.rules.reads import CASES, SUMS, Names, Reads, reads
+from sago.rules.reads import CASES, PRODUCTS, Names, Reads, reads
 
 Scope = Literal["element", "tensor", "global"]
 Term = Literal["zero", "nonzero", "any"]
@@ -131,26 +131,29 @@ def evaluate(
     zero = torch.zeros(1, dtype=torch.float64, device=device)
     ff, fr, rr = (zero, zero, zero) if gram is None else gram.unbind(1)[:3]
     weights = [_as_double(w, device).view(()) for w in (gamma, alpha)]
-    sums = dict(zip(SUMS, (ff + eps, fr, rr + eps), strict=True))
-    values = rule.coefficients(*sums.values(), *weights)
+    products = dict(zip(PRODUCTS, (ff + eps, fr, rr + eps), strict=True))
+    values = rule.coefficients(*products.values(), *weights)
     # The host knows the values of literals, and of weights that are floats and returned unchanged.
     known = (gamma if v is weights[0] else alpha if v is weights[1] else v for v in values)
     terms: list[Term] = [_term(v) for v in known]
     columns = [_as_double(v, device) for v in values]
     for i, by_case in enumerate(zip(*(rule.reads[case] for case in CASES), strict=True)):
         if any(by_case):
-            columns[i] = columns[i] - _overflow(by_case, sums, gamma, alpha)  # keeps a -0
+            columns[i] = columns[i] - _overflow(by_case, products, gamma, alpha)  # keeps a -0
             terms[i] = "any"
     columns = [torch.broadcast_to(column, ff.shape) for column in columns]
     return Coefficients(torch.stack(columns, dim=1), tuple(terms))
 
 
 def _overflow(
-    by_case: Sequence[Names], sums: dict[str, Tensor], gamma: float | Tensor, alpha: float | Tensor
+    by_case: Sequence[Names], products: dict[str, Tensor], gamma: float | Tensor, alpha: float | Tensor
 ) -> Any:
-    """0, or NaN where a sum that a coefficient reads is not finite."""
+    """0, or NaN where an inner product that a coefficient reads is not finite."""
     # x - x is 0 for a finite x and NaN for NaN and inf.
-    found = {names: sum(sums[name] - sums[name] for name in SUMS if name in names) for names in set(by_case)}
+    found = {
+        names: sum(products[name] - products[name] for name in PRODUCTS if name in names)
+        for names in set(by_case)
+    }
     a, b, c, d = (found[names] for names in by_case)
     return _by_weight(gamma, _by_weight(alpha, a, b), _by_weight(alpha, c, d))
 

@@ -7,6 +7,7 @@ import torch
 
 import sago
 import sago.reference
+from benchmarks.released import RULES
 from examples import check
 from examples.learn import make_model
 from examples.objectives import grad_diff, nll
@@ -14,7 +15,6 @@ from tests.support.oracle import rounding_error
 from tests.support.properties import assert_near
 
 TINY = ["--device=cpu", "--people=10", "--vocab=300", "--hidden=32", "--layers=1", "--steps=4", "--repeats=2"]
-RULES = ["sum", "sago", "sago_prefer_retain", "pcgrad", "pcgrad_global", "blur"]
 COSINES = ["cos_forget_retain", "cos_update_retain", "cos_update_forget"]
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import sago
 from tests.support import properties
-from tests.support.backends import DTYPES, ELEMENTWISE, INTERPRETED, RULES, has_triton
+from tests.support.backends import DTYPES, ELEMENTWISE, GLOBAL, INTERPRETED, RULES, has_triton
 
 SIDES = ("forget", "retain")
 WIDTH, VOCABULARY, BRANCHES = 4, 5, 3
@@ -237,7 +237,7 @@ def check_updates(window, report, case, groups, names):
         ]
         sago.reference.synthesize_(forget, retain, rule, out=expected, groups=groups, **known)
         properties.assert_equal_bits(updates, expected)
-    if groups is None and rule not in ("pcgrad_global", "blur"):
+    if groups is None and rule not in GLOBAL:
         groups = names
     with np.errstate(all="ignore"):
         properties.assert_updates(updates, forget, retain, rule, groups=groups, **known)

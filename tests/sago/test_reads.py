@@ -5,9 +5,9 @@ import torch
 
 import sago
 from sago.rules import RULES, ratio, scaled, where
-from sago.rules.reads import CASES, SUMS, reads
+from sago.rules.reads import CASES, PRODUCTS, reads
 
-NOTHING, ALL = set(), set(SUMS)
+NOTHING, ALL = set(), set(PRODUCTS)
 HELD = torch.tensor(0.5)
 
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sago
 from tests.support import inputs, oracle, properties
-from tests.support.backends import GRAM, RULES
+from tests.support.backends import GLOBAL, GRAM, RULES
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 FIELDS = (
@@ -134,10 +134,8 @@ def test_non_finite_elements_are_counted(backend, rule):
     forget, retain = [f, torch.ones(3), None], [r, torch.ones(3), r]
     _, report = backend(forget, retain, rule)
     found = report.to_dict()
-    rows = [
-        sum(found[name]) if rule in ("pcgrad_global", "blur") else found[name] for name in properties.COUNTS
-    ]
-    assert rows == ([4, 6] if rule in ("pcgrad_global", "blur") else [[4, 0, 0], [3, 0, 3]])
+    rows = [sum(found[name]) if rule in GLOBAL else found[name] for name in properties.COUNTS]
+    assert rows == ([4, 6] if rule in GLOBAL else [[4, 0, 0], [3, 0, 3]])
     assert report.summary()["conflict_fraction"] == 2 / 15
     assert not math.isfinite(report.summary()["ff"])
 

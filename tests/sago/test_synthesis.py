@@ -12,7 +12,7 @@ import torch
 
 import sago
 from tests.support import backends, inputs, oracle, properties
-from tests.support.backends import DTYPES, ELEMENTWISE, GRAM, RULES, Backend
+from tests.support.backends import DTYPES, ELEMENTWISE, GLOBAL, GRAM, RULES, Backend
 
 BF16, FP16, FP32, FP64 = DTYPES
 SAME = [(d, d) for d in DTYPES]
@@ -343,7 +343,7 @@ def test_two_shards_make_the_whole(backend, rule):
     backend(*halves[1], rule, reduce_gram=keep, **WEIGHTS)
     (other,) = tables
     assert other.dtype == FP64
-    assert other.shape[0] == (1 if rule in ("pcgrad_global", "blur") else len(forget))
+    assert other.shape[0] == (1 if rule in GLOBAL else len(forget))
 
     def add_in_place(table):
         table.add_(other)

@@ -12,11 +12,13 @@ from torch import Tensor
 
 import sago
 from sago.backends.choose import triton_version
+from sago.rules import resolve
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-RULES = ("sum", "sago", "sago_prefer_retain", "pcgrad", "pcgrad_global", "blur")
-ELEMENTWISE = RULES[:3]
-GRAM = RULES[3:]
+RULES = tuple(sago.list_rules())
+ELEMENTWISE = tuple(name for name in RULES if resolve(name).scope == "element")
+GRAM = tuple(name for name in RULES if resolve(name).scope != "element")
+GLOBAL = tuple(name for name in RULES if resolve(name).scope == "global")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 _FENCE = 64  # elements on both sides of an output; a multiple of 16 bytes in every dtype

@@ -1,4 +1,4 @@
-"""Extraction and rules in plain torch: right, and wrong in the ways in which sums over ranks go wrong."""
+"""Extraction and rules in plain torch: a correct version, and versions with wrong sums over ranks."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from tests.support.backends import GLOBAL
+
 
 class ByHand:
-    """Extraction and rules as one writes them in plain torch, with a copy of each gradient.
+    """Straightforward extraction and rules in plain torch, with a copy of each gradient.
 
     Args:
         mesh: Of all ranks, for sums over shards. None: every rank has whole gradients.
@@ -56,7 +58,7 @@ class ByHand:
         if self.mesh is not None and self.over != "nothing":
             group = None if self.over in ("ranks", "replicas") else self.mesh[self.over].get_group()
             dist.all_reduce(table, group=group)
-        if rule in ("pcgrad_global", "blur"):
+        if rule in GLOBAL:
             table = table.sum(0, keepdim=True)
         for row, p, (f, r) in zip(table.expand(len(pairs), 3), self.params, pairs, strict=True):
             ff, fr, rr = row.unbind()

@@ -16,7 +16,7 @@ FORMS = {"in place": (FP32, None), "in fp32": (BF16, FP32)}  # parameters, accum
 
 
 def added(total, grads):
-    """In the order in which autograd adds."""
+    """Adds the gradients in the order in which autograd adds them."""
     return [t if g is None else g if t is None else t + g for t, g in zip(total, grads, strict=True)]
 
 
@@ -51,7 +51,7 @@ class Window:
         return sum((self.params[name] * g).sum() for name, g in gradients.items())
 
     def backward(self, side, **gradients):
-        """Within a capture."""
+        """Runs one random action inside a capture."""
         self.loss(**gradients).backward()
         grads = [gradients.get(name) for name in self.params]
         grads = [
@@ -74,7 +74,7 @@ class Window:
         return [p.grad for p in self.params.values()]
 
     def check(self):
-        """Between captures."""
+        """Runs one random action between captures."""
         for side in SIDES:
             assert_equal_bits(getattr(self.buckets, f"{side}_grads"), self.totals[side])
         assert self.grads() == [None, None]
@@ -83,7 +83,7 @@ class Window:
             assert not p._post_accumulate_grad_hooks
 
     def finish(self):
-        """Goes on with the window: nothing of it has been lost."""
+        """Continues the window, which shows that no gradient was lost."""
         self.check()
         self.capture("forget", w=-3.0, v=2.0)
         self.capture("retain", v=-1.0)
@@ -97,7 +97,7 @@ class Window:
 
 @contextmanager
 def refused(buckets, says, error=ValueError):
-    """The block raises, and changes neither accumulator."""
+    """Asserts that the block raises and changes no accumulator."""
     before = [None if g is None else g.clone() for g in (*buckets.forget_grads, *buckets.retain_grads)]
     with pytest.raises(error, match=f"(?s){says}") as caught:
         yield

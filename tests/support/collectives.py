@@ -1,4 +1,4 @@
-"""What a block of code sends to other ranks."""
+"""Records the collectives that a block of code calls."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Collectives(TorchDispatchMode):
-    """The collectives that are called within, in order.
+    """The collectives that are called inside the block, in order.
 
     Attributes:
         found: The name of each and the elements that it is given.
@@ -28,6 +28,6 @@ class Collectives(TorchDispatchMode):
 
 
 def all_reduces(found: list[tuple[str, int]]) -> list[int]:
-    """The elements of each, where nothing but all-reduces was found."""
+    """The number of elements of each collective. Asserts that all are all-reduces."""
     assert {name for name, _ in found} <= {"allreduce", "all_reduce"}, found
     return [numel for _, numel in found]

@@ -22,7 +22,7 @@ def normal(numel: int, seed: int, scale: float = 1.0) -> Tensor:
 
 
 def pair(numel: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """In conflict as a whole, as a rule: <f,r> is about half of -<f,f>."""
+    """A pair whose inner product <f,r> is negative: about half of -<f,f>."""
     f = normal(numel, 2 * seed)
     return f, normal(numel, 2 * seed + 1) - f / 2
 
@@ -99,7 +99,7 @@ def no_conflict(forget: torch.dtype, retain: torch.dtype) -> Pairs:
 
 
 def orthogonal(forget: torch.dtype, retain: torch.dtype) -> Pairs:
-    """Exactly so, with conflicts: the products cancel."""
+    """Pairs with conflicts whose inner product is exactly 0, because the products cancel."""
     f = torch.tensor([1.0, 1.0, 2.0, -3.0], dtype=torch.float64).repeat(5)
     r = torch.tensor([1.0, -1.0, 3.0, 2.0], dtype=torch.float64).repeat(5)
     return _cast([(f, r)], forget, retain)
@@ -118,14 +118,14 @@ def one_element(forget: torch.dtype, retain: torch.dtype) -> Pairs:
 
 
 def empty(forget: torch.dtype, retain: torch.dtype) -> Pairs:
-    """numel 0 among others, as a rank of a sharded model has."""
+    """A list in which some tensors have no elements, as on a rank of a sharded model."""
     f, r = pair(5, 11)
     fs, rs = _cast([(f[:0], r[:0]), (f, r), (f[:0].view(0, 3), r[:0].view(0, 3))], forget, retain)
     return fs, rs
 
 
 def missing(forget: torch.dtype, retain: torch.dtype) -> Pairs:
-    """None for a zero gradient: of forget, of retain, of both, of none."""
+    """None in forget only, in retain only, in both and in neither."""
     fs, rs = _cast([pair(20, seed) for seed in (12, 13, 14, 15)], forget, retain)
     return [None, fs[1], None, fs[3]], [rs[0], None, None, rs[3]]
 
@@ -141,7 +141,7 @@ def transposed(forget: torch.dtype, retain: torch.dtype) -> Pairs:
 
 
 def mixed_strides(forget: torch.dtype, retain: torch.dtype) -> Pairs:
-    """One transposed, the other not; one a column slice, the other dense; one expanded."""
+    """Pairs of which one tensor is transposed, is a column slice, or is expanded."""
     f, r = pair(60, 17)
     (f,), (r,) = _cast([(f, r)], forget, retain)
     f, r = f.view(6, 10), r.view(6, 10)
@@ -159,7 +159,7 @@ def sliced(forget: torch.dtype, retain: torch.dtype) -> Pairs:
 
 
 def unaligned(forget: torch.dtype, retain: torch.dtype) -> Pairs:
-    """Off by one element: of both gradients, of one, and of none."""
+    """Tensors that start one element after an aligned address: both gradients, one of them, none."""
     f, r = pair(80, 19)
     (f,), (r,) = _cast([(f, r)], forget, retain)
     return [f[1:], f[1:70], f[:40]], [r[1:], r[:69], r[:40]]

@@ -1,4 +1,4 @@
-"""What a causal model gives a text, one token after the other."""
+"""Likelihoods of a text under a causal model, computed token by token."""
 
 import torch
 

@@ -1,7 +1,7 @@
-"""What a synthesis should give, in float64 numpy, from the table of rules alone.
+"""The expected result of a synthesis, computed in float64 numpy from the table of rules alone.
 
-Shares no code with sago. Besides each update it states how far a fast path may be off before it rounds
-to the dtype it stores: sums off by `SUM_ERROR` of the sum of magnitudes, and a few roundings of the
+Only the scope of a rule comes from sago. Besides each update it states how far a fast path may be off before
+it rounds to the dtype it stores: sums off by `SUM_ERROR` of the sum of magnitudes, and a few roundings of the
 coefficients and of the two products.
 """
 
@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from tests.support.backends import GLOBAL
 
 # The error that the library promises for every sum, relative to the magnitudes that it adds.
 PROMISED = 1e-6
@@ -61,19 +63,36 @@ def projection(product: float, square: float) -> float:
 
 def coefficients(
     rule: str, ff: float, fr: float, rr: float, gamma: float, alpha: float
-) -> tuple[tuple[float, float], tuple[float, float]]:
-    """(a, b) in conflict and elsewhere."""
-    both = {
+) -> tuple[float, float, float, float]:
+    """The coefficients `a_c, b_c` in conflict, and `a, b` elsewhere."""
+    onto_retain = gamma * min(projection(fr, rr), 0.0) if gamma else 0.0
+    onto_forget = alpha * projection(fr, ff) if alpha else 0.0
+    elsewhere = {
         "sum": (gamma, alpha),
         "sago": (gamma, 0.0),
         "sago_prefer_retain": (gamma, alpha),
-        "pcgrad": (gamma, alpha - (gamma * min(projection(fr, rr), 0.0) if gamma else 0.0)),
-        "blur": (gamma - (alpha * projection(fr, ff) if alpha else 0.0), alpha),
+        "pcgrad": (gamma, alpha - onto_retain),
+        "pcgrad_global": (gamma, alpha - onto_retain),
+        "blur": (gamma - onto_forget, alpha),
     }
-    both["pcgrad_global"] = both["pcgrad"]
-    if np.isnan(projection(fr, rr)) and rule.startswith("pcgrad") and gamma:  # min() may hide a NaN
-        both[rule] = (gamma, np.nan)
-    return ((0.0, alpha) if rule.startswith("sago") else both[rule]), both[rule]
+    gated = {"sago": (0.0, alpha), "sago_prefer_retain": (0.0, alpha)}
+    return *gated.get(rule, elsewhere[rule]), *elsewhere[rule]
+
+
+def errors_of(
+    rule: str, sums: Sequence[float], errors: Sequence[float], gamma: float, alpha: float
+) -> np.ndarray:
+    """The errors of the four coefficients that the errors of `ff, fr, rr` cause."""
+    exact = np.array(coefficients(rule, *sums, gamma, alpha))
+    total = np.zeros(4)
+    for i, error in enumerate(errors):
+        found = []
+        for sign in (-1, 1):
+            moved = list(sums)
+            moved[i] += sign * error
+            found.append(abs(np.array(coefficients(rule, *moved, gamma, alpha)) - exact))
+        total += np.maximum(*found)
+    return total
 
 
 def times(coefficient: float, x: np.ndarray) -> np.ndarray:
@@ -90,7 +109,7 @@ def expect(
     groups: Sequence[Hashable] | None = None,
     eps: float = 0.0,
 ) -> Expected:
-    is_global = rule in ("pcgrad_global", "blur")
+    is_global = rule in GLOBAL
     if groups is None:
         groups = ["all" if is_global else i for i in range(len(forget))]
     rows = list(dict.fromkeys(groups))
@@ -137,27 +156,24 @@ def expect(
         f, r = pair
         row = rows.index(group)
         ff, fr, rr = (sums[n].sum() if is_global else sums[n][row] for n in ("ff", "fr", "rr"))
-        dff, dfr, drr = errors.sum(0) if is_global else errors[row]
-        ff, rr = ff + eps, rr + eps
-        (a_c, b_c), (a, b) = coefficients(rule, ff, fr, rr, gamma, alpha)
+        of_sums = errors.sum(0) if is_global else errors[row]
+        numbers = ff + eps, fr, rr + eps
+        a_c, b_c, a, b = coefficients(rule, *numbers, gamma, alpha)
+        da_c, db_c, da, db = errors_of(rule, numbers, of_sums, gamma, alpha)
         conflict = in_conflict(f, r)
         u = np.where(conflict, times(a_c, f) + times(b_c, r), times(a, f) + times(b, r))
 
-        k, da, db = 0.0, 0.0, 0.0  # the projection, and what the errors of the sums do to a and b
-        if rule.startswith("pcgrad") and rr > 0:
-            k = gamma * min(fr / rr, 0.0)
-            db = abs(gamma) * (dfr + abs(fr / rr) * drr) / rr
-        if rule == "blur" and ff > 0:
-            k = alpha * fr / ff
-            da = abs(alpha) * (dfr + abs(fr / ff) * dff) / ff
-
-        def size(a: float, b: float, f: np.ndarray = f, r: np.ndarray = r, k: float = k) -> np.ndarray:
-            return times(abs(a) and abs(gamma) + abs(k), abs(f)) + times(
-                abs(b) and abs(alpha) + abs(k), abs(r)
-            )
+        def size(a: float, b: float, f: np.ndarray = f, r: np.ndarray = r) -> np.ndarray:
+            # A coefficient is a difference from its weight, and the two may cancel.
+            terms = abs(a) and abs(gamma) + abs(a - gamma), abs(b) and abs(alpha) + abs(b - alpha)
+            return times(terms[0], abs(f)) + times(terms[1], abs(r))
 
         whole = np.where(conflict, size(a_c, b_c), size(a, b))
-        error = times(da, abs(f)) + times(db, abs(r))
+        error = np.where(
+            conflict,
+            times(da_c, abs(f)) + times(db_c, abs(r)),
+            times(da, abs(f)) + times(db, abs(r)),
+        )
         updates.append(u)
         slack.append(4 * ROUNDING[dtype] * whole + error + 4 * SMALLEST[dtype])
         whole = whole + error / SUM_ERROR[dtype]

@@ -1,4 +1,4 @@
-"""Processes of their own, in which Triton compiles kernels. The tests themselves run with its interpreter."""
+"""Starts processes in which Triton compiles kernels, because the tests themselves use its interpreter."""
 
 from __future__ import annotations
 

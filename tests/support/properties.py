@@ -125,7 +125,7 @@ def assert_report(
     found = {name: np.asarray(values) for name, values in report.to_dict().items()}
     for name in FIELDS:
         error = abs(found[name] - sums[name])
-        # One for the sums themselves and, where the update is in it, those of the coefficients.
+        # One error for the sums and, if the update is part of the sum, those of the coefficients.
         allowed = PROMISED * (1 if name in FIELDS[:3] else 4) * sizes[name] + 1e-300
         assert (error <= allowed).all(), f"{name}: found {found[name]}, expected {sums[name]}"
     for name in COUNTS:
@@ -201,7 +201,7 @@ def assert_weights_are_linear(run: Run, forget: Side, retain: Side, rule: str) -
 
 
 def assert_independent_of_company(run: Run, forget: Side, retain: Side, rule: str) -> None:
-    """Each tensor alone, and the list in reverse, give the bits the list gave (rules over tensors)."""
+    """For rules over tensors, each tensor alone and the reversed list give the same bits as the list."""
     together, report = run(forget, retain, rule)
     reverse, reverse_report = run(forget[::-1], retain[::-1], rule)
     assert_equal_bits(reverse[::-1], together)
@@ -228,7 +228,7 @@ def assert_sago_is_idempotent(run: Run, forget: Side, retain: Side) -> None:
 
 
 def assert_projection_is_idempotent(run: Run, forget: Side, retain: Side, rule: str) -> None:
-    """pcgrad with alpha 0 projects forget; blur with gamma 0 projects retain: twice is once, rounded."""
+    """pcgrad with alpha 0 and blur with gamma 0 are projections: a second one changes only the rounding."""
     projects_forget = rule.startswith("pcgrad")
     weights = {"gamma": 1.0, "alpha": 0.0} if projects_forget else {"gamma": 0.0, "alpha": 1.0}
     once, _ = run(forget, retain, rule, **weights)
@@ -239,7 +239,7 @@ def assert_projection_is_idempotent(run: Run, forget: Side, retain: Side, rule: 
 
 
 def assert_switched_off(run: Run, forget: Side, retain: Side, rule: str, weight: str) -> None:
-    """With `weight` 0, NaN and inf in its gradient are as good as any numbers of their signs."""
+    """If `weight` is 0, NaN and inf in its gradient act like finite numbers of the same signs."""
     broken, tame = [], []
     for t in forget if weight == "gamma" else retain:
         t = t.clone()

@@ -59,7 +59,7 @@ class Ranks:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def __call__(self, function: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
-        """What `function(*args, **options)` returns on each rank, where it is found by its name.
+        """The results of `function(*args, **options)` on all ranks, which look the function up by its name.
 
         Raises:
             RankError: If it raises on any rank, if a rank dies, or if one does not answer.
@@ -122,7 +122,7 @@ class Ranks:
 
 
 def error_of(function: Callable[..., Any], *args: Any, **options: Any) -> tuple[type, str] | None:
-    """What it raises, in a form that can be sent; None for nothing."""
+    """The error that the call raises, in a form that can be sent, or None."""
     try:
         function(*args, **options)
     except Exception as error:  # any class: the test that asked checks it

@@ -1,4 +1,4 @@
-"""Calls in place on memory that was synthesized before, with something else about them.
+"""Calls in place on memory that was synthesized before, with one difference to the earlier call.
 
 Each is about one thing by which `sago.core.seen` tells lists apart: by less, the wrong elements would be
 written.

@@ -1,4 +1,4 @@
-"""That the host does not wait for the device."""
+"""Asserts that the host does not wait for the device."""
 
 import warnings
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import torch
 
 @contextmanager
 def no_sync():
-    """What synchronizes raises within the block."""
+    """Inside the block, every operation that waits for the device raises."""
     torch.cuda.synchronize()
     try:
         _set("error")

@@ -162,7 +162,7 @@ def _extent(t: Tensor) -> tuple[int, int]:
 
 
 def _merged(extents: list[tuple[int, int]]) -> np.ndarray:
-    """Disjoint, in order: outputs may be inputs, and arguments parts of one another."""
+    """Disjoint spans in order. Spans are merged, because outputs may be inputs and arguments may overlap."""
     found: list[list[int]] = [[0, 0]]
     for start, end in sorted(extents):
         if start <= found[-1][1]:

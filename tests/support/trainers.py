@@ -1,4 +1,4 @@
-"""Trainers in the shape of OpenUnlearning's, which know nothing of sago, and the same training by hand."""
+"""Trainers that are built like those of OpenUnlearning, without sago, and the same training by hand."""
 
 import copy
 import inspect
@@ -77,7 +77,7 @@ class Pairs(torch.utils.data.Dataset):
 
 
 class Texts(Pairs):
-    """What the Trainer of transformers evaluates on."""
+    """The texts on which the Trainer evaluates."""
 
     def __getitem__(self, i):
         return _text(self.tokens[i, 0])
@@ -186,7 +186,7 @@ def reference(model):
 
 
 def text_nll(logits, text):
-    """Of each text, summed over its tokens."""
+    """The NLL of each text, summed over its tokens."""
     each = F.cross_entropy(
         logits[:, :-1].transpose(1, 2), text["labels"][:, 1:], ignore_index=-100, reduction="none"
     )
@@ -194,7 +194,7 @@ def text_nll(logits, text):
 
 
 def divergence(logits, before):
-    """Of the model from the reference model, a token."""
+    """The KL divergence of the model from the reference model, for each token."""
     new, old = (x.flatten(0, 1).log_softmax(-1) for x in (logits, before))
     return F.kl_div(new, old, reduction="batchmean", log_target=True)
 

@@ -108,7 +108,7 @@ def tensor_parallel(model: Transformer, mesh: DeviceMesh) -> Transformer:
 
 
 class Run(NamedTuple):
-    """All of a training run but for the ranks.
+    """The parts of a training run that do not depend on the ranks.
 
     Attributes:
         order: "interleaved": forward, backward, forward, backward. "forwards first": forward, forward,
@@ -277,12 +277,12 @@ def assert_equal_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) 
 
 
 def share() -> tuple[int, int]:
-    """Of this rank, where each has its own part of a batch."""
+    """The loss of this rank, if each rank has its own part of a batch."""
     return dist.get_rank(), dist.get_world_size()
 
 
 def parameters(model: nn.Module) -> tuple[dict[str, Tensor], dict[Any, Tensor]]:
-    """Whole, and what this rank holds of them."""
+    """The whole tensors, and the parts of them that this rank holds."""
     model = model.module if isinstance(model, DistributedDataParallel) else model
     named = dict(model.named_parameters())
     return (
@@ -322,7 +322,7 @@ def single(run: Run) -> Result:
     if run.order != INTERLEAVED:
         return single(run._replace(order=INTERLEAVED))
     result = train(transformer(), run, look=assert_far_from_the_gate)
-    # What it is to show there has to be something of.
+    # The run must contain the cases that it is meant to show.
     if run.rule.startswith("pcgrad"):
         assert any((report["fr"] < 0).any() for report in result.reports)
     if run.max_norm is not None:
@@ -348,7 +348,7 @@ def assert_as_single(found: Sequence[dict[Run, Result]], replicas: bool) -> None
 
 
 def assert_equal_results(found: Result, expected: Result) -> None:
-    """To rounding: parameters, and what the reports say about the whole gradients."""
+    """Compares the parameters and the reports of the whole gradients, up to rounding."""
     assert_equal_tensors(found.parameters, expected.parameters)
     assert len(found.reports) == len(expected.reports)
     for report, right in zip(found.reports, expected.reports, strict=True):

@@ -1,4 +1,4 @@
-"""Windows of `GradientBuckets`: gradients in, updates and report out, and what they should be."""
+"""Runs windows of `GradientBuckets` on given gradients, and computes the expected results."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def gated_by_products(ff, fr, rr, gamma, alpha):
 
 
 def normalized(ff, fr, rr, gamma, alpha):
-    """Of both gradients only the direction counts, and of their norms the mean: homogeneous in neither."""
+    """A rule that uses only the directions of both gradients and the mean of their norms."""
     f, r = ff.sqrt(), rr.sqrt()
     size = (f + r) / 2
     return gamma * size / f, alpha * size / r
@@ -110,7 +110,7 @@ def clipped(forget, retain, rule, max_norm, **options):
 
 
 def assert_clipped(result, forget, retain, rule, max_norm, **options):
-    """Off by the slack of the unclipped update, and by what the errors of the sums do to the norm."""
+    """The allowed error: that of the unclipped update, and that of the norm."""
     (updates, report), known = result, oracle.expect(forget, retain, rule, **options)
     expected, norm = clipped(forget, retain, rule, max_norm, **options)
     wide = all(t is None or t.dtype == FP64 for t in forget + retain)
@@ -140,7 +140,7 @@ def parts(gradients, count):
 
 
 def mean(gradients, count, dtype=None):
-    """What the mean of `parts` is; exact where the count is a power of two."""
+    """The mean of `parts`, which is exact if their number is a power of two."""
     factor = 2.0 ** (count - 1) / count
     return [None if t is None else (factor * t.double()).to(dtype or t.dtype) for t in gradients]
 
