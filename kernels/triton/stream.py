@@ -64,9 +64,16 @@ def is_finite(x):
 
 
 @triton.jit
-def halves(x):
-    """The elements at even and at odd positions. Every thread keeps the elements that it has."""
-    return tl.split(tl.reshape(x, (x.shape[0] // 2, 2)))
+def halves(x, NEAR: tl.constexpr):
+    """Half of the elements of each thread, and the other half, so that no element changes its thread.
+
+    NEAR: a thread has neighbours, as vectors give it. Else its elements are THREADS apart.
+    """
+    if NEAR:
+        both = tl.reshape(x, (x.shape[0] // 2, 2))
+    else:
+        both = tl.permute(tl.reshape(x, (2, x.shape[0] // 2)), (1, 0))
+    return tl.split(both)
 
 
 @triton.jit
@@ -76,17 +83,21 @@ def plus_product(total, x, y):
 
 
 @triton.jit
-def accumulate(f, r, s0, s1, s2, s3, s4, s5, s6, s7, s8, SUMS: tl.constexpr):
+def accumulate(f, r, s0, s1, s2, s3, s4, s5, s6, s7, s8, SUMS: tl.constexpr, NEAR: tl.constexpr):
     """Adds the elements of a block to the sums, of which each has a lane for every V elements of the block.
 
     SUMS = 3: ff, fr, rr. SUMS = 6 adds the numbers of conflicts and of non-finite elements of f and of r.
     SUMS = 9: ff, fr, rr of the elements out of conflict, the three counts, ff, fr, rr of those in conflict.
     """
     if f.shape[0] > s0.shape[0]:
-        f0, f1 = halves(f)
-        r0, r1 = halves(r)
-        s0, s1, s2, s3, s4, s5, s6, s7, s8 = accumulate(f0, r0, s0, s1, s2, s3, s4, s5, s6, s7, s8, SUMS)
-        s0, s1, s2, s3, s4, s5, s6, s7, s8 = accumulate(f1, r1, s0, s1, s2, s3, s4, s5, s6, s7, s8, SUMS)
+        f0, f1 = halves(f, NEAR)
+        r0, r1 = halves(r, NEAR)
+        s0, s1, s2, s3, s4, s5, s6, s7, s8 = accumulate(
+            f0, r0, s0, s1, s2, s3, s4, s5, s6, s7, s8, SUMS, NEAR
+        )
+        s0, s1, s2, s3, s4, s5, s6, s7, s8 = accumulate(
+            f1, r1, s0, s1, s2, s3, s4, s5, s6, s7, s8, SUMS, NEAR
+        )
     else:
         # A selected sum compiles to one addition with a predicate.
         if SUMS > 3:
@@ -151,18 +162,19 @@ def stream(
     if ALIGNED:
         sums = _stream(
             forget, retain, out, start, size, a_c, b_c, a, b,
-            FORGET, RETAIN, OUT, COMPUTE, GATED, PROPAGATE, SUMS, BLOCK, THREADS, V, True,
+            FORGET, RETAIN, OUT, COMPUTE, GATED, PROPAGATE, SUMS, BLOCK, THREADS, V, True, True,
         )  # fmt: skip
     else:
         if aligned != 0:
             sums = _stream(
                 forget, retain, out, start, size, a_c, b_c, a, b,
-                FORGET, RETAIN, OUT, COMPUTE, GATED, PROPAGATE, SUMS, BLOCK, THREADS, V, True,
+                FORGET, RETAIN, OUT, COMPUTE, GATED, PROPAGATE, SUMS, BLOCK, THREADS, V, True, False,
             )  # fmt: skip
         else:
             sums = _stream(
                 forget, retain, out, start, size, a_c, b_c, a, b,
-                FORGET, RETAIN, OUT, COMPUTE, GATED, PROPAGATE, SUMS, BLOCK // 2, THREADS, V // 2, False,
+                FORGET, RETAIN, OUT, COMPUTE, GATED, PROPAGATE, SUMS, BLOCK // 2, THREADS, V // 2,
+                False, False,
             )  # fmt: skip
     return sums
 
@@ -172,7 +184,7 @@ def _stream(
     forget, retain, out, start, size, a_c, b_c, a, b,
     FORGET: tl.constexpr, RETAIN: tl.constexpr, OUT: tl.constexpr, COMPUTE: tl.constexpr,
     GATED: tl.constexpr, PROPAGATE: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr,
-    THREADS: tl.constexpr, V: tl.constexpr, VECTOR: tl.constexpr,
+    THREADS: tl.constexpr, V: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     forget_size = tl.where(forget == 0, 0, size)
     retain_size = tl.where(retain == 0, 0, size)
@@ -192,7 +204,7 @@ def _stream(
     forget_body = tl.multiple_of(forget_size & -UNIT, UNIT)
     retain_body = tl.multiple_of(retain_size & -UNIT, UNIT)
     BOTH_BF16: tl.constexpr = tl.bfloat16 == FORGET and tl.bfloat16 == RETAIN
-    PAIRS: tl.constexpr = VECTOR and BOTH_BF16 and not INTERPRETED
+    PAIRS: tl.constexpr = ALIGNED and BOTH_BF16 and not INTERPRETED
     for i in range(0, body, BLOCK):
         at = i + tl.arange(0, BLOCK)
         if PAIRS:
@@ -201,7 +213,9 @@ def _stream(
         else:
             f = upcast(tl.load(forget + at, mask=at < forget_body, other=0.0), COMPUTE)
             r = upcast(tl.load(retain + at, mask=at < retain_body, other=0.0), COMPUTE)
-        s0, s1, s2, s3, s4, s5, s6, s7, s8 = accumulate(f, r, s0, s1, s2, s3, s4, s5, s6, s7, s8, SUMS)
+        s0, s1, s2, s3, s4, s5, s6, s7, s8 = accumulate(
+            f, r, s0, s1, s2, s3, s4, s5, s6, s7, s8, SUMS, VECTOR
+        )  # fmt: skip
         if OUT is not None:
             store(out + at, at < body, f, r, a_c, b_c, a, b, OUT, GATED, PROPAGATE)
     if VECTOR:
@@ -209,7 +223,9 @@ def _stream(
         at = body + tl.arange(0, THREADS)
         f = upcast(tl.load(forget + at, mask=at < forget_size, other=0.0), COMPUTE)
         r = upcast(tl.load(retain + at, mask=at < retain_size, other=0.0), COMPUTE)
-        t0, t1, t2, t3, t4, t5, t6, t7, t8 = accumulate(f, r, t0, t1, t2, t3, t4, t5, t6, t7, t8, SUMS)
+        t0, t1, t2, t3, t4, t5, t6, t7, t8 = accumulate(
+            f, r, t0, t1, t2, t3, t4, t5, t6, t7, t8, SUMS, VECTOR
+        )  # fmt: skip
         if OUT is not None:
             store(out + at, at < size, f, r, a_c, b_c, a, b, OUT, GATED, PROPAGATE)
     return (

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from tests.support.backends import import_with_triton
+from tests.support.backends import GRAM, import_with_triton
 from tests.support.processes import need_stub_driver, python
 
 import_with_triton("triton")
@@ -59,7 +59,7 @@ def test_weights_and_tables_arrive_whole(launched, state):
 def test_a_rule_is_one_launch_for_each_dtype_and_one_program_for_each_chunk(launched):
     for name, case in launched["warm"].items():
         kernels = ["_combine_kernel"]
-        if name in ("pcgrad", "pcgrad_global", "blur", "6 sums ahead", "bf16, sums ahead"):
+        if name in (*GRAM, "6 sums ahead", "bf16, sums ahead"):
             kernels = ["_gram_kernel", *kernels]
         grids = [[4, 1, 1]] * len(kernels)
         if name == "two dtypes":

@@ -18,9 +18,10 @@ def find(arch: str, dtype: str, **labels: object) -> compile.Launch:
 def inspected(arch: str) -> dict[str, dict]:
     stats = find(arch, "fp32", kernel="combine", rule="sago", sums=9)
     plain = find(arch, "bf16", kernel="combine", rule="sum", sums=0)
+    unpacked = find(arch, "fp32", kernel="combine", rule="sum", sums=0)
     variants = {
         "shipped": plain,
-        "fused": plain._replace(kwargs=plain.kwargs | {"enable_fp_fusion": True}),
+        "fused": unpacked._replace(kwargs=unpacked.kwargs | {"enable_fp_fusion": True}),
         "narrow block": plain._replace(kwargs=plain.kwargs | {"BLOCK": 512, "V": 4}),
         "too many values a thread": stats._replace(kwargs=stats.kwargs | {"BLOCK": 16384, "V": 1}),
     }
