@@ -233,9 +233,12 @@ class GradientBuckets:
         self._check_unscaled(call)
         self._meet()
         pipeline = self._pipeline(call)
-        with self._window.updating():
+        try:
             found = pipeline.synthesize(call, self._window.begin)
             self._publish()
+        except BaseException as error:
+            self._window.abandon(error)
+            raise
         return found
 
     @contextmanager

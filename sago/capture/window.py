@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from enum import Enum, auto
+from enum import IntEnum, auto
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from sago.capture.side import Capture, Side
 from sago.capture.steps import StepWatch
 
 
-class State(Enum):
+class State(IntEnum):
     """The state of a window. `NEXT` has the actions that are allowed in each state.
 
     EMPTY: No gradient was captured.
@@ -35,7 +35,7 @@ class State(Enum):
     BROKEN = auto()
 
 
-class Action(Enum):
+class Action(IntEnum):
     """An action that depends on the state of a window.
 
     OPEN: A capture is opened.
@@ -195,17 +195,18 @@ class Window:
 
     @contextmanager
     def updating(self) -> Iterator[None]:
-        """The updates are written and published inside the block, which calls `begin` before the first write.
-
-        After an error that comes later than `begin`, the window is broken and no update is published.
-        """
+        """Updates are written and published inside the block, which calls `begin` before the first write."""
         try:
             yield
         except BaseException as error:
-            if self._state is State.UPDATING:
-                self.fail(f"a synthesis ended in {error!r}")
-                self._host.unmount()
+            self.abandon(error)
             raise
+
+    def abandon(self, error: BaseException) -> None:
+        """After an error in a synthesis: if `begin` came before it, the window is broken, without updates."""
+        if self._state is State.UPDATING:
+            self.fail(f"a synthesis ended in {error!r}")
+            self._host.unmount()
 
     def begin(self) -> None:
         """From now on, gradients are overwritten by updates. Only `publish` makes the window usable again."""
@@ -263,12 +264,14 @@ class Window:
 
     def _check(self, action: Action) -> None:
         """Raises if the action is not allowed now, with the way out."""
-        if not self.allows(action):
+        if action not in NEXT[self._state]:
             raise ValueError(self._refusal(action))
 
     def _go(self, action: Action) -> None:
-        self._check(action)
-        self._state = NEXT[self._state][action]
+        following = NEXT[self._state].get(action)
+        if following is None:
+            raise ValueError(self._refusal(action))
+        self._state = following
 
     def _refusal(self, action: Action) -> str:
         if self._state in (State.UPDATING, State.BROKEN):
