@@ -234,13 +234,14 @@ def lanes(device: torch.device) -> int:
 
 
 def options(
-    device: torch.device, aligned: bool, dtypes: Signature, from_table: bool = False
+    device: torch.device, aligned: bool, dtypes: Signature, spills: bool = False
 ) -> dict[str, int | bool]:
-    """Compiler options of a launch."""
+    """Compiler options of a launch. `spills`: the kernel is one of those that would spill registers."""
     found: dict[str, int | bool] = {"num_warps": THREADS // lanes(device), "enable_fp_fusion": False}
-    rare = not aligned or len(set(dtypes)) > 1 or from_table
-    if rare and device.type == "cuda" and torch.version.hip is None:
+    spills = spills or not aligned or len(set(dtypes)) > 1
+    if spills and device.type == "cuda" and torch.version.hip is None:
         # Without this limit, ptxas spills a few registers so that one more block fits. It does so in kernels
-        # with two paths (aligned and not), with several dtypes, or with coefficients from a table.
+        # with two paths (aligned and not), with several dtypes, with coefficients from a table, and with the
+        # counts beside an update without a gate.
         found["maxnreg"] = 255
     return found

@@ -164,7 +164,7 @@ def combine(
         (partials, counters, table, values, gram),
         (bits(gamma), bits(alpha), bits(eps), 0 if gram is None else gram.stride(0)),
         constants,
-        partial(options, from_table=formula is None),
+        partial(options, spills=formula is None or sums == 6),
     )
     return table
 
