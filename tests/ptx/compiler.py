@@ -80,7 +80,7 @@ class Compiler:
         return subprocess.Popen(
             [sys.executable, "-m", "tests.ptx.compiler", *self._change],
             cwd=ROOT,
-            env={**inherited, "PYTHONPATH": str(ROOT)},
+            env={**inherited, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )

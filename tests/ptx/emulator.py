@@ -122,7 +122,7 @@ class Kernel:
         return self._translator.line(one)
 
     def _memory(self, one: Instruction, mask: str) -> str:
-        name, space = one.opcode[:2]
+        name, space = one.opcode[0], one.opcode[1].removesuffix("::cta")  # the memory of a block
         registers, address = (one.operands[::-1] if name == "st" else one.operands)[:2]
         if (name, space) == ("ld", "param"):
             return self._parameter(one, mask)
