@@ -118,7 +118,7 @@ def sums_over_chunks(run):
 
 def sums_over_spans(run):
     """The same in rows of one span, of a whole number of spans and of one more chunk, out of short chunks."""
-    for span, chunks in ((4, (4, 8, 9)), (128, (75,))):
+    for span, chunks in ((4, (4, 8, 9)), (128, (66,))):
         with ExitStack() as stack:
             if run.name == "triton":
                 for name in ("batch", "gram", "combine"):
