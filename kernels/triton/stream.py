@@ -193,8 +193,8 @@ def _stream(
     if OUT is not None:
         out = pointer(out, start, OUT, VECTOR)
     # In the interpreter every operation is slow, so each element has a lane of its own there.
-    s0 = tl.zeros((BLOCK if INTERPRETED else BLOCK // V,), COMPUTE)
-    s1, s2, s3, s4, s5, s6, s7, s8 = s0, s0, s0, s0, s0, s0, s0, s0
+    zero = tl.zeros((BLOCK if INTERPRETED else BLOCK // V,), COMPUTE)
+    s0, s1, s2, s3, s4, s5, s6, s7, s8 = zero, zero, zero, zero, zero, zero, zero, zero, zero
     t0 = tl.zeros((THREADS,), COMPUTE)
     t1, t2, t3, t4, t5, t6, t7, t8 = t0, t0, t0, t0, t0, t0, t0, t0
 
@@ -213,9 +213,11 @@ def _stream(
         else:
             f = upcast(tl.load(forget + at, mask=at < forget_body, other=0.0), COMPUTE)
             r = upcast(tl.load(retain + at, mask=at < retain_body, other=0.0), COMPUTE)
-        s0, s1, s2, s3, s4, s5, s6, s7, s8 = accumulate(
-            f, r, s0, s1, s2, s3, s4, s5, s6, s7, s8, SUMS, VECTOR
+        # Products are added block by block: one long chain would sum up the roundings of equal gradients.
+        p0, p1, p2, s3, s4, s5, p6, p7, p8 = accumulate(
+            f, r, zero, zero, zero, s3, s4, s5, zero, zero, zero, SUMS, VECTOR
         )  # fmt: skip
+        s0, s1, s2, s6, s7, s8 = s0 + p0, s1 + p1, s2 + p2, s6 + p6, s7 + p7, s8 + p8
         if OUT is not None:
             store(out + at, at < body, f, r, a_c, b_c, a, b, OUT, GATED, PROPAGATE)
     if VECTOR:

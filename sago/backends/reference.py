@@ -66,7 +66,7 @@ def sums_of(f: Tensor, r: Tensor) -> Tensor:
 
 
 def with_zeros(f: Tensor | None, r: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The pair, with zeros in the place of None. At most one of the two is None."""
+    """Returns the pair, and replaces None by zeros. At most one of the two is None."""
     zeros = torch.zeros_like(next(t for t in (f, r) if t is not None))
     return zeros if f is None else f, zeros if r is None else r
 

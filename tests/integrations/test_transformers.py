@@ -422,7 +422,7 @@ class OneForward(GradDiff):
 
 
 def averaged(batches, accumulation):
-    """As `windows`, with losses that are averaged. transformers 4.51 leaves other losses undivided."""
+    """Returns `windows` with averaged losses. transformers 4.51 does not divide other losses."""
     return [(window, len(window)) for window, _ in windows(batches, accumulation)]
 
 

@@ -175,7 +175,7 @@ class _Store(NamedTuple):
 
 
 class _Launch:
-    """What the blocks of a launch share: global memory, its checks, and stores that are not visible yet."""
+    """The blocks of a launch share it. It has the global memory, its checks, and stores not yet visible."""
 
     def __init__(
         self, memory: Memory, clocks: Clocks | None, races: bool, late: bool, arguments: Sequence[int]

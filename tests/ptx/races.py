@@ -18,7 +18,9 @@ class Race(Fault):
 
 
 class Clocks:
-    """What each thread knows of the others. Thread 0 is nobody, whose clock 0 everyone knows.
+    """Vector clocks: for each thread, the latest clock of every other thread that it knows.
+
+    Index 0 stands for no thread, and every thread knows its clock, which is 0.
 
     All threads of a block know the same, `known[block]`, besides their own clock. A thread that has used an
     atomic operation since the last barrier knows more, `more[thread]`.

@@ -1,4 +1,4 @@
-"""What each PTX instruction computes, as Python code over numpy arrays with one value a thread.
+"""Translates PTX instructions into Python code over numpy arrays with one value for each thread.
 
 A register is an array of unsigned integers of its width, and a predicate one of booleans. An instruction
 looks at the bits as its types say. An instruction that is not listed raises ValueError.

@@ -273,7 +273,7 @@ def test_the_wrapper_of_accelerate_is_unscaled_once(accelerated):
 
 @pytest.mark.parametrize("base", ["accelerate", "a class made from it"])
 def test_a_wrapper_of_accelerate_without_the_name_is_refused(base):
-    """Unscaled in the place of its optimizer, it would let `scaler.step` divide a second time."""
+    """If the wrapper were unscaled instead of its optimizer, `scaler.step` would divide a second time."""
 
     class Renamed(torch.optim.Optimizer):
         __module__ = "accelerate.optimizer"
