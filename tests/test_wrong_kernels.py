@@ -27,7 +27,6 @@ from tests.support.checks import (
     clipping_of_little,
     counts,
     counts_of_means,
-    equal_gradients,
     gated,
     groups,
     means,
@@ -67,16 +66,7 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 WEIGHTS = {"gamma": 0.75, "alpha": 1.5}
 
 
-INACCURATE = pytest.mark.xfail(
-    raises=AssertionError, reason="the CPU adds 128 squares one by one: equal ones in fp32 are off by 1.9e-6"
-)
-RIGHT = [
-    *(("triton", check) for check in (*CHECKS, traffic)),
-    *(
-        pytest.param("compiled", check, marks=INACCURATE if check is equal_gradients else ())
-        for check in CHECKS
-    ),
-]
+RIGHT = [("triton", check) for check in (*CHECKS, traffic)] + [("compiled", check) for check in CHECKS]
 
 
 @pytest.mark.parametrize(("backend", "check"), RIGHT)

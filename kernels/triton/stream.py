@@ -77,6 +77,16 @@ def halves(x, NEAR: tl.constexpr):
 
 
 @triton.jit
+def piece(x, INDEX: tl.constexpr, PIECES: tl.constexpr, NEAR: tl.constexpr):
+    """One of at most 8 PIECES of x. A function that calls itself would not compile with Triton 3.4."""
+    for level in tl.static_range(1, 4):
+        if PIECES >> level > 0:
+            first, second = halves(x, NEAR)
+            x = second if INDEX & (PIECES >> level) else first
+    return x
+
+
+@triton.jit
 def plus_product(total, x, y):
     """total + x * y, with one rounding in fp32."""
     return total + x * y if x.dtype == tl.float64 else tl.fma(x, y, total)
@@ -89,33 +99,27 @@ def accumulate(f, r, s0, s1, s2, s3, s4, s5, s6, s7, s8, SUMS: tl.constexpr, NEA
     SUMS = 3: ff, fr, rr. SUMS = 6 adds the numbers of conflicts and of non-finite elements of f and of r.
     SUMS = 9: ff, fr, rr of the elements out of conflict, the three counts, ff, fr, rr of those in conflict.
     """
-    if f.shape[0] > s0.shape[0]:
-        f0, f1 = halves(f, NEAR)
-        r0, r1 = halves(r, NEAR)
-        s0, s1, s2, s3, s4, s5, s6, s7, s8 = accumulate(
-            f0, r0, s0, s1, s2, s3, s4, s5, s6, s7, s8, SUMS, NEAR
-        )
-        s0, s1, s2, s3, s4, s5, s6, s7, s8 = accumulate(
-            f1, r1, s0, s1, s2, s3, s4, s5, s6, s7, s8, SUMS, NEAR
-        )
-    else:
+    PIECES: tl.constexpr = f.shape[0] // s0.shape[0]
+    for i in tl.static_range(PIECES):
+        x = piece(f, i, PIECES, NEAR)
+        y = piece(r, i, PIECES, NEAR)
         # A selected sum compiles to one addition with a predicate.
         if SUMS > 3:
-            conflict = in_conflict(f, r)
+            conflict = in_conflict(x, y)
             s3 = tl.where(conflict, s3 + 1.0, s3)
-            s4 = tl.where(is_finite(f), s4, s4 + 1.0)
-            s5 = tl.where(is_finite(r), s5, s5 + 1.0)
+            s4 = tl.where(is_finite(x), s4, s4 + 1.0)
+            s5 = tl.where(is_finite(y), s5, s5 + 1.0)
         if SUMS == 9:
-            s0 = tl.where(conflict, s0, plus_product(s0, f, f))
-            s1 = tl.where(conflict, s1, plus_product(s1, f, r))
-            s2 = tl.where(conflict, s2, plus_product(s2, r, r))
-            s6 = tl.where(conflict, plus_product(s6, f, f), s6)
-            s7 = tl.where(conflict, plus_product(s7, f, r), s7)
-            s8 = tl.where(conflict, plus_product(s8, r, r), s8)
+            s0 = tl.where(conflict, s0, plus_product(s0, x, x))
+            s1 = tl.where(conflict, s1, plus_product(s1, x, y))
+            s2 = tl.where(conflict, s2, plus_product(s2, y, y))
+            s6 = tl.where(conflict, plus_product(s6, x, x), s6)
+            s7 = tl.where(conflict, plus_product(s7, x, y), s7)
+            s8 = tl.where(conflict, plus_product(s8, y, y), s8)
         elif SUMS > 0:
-            s0 = plus_product(s0, f, f)
-            s1 = plus_product(s1, f, r)
-            s2 = plus_product(s2, r, r)
+            s0 = plus_product(s0, x, x)
+            s1 = plus_product(s1, x, y)
+            s2 = plus_product(s2, y, y)
     return s0, s1, s2, s3, s4, s5, s6, s7, s8
 
 

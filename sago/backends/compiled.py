@@ -7,9 +7,9 @@ combination of dtypes. TorchDynamo takes no part, so none of its limits and none
 with the same bits. It does so for small tensors, until a compilation would have paid for itself, while
 another thread compiles, and if the compilation fails.
 
-Sums are taken over a fixed tree, which does not depend on the number of threads. A lane adds 128 elements one
-after another in fp32 (fp64 for fp64 gradients). The lanes of a block are added pairwise in fp64, then 1024
-blocks at a time inside a slice of 2 Mi elements (1 Mi in fp64), and then the slices.
+Sums are taken over a fixed tree, which does not depend on the number of threads. A lane adds 32 elements one
+after another in fp32 (fp64 for fp64 gradients), and four such sums pairwise. The lanes of a block are added
+pairwise in fp64, then the blocks of a slice of 512 Ki elements (256 Ki in fp64), and then the slices.
 """
 
 from __future__ import annotations
@@ -35,13 +35,18 @@ Known = tuple[tuple[Term, ...], bool]  # which coefficients are zero; whether Na
 COMPILE_FROM = 1 << 15  # elements of the smallest tensor for which a call of compiled code pays
 COMPILE_AT_ONCE = 1 << 20  # elements of a tensor that is not run uncompiled first
 COMPILE_AFTER = 1 << 27  # elements that run uncompiled first: some seconds, as a compilation takes
-_LINE = 64  # bytes of a cache line: it has one element for each lane, so memory is read in order
-_DEPTH = 128  # elements that a lane adds: the sum of 128 squares of 1e18 is finite in fp32
+# Two vectors of fp32 in the widest registers. With less than one, TorchInductor lets several threads
+# add the elements of a lane.
+_LANES = 32
+# A lane adds _RUNS * _DEPTH elements: the sum of 128 squares of 1e18 is finite in fp32. The roundings of 32
+# equal squares, which have the same sign, add up to at most 6.6e-7 of their sum. With 64 it would be 1.3e-6.
+_RUNS, _DEPTH = 4, 32
 _FAN_IN = 1024
 # The number of elements that are processed at a time, compiled (_SUMMED) and uncompiled (_EAGER). It limits
 # the memory: partial sums take less than 1 MiB, and temporaries of uncompiled code take a few MiB.
-_SUMMED = {torch.float32: 1 << 21, torch.float64: 1 << 20}
+_SUMMED = {torch.float32: 1 << 19, torch.float64: 1 << 18}
 _EAGER = 1 << 15
+_EXAMPLE = 1 << 21  # elements of the tensors that a graph is compiled with
 
 _log = logging.getLogger("sago")
 
@@ -155,21 +160,21 @@ def _downcast(u: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _block_sums(f: Tensor, r: Tensor, sums: int) -> Tensor:
     """Sums of every block, fp64 `[k, blocks]`, without the non-finite counts."""
-    return torch.stack([_pairwise(v.sum(1).to(torch.float64)) for v in _summands(f, r, sums)])
+    return torch.stack([_lanes_and_runs(v.sum(2)) for v in _summands(f, r, sums)])
 
 
 def _block_sums_in_order(f: Tensor, r: Tensor, sums: int) -> Tensor:
     """Like `_block_sums`, but adds one element after another, as compiled code does, for the same bits."""
-    rows = torch.stack(_summands(f, r, sums)).unbind(2)
+    rows = torch.stack(_summands(f, r, sums)).unbind(3)
     total = rows[0].clone()
     for row in rows[1:]:
         total += row
-    return _pairwise(total.to(torch.float64))
+    return _lanes_and_runs(total)
 
 
 def _summands(f: Tensor, r: Tensor, sums: int) -> list[Tensor]:
-    """The terms of each sum, `[blocks, _DEPTH, lanes]`."""
-    shape, dtype = (-1, _DEPTH, _lanes(f, r)), _compute_dtype(f, r)
+    """The terms of each sum, `[blocks, _RUNS, _DEPTH, lanes]`."""
+    shape, dtype = (-1, _RUNS, _DEPTH, _LANES), _compute_dtype(f, r)
     f, r = f.to(dtype).view(shape), r.to(dtype).view(shape)
     if sums == Sums.PRODUCTS:
         return _products(f, r)
@@ -185,6 +190,11 @@ def _products(f: Tensor, r: Tensor) -> list[Tensor]:
     return [f * f, f * r, r * r]
 
 
+def _lanes_and_runs(x: Tensor) -> Tensor:
+    """The sum of `[..., _RUNS, lanes]` over both: of the runs in the dtype of `x`, of the lanes in fp64."""
+    return _pairwise(_pairwise(x.transpose(-1, -2)).to(torch.float64))
+
+
 def _pairwise(x: Tensor) -> Tensor:
     """The sum over the last dimension, whose size is a power of 2, in an order that no compiler changes."""
     while x.shape[-1] > 1:
@@ -194,7 +204,7 @@ def _pairwise(x: Tensor) -> Tensor:
 
 
 def _pair_sums(f: Tensor, r: Tensor, sums: int) -> Tensor:
-    block, length = _DEPTH * _lanes(f, r), _SUMMED[_compute_dtype(f, r)]
+    block, length = _RUNS * _DEPTH * _LANES, _SUMMED[_compute_dtype(f, r)]
     whole = f.numel() // block * block
     slices = list(zip(f[:whole].split(length), r[:whole].split(length), strict=True)) if whole else []
     if whole < f.numel():
@@ -235,10 +245,6 @@ def _flat_pair(f: Tensor | None, r: Tensor | None) -> tuple[Tensor, Tensor]:
 def _flat(t: Tensor) -> Tensor:
     t = t.detach()
     return t.view(-1) if t.is_contiguous() else t.as_strided((t.numel(),), (1,))
-
-
-def _lanes(f: Tensor, r: Tensor) -> int:
-    return _LINE // max(f.dtype.itemsize, r.dtype.itemsize)
 
 
 def _compute_dtype(f: Tensor, r: Tensor) -> torch.dtype:
@@ -305,7 +311,7 @@ def _build(graph: Any, constant: Any, dtypes: Sequence[torch.dtype]) -> Callable
     ):
         warnings.simplefilter("ignore")  # warnings of torch at its imports
         # The size is large so that the compiler uses threads. The memory is not touched.
-        examples = [torch.empty(_SUMMED[torch.float32], dtype=d) for d in dtypes]
+        examples = [torch.empty(_EXAMPLE, dtype=d) for d in dtypes]
         if coefficients:
             examples.append(torch.empty(coefficients, dtype=compute_dtype))
         traced = make_fx(lambda *args: graph(*args, constant), tracing_mode="symbolic")(*examples)

@@ -82,7 +82,7 @@ class Kernel:
         running = [Block(self, launch, i, program) for i, program in enumerate(blocks)]
         for block in running:
             block.shared = Shared(shared)
-            block.shadow = Shadow(block.shared.granules, clocks) if clocks and races else None
+            block.shadow = Shadow(block.shared.granules, clocks, THREADS) if clocks and races else None
         draw = random.Random(seed)
         with np.errstate(all="ignore"):
             while running:

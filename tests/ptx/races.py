@@ -74,10 +74,18 @@ class Shadow:
 
     One write, and one read. Where several threads read, or use atomic operations, a row of clocks holds all
     of them.
+
+    Args:
+        granules: The size of the memory.
+        clocks: Those of the threads that use it.
+        together: How many neighbouring threads may store the same value to one address with one instruction:
+            a warp in global memory. Reductions of Triton 3.9 also do it with the warps of a block, in shared
+            memory.
     """
 
-    def __init__(self, granules: int, clocks: Clocks) -> None:
+    def __init__(self, granules: int, clocks: Clocks, together: int = 32) -> None:
         self._clocks = clocks
+        self._together = together
         self._write, self._write_clock = np.zeros((2, granules), np.int32)
         self._read, self._read_clock = np.zeros((2, granules), np.int32)
         self._row = np.zeros((2, granules), np.int32)  # of readers, of atomic operations
@@ -179,10 +187,12 @@ class Shadow:
     def _require_equal(
         self, threads: np.ndarray, granules: np.ndarray, values: np.ndarray, text: str
     ) -> None:
-        """Lanes of one warp may store the same value to the same address with one instruction."""
+        """Of the values that one instruction stores to one address. The payloads of NaN may differ."""
         first: dict[int, int] = {}
+        groups = (threads - 1) // self._together
         for i, granule in enumerate(granules[:, 0].tolist()):
             other = first.setdefault(granule, i)
-            same_warp = (threads[i] - 1) // 32 == (threads[other] - 1) // 32
-            if not same_warp or (values[i] != values[other]).any():
+            both_nan = np.isnan(values[[i, other]].view(f"f{values.itemsize}")).all(0)
+            equal = (values[i] == values[other]) | both_nan
+            if groups[i] != groups[other] or not equal.all():
                 self._report(int(threads[i]), int(threads[other]), "a write", text)

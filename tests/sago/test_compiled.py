@@ -231,9 +231,9 @@ def test_a_thread_that_compiles_holds_up_no_other():
 @pytest.mark.parametrize("family", ["tails", "unaligned"])
 def test_slices_and_blocks_of_the_uncompiled_path(monkeypatch, family):
     """With slices so short that every boundary is met."""
-    monkeypatch.setattr(compiled, "_EAGER", 2048)
+    monkeypatch.setattr(compiled, "_EAGER", 4096)
     forget, retain = inputs.IN_RANGE[family](FP32, BF16)
-    f, r = inputs.pair(3 * 2048 + 5)
+    f, r = inputs.pair(3 * 4096 + 5)
     forget, retain = [*forget, f], [*retain, r.float()]
     for rule in ("sago", "pcgrad_global"):
         updates, report = COMPILED(forget, retain, rule)
