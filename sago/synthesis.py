@@ -121,9 +121,10 @@ class Plan:
             plan keeps the memory that the tensors have now. Make a new plan when a tensor is resized or its
             `data` is replaced.
 
-    Use a plan in one thread and on one stream at a time. A call does not increment the version counters of
-    the outputs, so autograd does not notice that a saved tensor was overwritten. `sago.synthesize_` has
-    neither limit. A plan cannot be copied or pickled.
+    Use a plan in one thread at a time. A call does not increment the version counters of the outputs, so
+    autograd does not notice that a saved tensor was overwritten. `sago.synthesize_` has neither limit. Any
+    stream may run a plan. At its first call, a stream waits for the one that the plan was made on. A plan
+    cannot be copied or pickled.
 
     Raises:
         ValueError, TypeError: As `sago.synthesize_`, when the plan is made. ValueError if it is made while a

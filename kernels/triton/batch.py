@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from sago.backends.streams import Cache, is_capturing
+from sago.backends.streams import Cache, Streams, is_capturing
 from sago.backends.upload import upload
 
 # CHUNK, BLOCK and THREADS fix the order of every sum: changing one changes the last bits of results.
@@ -135,7 +135,7 @@ _layouts = Cache(64)
 class Batch:
     """Gradient pairs on one device, laid out for `gram` and `combine`.
 
-    A batch is used on one stream at a time. It keeps the tensors alive until `release`.
+    It keeps the tensors alive until `release`.
 
     Args:
         device: The device of all tensors.
@@ -191,18 +191,24 @@ class Batch:
                 )
             )
         self._empty_rows = len(set(rows)) < row_count or 0 in numels
-        self._counters: Tensor | None = None
+        self._streams = Streams(device)
+        self._counters: dict[Hashable, Tensor] = {}
 
     def scratch(self, sums: int) -> tuple[Tensor, Tensor]:
         """Memory for sums of chunks and spans, `[entries, sums]`. Counters, which are 0 between launches."""
         partials = torch.empty(self.layout.entries, sums, dtype=torch.float64, device=self.device)
-        # A CUDA graph has counters of its own, because a replay may overlap with eager calls.
-        capturing = is_capturing([self.device])
-        counters = None if capturing else self._counters
+        # Launches on two streams may overlap. So may those of a CUDA graph with those of eager calls.
+        stream = self.join()
+        counters = None if is_capturing([self.device]) else self._counters.get(stream)
         if counters is None:
             counters = torch.zeros(self.layout.counters, dtype=torch.int32, device=self.device)
-            self._counters = None if capturing else counters
+            if not is_capturing([self.device]):
+                self._counters[stream] = counters
         return partials, counters
+
+    def join(self) -> Hashable:
+        """Lets the current stream use the tables, and returns it. Every launch needs this."""
+        return self._streams.join(t for one in self.launches for t in one.tables)
 
     def release(self) -> bool:
         """Drops the references to the tensors. The kernels work by their addresses."""
@@ -211,7 +217,7 @@ class Batch:
 
     def discard_counters(self) -> None:
         """Drops the counters after a failed launch, because they may not be 0."""
-        self._counters = None
+        self._counters.clear()
 
     def table(self, sums: int) -> Tensor:
         """Allocates the table of sums, fp64 `[rows, sums]`, with 0 in rows that no kernel writes."""

@@ -34,6 +34,7 @@ def launch(
     """
     try:
         with _on(batch):
+            batch.join()
             for one in batch.launches:
                 compiled = one.compiled.get(key)
                 if compiled is None:

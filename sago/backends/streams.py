@@ -1,13 +1,14 @@
-"""A cache with one value for each key, thread and CUDA stream, and a check for the capture of CUDA graphs."""
+"""CUDA streams: a cache with a value for each, tensors that several use, and the capture of graphs."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _PLACES = 8  # combinations of thread and streams that use one key
 
@@ -71,6 +72,31 @@ class Cache:
 def _place(devices: Collection[torch.device]) -> Hashable:
     streams = (torch.cuda.current_stream(d).cuda_stream for d in devices if d.type == "cuda")
     return threading.get_ident(), *streams
+
+
+class Streams:
+    """The CUDA streams that use tensors which are filled once, on the stream of their construction."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._found = [] if device.type != "cuda" else [torch.cuda.current_stream(device)]
+
+    def join(self, tensors: Iterable[Tensor]) -> Hashable:
+        """Lets the current stream use the tensors, and returns the stream.
+
+        At its first use, another stream waits for the first one, and the memory of the tensors is not reused
+        before the work of both is done. A capture of a CUDA graph needs neither: it starts after all earlier
+        work, and the tensors have to outlive the graph.
+        """
+        if not self._found:
+            return None
+        stream = torch.cuda.current_stream(self._device)
+        if stream not in self._found and not is_capturing([self._device]):
+            stream.wait_stream(self._found[0])
+            for t in tensors:
+                t.record_stream(stream)
+            self._found.append(stream)
+        return stream
 
 
 def is_capturing(devices: Collection[torch.device]) -> bool:

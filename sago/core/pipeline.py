@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sago.backends import choose, sums
 from sago.backends.protocol import Backend
-from sago.backends.streams import is_capturing
+from sago.backends.streams import Cache
 from sago.backends.sums import Sums
 from sago.backends.upload import upload
 from sago.core.coefficients import gram, limited
@@ -48,7 +48,7 @@ class Pipeline:
     def __init__(self, pairs: Pairs, numel: list[int], own: list[int] | None = None) -> None:
         self.keys: list[Hashable] = pairs.keys
         self.numel, self._own = numel, own or numel
-        self._elements: Tensor | None = None
+        self._uploaded = Cache(2)
         self._spread = pairs.spread
         rows, report_rows = pairs.rows, list(range(len(self.keys)))
         if self._spread is not None:
@@ -57,9 +57,7 @@ class Pipeline:
             _on_device(pairs, rows, len(report_rows), device, backend)
             for device, backend in pairs.backends.items()
         ]
-        self._index: Tensor | None = None
-        if len(report_rows) > len(self.keys):
-            self._index = upload(report_rows, torch.int64, self.devices[0].device)
+        self._report_rows = report_rows
 
     def release(self) -> bool:
         """Drops the references to the tensors, which the caller then keeps alive.
@@ -129,11 +127,7 @@ class Pipeline:
         if call.scales != (1.0, 1.0):
             table = sums.scale(table, *call.scales)
         if call.reduce_gram is not None:
-            counts = self._elements
-            if counts is None:
-                counts = upload(self._own, table.dtype, table.device)
-                if not is_capturing([table.device]):  # a captured copy has no values before the first replay
-                    self._elements = counts
+            counts = self._upload("elements", self._own, table.dtype, table.device)
             table = call.reduce_gram(torch.cat([table, counts[:, None]], dim=1))
             return Statistics(table[:, :-1], table[:, -1])
         if self._spread is not None:
@@ -142,7 +136,14 @@ class Pipeline:
 
     def _all_rows(self, values: Tensor) -> Tensor:
         """Repeats the values of report rows for scratch rows. A single row is valid for all rows."""
-        return values if self._index is None or len(values) < len(self.keys) else values[self._index]
+        if len(self._report_rows) == len(self.keys) or len(values) < len(self.keys):
+            return values
+        return values[self._upload("rows", self._report_rows, torch.int64, values.device)]
+
+    def _upload(self, name: str, values: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """`torch.tensor(values)`, uploaded once for each stream."""
+        found: Tensor = self._uploaded.get(name, [device], lambda: upload(values, dtype, device))
+        return found
 
 
 def _with_scratch_rows(rows: Sequence[int], counted: Sequence[bool], report_rows: list[int]) -> list[int]:

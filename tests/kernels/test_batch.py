@@ -158,6 +158,16 @@ def test_counters_are_kept_until_they_are_discarded():
     assert not made.scratch(3)[1].any()
 
 
+def test_streams_have_counters_of_their_own(monkeypatch):
+    made = make([torch.zeros(3)], [torch.zeros(3)], [torch.zeros(3)])
+    found = {}
+    for stream in ("a", "b", "a"):
+        monkeypatch.setattr(made, "join", lambda stream=stream: stream)
+        counters = made.scratch(3)[1]
+        assert found.setdefault(stream, counters) is counters
+    assert found["a"] is not found["b"]
+
+
 @pytest.mark.parametrize("sums", [3, 6, 9])
 def test_rows_that_no_kernel_writes_are_zero(sums):
     t = torch.zeros(3)

@@ -114,6 +114,39 @@ def test_a_cuda_graph(rule, stats):
             properties.assert_equal_bits([ff], [again.ff])
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_the_first_call_of_a_list_in_a_cuda_graph(rule):
+    """Its tables are made in the capture, where the report is also read and the sums are reduced."""
+
+    def doubled(table):
+        return table * 2
+
+    def synthesize(forget, retain, out):
+        report = sago.synthesize_(forget, retain, rule, gamma=0.5, out=out, groups=[0, 1, 0, 1])
+        sums, reduced = report.conflict_fraction, report.numel
+        again = sago.synthesize_(forget, retain, rule, out=out, groups=[0, 1, 0, 1], reduce_gram=doubled)
+        return sums, reduced, again.ff, again.numel, again.conflict_fraction
+
+    other = pairs(FP32, (5000, 3, 70000, 17), seed=5)
+    synthesize(*other, [torch.empty_like(t) for t in other[1]])  # compiles
+    forget, retain = pairs(FP32, (5001, 5, 70001, 19))
+    out = [torch.full_like(t, torch.nan) for t in retain]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = synthesize(forget, retain, out)
+    for seed in (10, 20):
+        new_forget, new_retain = pairs(FP32, (5001, 5, 70001, 19), seed=seed)
+        for t, new in zip(forget + retain, new_forget + new_retain, strict=True):
+            t.copy_(new)
+        graph.replay()
+        again = [torch.empty_like(t) for t in retain]
+        expected = synthesize(forget, retain, again)
+        properties.assert_equal_bits([t.cpu() for t in out], [t.cpu() for t in again])
+        properties.assert_equal_bits([t.cpu() for t in found], [t.cpu() for t in expected])
+    assert found[3].tolist() == [2 * n for n in found[1].tolist()]
+
+
 def test_two_graphs_and_eager_calls_between():
     """Each graph keeps the tables that it was captured with."""
     sets = [pairs(FP32, seed=seed) for seed in (0, 40)]

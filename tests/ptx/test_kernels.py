@@ -1,5 +1,7 @@
 """The compiled kernels, executed: the checks of every backend, with every access watched."""
 
+import sys
+
 import pytest
 import torch
 
@@ -63,6 +65,45 @@ def test_the_order_of_the_blocks_does_not_matter(emulated, seed):
         found.append([*updates, report.ff, report.fr, report.rr])
     for other in found[1:]:
         properties.assert_equal_bits(other, found[0])
+
+
+@pytest.mark.parametrize("rule", ["sago", "pcgrad"])
+def test_what_a_capture_records_can_be_replayed(emulated, monkeypatch, rule):
+    """The tables of a first call in a capture serve every replay, beside eager calls on the same list."""
+    forget, retain = ([t.float() for t in side] for side in zip(*map(inputs.pair, (40001, 13)), strict=True))
+    out = [torch.full_like(t, torch.nan) for t in retain]
+    with emulated("sm_90"):
+        recorded = []
+        with monkeypatch.context() as capturing:
+            for module in ("sago.backends.streams", "sago.kernels.batch"):
+                capturing.setattr(sys.modules[module], "is_capturing", lambda devices: True)
+            for name in ("gram", "combine"):
+                module = sys.modules[f"sago.kernels.{name}"]
+                capturing.setattr(
+                    module, f"_{name}_kernel", Recorded(module.__dict__[f"_{name}_kernel"], recorded)
+                )
+            captured = sago.synthesize_(forget, retain, rule, out=out, backend="triton")
+        for seed in (1, 2):
+            for i, t in enumerate(forget + retain):
+                t.copy_(inputs.pair(t.numel(), seed=seed + i)[0])
+            for replay in recorded:
+                replay()
+            updates, report = RUN(forget, retain, rule)
+            properties.assert_equal_bits(out, updates)
+        properties.assert_equal_bits([captured.ff], [report.ff])
+
+
+class Recorded:
+    """Keeps the launches of a kernel, as the capture of a CUDA graph does."""
+
+    def __init__(self, kernel, recorded):
+        self._kernel, self._recorded = kernel, recorded
+
+    def __getitem__(self, grid):
+        def record(*arguments, **constants):
+            self._recorded.append(lambda: self._kernel[grid](*arguments, **constants))
+
+        return record
 
 
 @pytest.mark.grid

@@ -24,6 +24,7 @@ need_stub_driver()
 
 RUN = Backend("triton", "cpu")
 ORDERS = 3  # of the blocks, in one of which a wrong kernel must be caught
+BARRIER = "bar.sync \t0;"
 # The options of each check of the table. Values and bounds are always checked.
 OPTIONS = {
     "values": {"races": False},
@@ -34,14 +35,16 @@ OPTIONS = {
 
 
 def barrier(before: bool) -> Callable[[str], str]:
-    """Removes the barriers next to every atomic operation, in front of it or behind it."""
+    """Removes the barriers at every atomic operation: those since the last store, or the one behind it."""
 
     def change(ptx: str) -> str:
         pieces = ptx.split("atom.global")
         for i in range(len(pieces) - 1):
-            k = i if before else i + 1
-            head, found, tail = (pieces[k].rpartition if before else pieces[k].partition)("bar.sync \t0;")
-            pieces[k] = f"{head}{' ' * bool(found)}{tail}"
+            if before:
+                stored = max(pieces[i].rfind("st.global"), 0)
+                pieces[i] = pieces[i][:stored] + pieces[i][stored:].replace(BARRIER, "")
+            else:
+                pieces[i + 1] = pieces[i + 1].replace(BARRIER, "", 1)
         return "atom.global".join(pieces)
 
     return change

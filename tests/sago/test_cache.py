@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 
 from sago.backends import streams as cache_module
-from sago.backends.streams import Cache
+from sago.backends.streams import Cache, Streams
 
 upload_module = importlib.import_module("sago.backends.upload")  # its function has the same name
 
@@ -115,3 +115,48 @@ def test_threads_at_once():
     finally:
         sys.setswitchinterval(interval)
     assert not wrong
+
+
+class Stream:
+    """Like `torch.cuda.Stream`."""
+
+    def __init__(self):
+        self.waited = []
+
+    def wait_stream(self, stream):
+        self.waited.append(stream)
+
+
+class Recorded:
+    """Like a tensor on a GPU."""
+
+    def __init__(self):
+        self.streams = []
+
+    def record_stream(self, stream):
+        self.streams.append(stream)
+
+
+def test_another_stream_waits_once_and_keeps_the_memory(monkeypatch):
+    made, other, table = Stream(), Stream(), Recorded()
+    capturing_now = False
+    monkeypatch.setattr(cache_module, "is_capturing", lambda devices: capturing_now)
+    current = made
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    streams = Streams(torch.device("cuda:0"))
+    assert streams.join([table]) is made
+    assert (made.waited, table.streams) == ([], [])
+    current = Stream()
+    capturing_now = True
+    streams.join([table])
+    assert (current.waited, table.streams) == ([], [])  # a capture starts after all earlier work
+    capturing_now, current = False, other
+    for _ in range(2):
+        assert streams.join([table]) is other
+    current = made
+    streams.join([table])
+    assert (other.waited, made.waited, table.streams) == ([made], [], [other])
+
+
+def test_there_are_no_streams_on_the_cpu():
+    assert Streams(CPU).join([torch.zeros(1)]) is None

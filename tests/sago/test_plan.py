@@ -172,14 +172,15 @@ def test_none_is_made_in_a_capture(monkeypatch):
 
 
 def test_what_a_capture_uploads_is_not_used_outside(monkeypatch):
+    """It has no values before the first replay."""
     f, r = inputs.pair(20)
     plan = sago.Plan(f, r, reduce_gram=lambda table: None)
     with monkeypatch.context() as capturing:
-        capturing.setattr("sago.core.pipeline.is_capturing", lambda devices: True)
+        capturing.setattr("sago.backends.streams.is_capturing", lambda devices: True)
         plan.synthesize_()
-    assert plan._pipeline._elements is None
+    assert plan._pipeline._uploaded.find("elements", [torch.device("cpu")]) is None
     plan.synthesize_()
-    assert plan._pipeline._elements.tolist() == [20.0]
+    assert plan._pipeline._uploaded.find("elements", [torch.device("cpu")]).tolist() == [20.0]
 
 
 def test_a_weight_with_a_negative_bit(backend):
@@ -219,6 +220,31 @@ def test_in_a_cuda_graph(rule, stats):
         properties.assert_equal_bits([t.cpu() for t in out], [t.cpu() for t in updates])
         if ff is not None:
             properties.assert_equal_bits([ff], [again.ff])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", ANY)
+def test_on_another_stream_than_it_was_made_on(rule):
+    """The other stream waits for the tables, and nothing reuses their memory while it runs."""
+    forget, retain = ([t.cuda() for t in inputs.pair(n)] for n in (100, 1 << 20))
+    expected, _ = sago.synthesize(forget, retain, rule)
+    out = [torch.empty_like(t) for t in retain]
+    warm = sago.Plan(forget, retain, rule, out=[torch.empty_like(t) for t in retain])
+    warm.synthesize_()  # compiles
+    torch.cuda.synchronize()
+    made, other = torch.cuda.Stream(), torch.cuda.Stream()
+    with torch.cuda.stream(made):
+        torch.cuda._sleep(100_000_000)  # the tables are uploaded after it
+        plan = sago.Plan(forget, retain, rule, out=out)
+    with torch.cuda.stream(other):
+        torch.cuda._sleep(100_000_000)
+        plan.synthesize_()
+    del plan
+    with torch.cuda.stream(made):
+        reused = [torch.full((1 << 10,), -1, dtype=torch.int64, device="cuda") for _ in range(200)]
+    torch.cuda.synchronize()
+    properties.assert_equal_bits([t.cpu() for t in out], [t.cpu() for t in expected])
+    assert all((t == -1).all() for t in reused)
 
 
 @pytest.mark.gpu
