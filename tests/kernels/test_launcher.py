@@ -3,12 +3,13 @@
 `tests.support.launched` says what is launched, and runs in a process of its own.
 """
 
+import ast
 import json
 
 import pytest
 
 from tests.support.backends import GRAM, import_with_triton
-from tests.support.processes import need_stub_driver, python
+from tests.support.processes import ROOT, need_stub_driver, python
 
 import_with_triton("triton")
 need_stub_driver()
@@ -65,3 +66,12 @@ def test_a_rule_is_one_launch_for_each_dtype_and_one_program_for_each_chunk(laun
         if name == "two dtypes":
             kernels, grids = kernels * 2, [[2, 1, 1]] * 2
         assert [(x[0], x[2]) for x in case["second"]] == list(zip(kernels, grids, strict=True)), name
+
+
+def test_no_kernel_function_calls_itself():
+    """Triton 3.4 would not compile it."""
+    for path in (ROOT / "kernels" / "triton").glob("*.py"):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, ast.FunctionDef):
+                called = {ast.unparse(node.func) for node in ast.walk(function) if isinstance(node, ast.Call)}
+                assert function.name not in called, f"{path.name}: {function.name}"
