@@ -65,16 +65,24 @@ def _where(condition, x, y):
     return tl.where(condition, x, y)
 
 
+@triton.jit
+def _sqrt(x):
+    return tl.sqrt(x)
+
+
+_IN_KERNELS = {rules.where: _where, rules.sqrt: _sqrt}
+
+
 def on_device(coefficients: Any) -> Any:
     """The device function of `coefficients`, or None if it cannot be compiled into a kernel.
 
     A function can be compiled if it is a plain function from a source file, without defaults or annotations
-    (Triton would evaluate them), and uses only arithmetic, comparisons, `where` of `sago.rules` and functions
-    of the same kind. A function that reads a global number is not compiled, because the kernel would keep the
+    (Triton would evaluate them), and uses only arithmetic, comparisons, the functions of
+    `sago.rules.language` and functions of the same kind. A function that reads a global number is not compiled, because the kernel would keep the
     number's first value.
     """
-    if coefficients is rules.where:
-        return _where
+    if coefficients in _IN_KERNELS:
+        return _IN_KERNELS[coefficients]
     return _compiled(coefficients) if isinstance(coefficients, FunctionType) else None
 
 

@@ -1,39 +1,60 @@
 """Rules: functions from the inner products of two gradients to the coefficients of their update.
 
-One file holds one rule. A new rule is a new file, an entry in `_FILES` and its tests.
+A rule is a file of this package that defines a `Rule` and, beside it, `reference`: an independent definition
+of its coefficients on floats. The file is all that registers it.
 """
 
 from __future__ import annotations
 
-from sago.rules import blur, pcgrad, sago, sago_prefer_retain, sum
-from sago.rules.language import ratio, scaled, where
-from sago.rules.rule import Coefficients, Rule, Term, evaluate
+from collections.abc import Callable
+from importlib import import_module
+from pkgutil import iter_modules
+
+from sago.rules.language import abs, maximum, minimum, ratio, scaled, sqrt, where
+from sago.rules.rule import Coefficients, Guarantees, Rule, Term, evaluate
 
 __all__ = [
     "REFERENCES",
     "RULES",
     "Coefficients",
+    "Guarantees",
     "Rule",
     "Term",
+    "abs",
     "evaluate",
     "list_rules",
+    "maximum",
+    "minimum",
     "ratio",
     "resolve",
     "scaled",
+    "sqrt",
     "where",
 ]
 
-# Each rule, and an independent definition of its coefficients on floats.
-_FILES = (
-    (sum.RULE, sum.reference),
-    (sago.RULE, sago.reference),
-    (sago_prefer_retain.RULE, sago_prefer_retain.reference),
-    (pcgrad.RULE, pcgrad.reference),
-    (pcgrad.GLOBAL, pcgrad.reference),
-    (blur.RULE, blur.reference),
-)
-RULES = {rule.name: rule for rule, _ in _FILES}
-REFERENCES = {rule.name: reference for rule, reference in _FILES}
+_SHARED = {"language", "reads", "rule"}
+# The rules of the paper and of its released code come first.
+_FIRST = ("sum", "sago", "sago_prefer_retain", "pcgrad", "pcgrad_global", "blur")
+
+
+def _registered() -> list[tuple[Rule, Callable[..., tuple[float, ...]]]]:
+    """The rules of all files of the package, each with its independent definition."""
+    found = {}
+    for file in iter_modules(__path__):
+        if file.name in _SHARED:
+            continue
+        module = import_module(f"{__name__}.{file.name}")
+        for rule in vars(module).values():
+            if isinstance(rule, Rule):
+                if rule.name in found:
+                    raise RuntimeError(f"Two files of {__name__} define a rule named {rule.name!r}.")
+                found[rule.name] = rule, module.reference
+    names = [*_FIRST, *sorted(found.keys() - set(_FIRST))]
+    return [found[name] for name in names]
+
+
+RULES = {rule.name: rule for rule, _ in _registered()}
+REFERENCES = {rule.name: reference for rule, reference in _registered()}
 
 
 def list_rules() -> list[str]:

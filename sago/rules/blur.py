@@ -10,7 +10,7 @@ Source: arXiv 2506.08164.
 from math import isfinite, nan
 
 from sago.rules.language import ratio, scaled
-from sago.rules.rule import Rule
+from sago.rules.rule import Guarantees, Rule
 
 
 def coefficients(ff, fr, rr, gamma, alpha):
@@ -28,4 +28,11 @@ def reference(ff: float, fr: float, rr: float, gamma: float, alpha: float) -> tu
     return gamma - alpha * k, alpha, gamma - alpha * k, alpha
 
 
-RULE = Rule("blur", coefficients, "global", formula="gamma*f + alpha*(r - <f,r>/<f,f>*f), over all tensors")
+RULE = Rule(
+    "blur",
+    coefficients,
+    "global",
+    formula="gamma*f + alpha*(r - <f,r>/<f,f>*f), over all tensors",
+    guarantees=Guarantees(non_negative_with_forget=True),
+    source="arXiv 2506.08164",
+)

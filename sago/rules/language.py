@@ -1,6 +1,7 @@
 """The functions that a coefficient function can use besides arithmetic and comparisons.
 
-Each has one meaning on tensors and on the scalars inside a kernel.
+Each has one meaning on tensors and on the scalars inside a kernel. A kernel has its own `where` and `sqrt`.
+The others are compiled from their code below.
 """
 
 import torch
@@ -9,6 +10,26 @@ import torch
 def where(condition, x, y):
     """`torch.where(condition, x, y)`, which replaces `if` in a coefficient function."""
     return torch.where(condition, x, y)
+
+
+def sqrt(x):
+    """`torch.sqrt(x)`, rounded correctly."""
+    return torch.sqrt(x)
+
+
+def minimum(x, y):
+    """The smaller of two values, like `torch.minimum`: NaN if one of them is NaN."""
+    return where(x < y, x, where(y <= x, y, x + y))
+
+
+def maximum(x, y):
+    """The larger of two values, like `torch.maximum`: NaN if one of them is NaN."""
+    return where(x > y, x, where(y >= x, y, x + y))
+
+
+def abs(x):
+    """`torch.abs(x)`."""
+    return where(x > 0.0, x, 0.0 - x)
 
 
 def ratio(numerator, denominator):

@@ -11,7 +11,7 @@ Source: Algorithm 1 of arXiv 2001.06782, in the form of arXiv 2604.14808, which 
 from math import isfinite, nan
 
 from sago.rules.language import ratio, scaled, where
-from sago.rules.rule import Rule
+from sago.rules.rule import Guarantees, Rule
 
 
 def coefficients(ff, fr, rr, gamma, alpha):
@@ -33,7 +33,19 @@ def reference(ff: float, fr: float, rr: float, gamma: float, alpha: float) -> tu
     return gamma, alpha - gamma * k, gamma, alpha - gamma * k
 
 
-RULE = Rule("pcgrad", coefficients, "tensor", formula="gamma*(f - min(0, <f,r>/<r,r>)*r) + alpha*r")
+RULE = Rule(
+    "pcgrad",
+    coefficients,
+    "tensor",
+    formula="gamma*(f - min(0, <f,r>/<r,r>)*r) + alpha*r",
+    guarantees=Guarantees(non_negative_with_retain=True),
+    source="arXiv 2001.06782 and 2604.14808",
+)
 GLOBAL = Rule(
-    "pcgrad_global", coefficients, "global", formula="pcgrad, with <f,r> and <r,r> over all tensors"
+    "pcgrad_global",
+    coefficients,
+    "global",
+    formula="pcgrad, with <f,r> and <r,r> over all tensors",
+    guarantees=Guarantees(non_negative_with_retain=True),
+    source="arXiv 2001.06782 and 2604.14808",
 )

@@ -10,8 +10,9 @@ A rule computes the coefficients from `ff = <f,f>`, `fr = <f,r>`, `rr = <r,r>` a
 
 A coefficient function runs in two places: on fp64 tensors of shape `[groups]`, and, recompiled, on
 fp64 scalars inside the combine kernel. It is compiled into the kernel if it is defined in a file, has no
-annotations, and uses only `+ - * /`, comparisons, `where` and functions of the same kind. Any other torch
-code is also a valid rule. Torch operations compute its coefficients before the kernel runs.
+annotations, and uses only `+ - * /`, comparisons, the functions of `sago.rules.language` and functions of the
+same kind. Any other torch code is also a valid rule. Torch operations compute its coefficients before the
+kernel runs.
 """
 
 from __future__ import annotations
@@ -30,6 +31,23 @@ Scope = Literal["element", "tensor", "global"]
 Term = Literal["zero", "nonzero", "any"]
 
 
+class Guarantees(NamedTuple):
+    """What holds for the update `u` of any pair of gradients with `gamma >= 0` and `alpha >= 0`.
+
+    Attributes:
+        non_negative_with_retain: `<u,r> >= 0` over the elements of each group.
+        non_negative_with_forget: `<u,f> >= 0` over the elements of each group.
+        agrees_with_retain: `u_i * r_i >= 0` at every element.
+        degree: If both gradients are multiplied by `c > 0`, the update is multiplied by `c ** degree`. A rule
+            of degree 1 can work on the scaled gradients of `torch.amp.GradScaler`.
+    """
+
+    non_negative_with_retain: bool = False
+    non_negative_with_forget: bool = False
+    agrees_with_retain: bool = False
+    degree: int = 1
+
+
 @dataclass(frozen=True)
 class Rule:
     """A rule: how the update is computed from the forget and the retain gradient.
@@ -46,6 +64,9 @@ class Rule:
             that reads one is refused.
         gated: Whether elements in conflict have coefficients of their own.
         formula: One line for tables and documentation.
+        guarantees: What holds for every update of the rule; see `Guarantees`. `sago.testing.check_rule` tests
+            it.
+        source: Where the rule was published.
 
     Attributes:
         reads: For each case `(gamma == 0, alpha == 0)`, the names of the inner products that each coefficient
@@ -64,6 +85,8 @@ class Rule:
     scope: Scope
     gated: bool = False
     formula: str = ""
+    guarantees: Guarantees = field(default=Guarantees(), compare=False)
+    source: str = field(default="", compare=False)
     reads: Reads = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

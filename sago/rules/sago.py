@@ -8,7 +8,7 @@ The gate is the sign conflict. Promise: `u_i * r_i >= 0` at every element, so th
 Source: SAGO, arXiv 2604.14808.
 """
 
-from sago.rules.rule import Rule
+from sago.rules.rule import Guarantees, Rule
 
 
 def coefficients(ff, fr, rr, gamma, alpha):
@@ -20,4 +20,12 @@ def reference(ff: float, fr: float, rr: float, gamma: float, alpha: float) -> tu
     return 0.0, alpha, gamma, 0.0
 
 
-RULE = Rule("sago", coefficients, "element", gated=True, formula="alpha*r in conflict, else gamma*f")
+RULE = Rule(
+    "sago",
+    coefficients,
+    "element",
+    gated=True,
+    formula="alpha*r in conflict, else gamma*f",
+    guarantees=Guarantees(non_negative_with_retain=True, agrees_with_retain=True),
+    source="arXiv 2604.14808",
+)

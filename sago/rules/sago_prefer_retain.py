@@ -8,7 +8,7 @@ The gate is the sign conflict. Promise: `u_i * r_i >= 0` at every element, so th
 Source: the released code of SAGO, arXiv 2604.14808.
 """
 
-from sago.rules.rule import Rule
+from sago.rules.rule import Guarantees, Rule
 
 
 def coefficients(ff, fr, rr, gamma, alpha):
@@ -26,4 +26,6 @@ RULE = Rule(
     "element",
     gated=True,
     formula="alpha*r in conflict, else gamma*f + alpha*r",
+    guarantees=Guarantees(non_negative_with_retain=True, agrees_with_retain=True),
+    source="the released code of arXiv 2604.14808",
 )

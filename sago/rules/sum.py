@@ -17,4 +17,10 @@ def reference(ff: float, fr: float, rr: float, gamma: float, alpha: float) -> tu
     return gamma, alpha, gamma, alpha
 
 
-RULE = Rule("sum", coefficients, "element", formula="gamma*f + alpha*r")
+RULE = Rule(
+    "sum",
+    coefficients,
+    "element",
+    formula="gamma*f + alpha*r",
+    source="the baseline of every comparison",
+)

@@ -95,7 +95,7 @@ class Translator:
             raise ValueError(f"Unknown instruction: {one.text}")
         modifiers = [x for x in one.opcode[1:] if x not in types]
         known = _MODIFIERS.get(name, ())
-        rounds = name in ("add", "sub", "mul", "div", "fma") and types[0][0] == "f"
+        rounds = name in ("add", "sub", "mul", "div", "sqrt", "fma") and types[0][0] == "f"
         if any(x not in known for x in modifiers) or (rounds and "rn" not in modifiers):
             raise ValueError(f"Unknown modifiers: {one.text}")
         targets, value = write(self, one, types)
@@ -333,7 +333,7 @@ def _shuffle(t: Translator, one: Instruction, types: list[str]) -> Written:
 
 _FLOAT = ("rn",)
 _MODIFIERS = {
-    **dict.fromkeys(("add", "sub", "div", "cvt"), _FLOAT),
+    **dict.fromkeys(("add", "sub", "div", "sqrt", "cvt"), _FLOAT),
     **dict.fromkeys(("mul", "mad"), (*_FLOAT, "lo", "wide")),
     "fma": _FLOAT,
     "min": ("NaN",),
@@ -350,6 +350,7 @@ _WRITERS: dict[str, Writer] = {
     "not": _arithmetic("~{}"),
     "neg": _arithmetic("-{}"),
     "abs": _arithmetic("np.abs({})"),
+    "sqrt": _arithmetic("np.sqrt({})"),
     "bfe": _field,
     "fma": _fused,
     "mul": _multiply,
