@@ -31,6 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from benchmarks import released
 from benchmarks.measure import source_hash
 from benchmarks.sweep import SHIPPED, Configuration, configured
 from sago.rules import RULES, Rule
@@ -102,7 +103,7 @@ def launches(arch: str, quick: bool = False, configuration: Configuration = SHIP
     combine. For the first pair it also has all other rules, without statistics. All tensors are aligned,
     except those of the longest combine.
     """
-    rules = [(rule, False) for rule in (*RULES.values(), _FROM_TABLE)]
+    rules = [(rule, False) for rule in (*(RULES[name] for name in released.RULES), _FROM_TABLE)]
     rules += [(rule, True) for rule in _PROPAGATING]
     found: dict[Any, Launch] = {}
 

@@ -23,6 +23,7 @@ import sago
 from benchmarks import memory
 from benchmarks.gradients import ALPHA, GAMMA, WrongResult
 from benchmarks.measure import dtype_name, origin
+from benchmarks.released import RULES as PAPER
 from sago.rules import RULES
 
 SHARDS = (1, 2, 3, 8, 64, 255, 1024)
@@ -42,7 +43,7 @@ Tensors = list[Tensor]
 
 def run(
     shards: Sequence[int] = SHARDS,
-    rules: Sequence[str] = tuple(RULES),
+    rules: Sequence[str] = PAPER,
     dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float32),
 ) -> dict[str, Any]:
     """Makes the rows of every rule and dtype. Raises `WrongResult` where sums or updates are wrong."""

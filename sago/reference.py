@@ -7,7 +7,8 @@ unlike `sago.synthesize_`.
 
 `f` is the gradient of the forget loss as minimised, `r` the gradient of the retain loss. Each rule has a
 function here, defined in its file under `sago.rules`, that returns `(a_c, b_c, a, b)`: the update is
-`a_c*f + b_c*r` where the two conflict and `a*f + b*r` elsewhere.
+`a_c*f + b_c*r` where the two conflict and `a*f + b*r` elsewhere. For a rule with a gate of its own, it
+returns two coefficients for each class of the gate.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ import torch
 from torch import Tensor
 
 from sago import rules
-from sago.backends.reference import conflict, update, weighted, with_zeros, write
+from sago.backends.reference import class_sums_of, conflict, update, weighted, with_zeros, write
 from sago.backends.reference import sums_of as sums
 from sago.core.report import SynthesisReport
-from sago.rules import REFERENCES
+from sago.rules import REFERENCES, Rule
 
 __all__ = [
     *REFERENCES,
     "conflict",
+    "definition",
     "sums",
     "synthesize",
     "synthesize_",
@@ -38,10 +40,10 @@ __all__ = [
 ]
 
 Gradients = Tensor | Sequence[Tensor | None]
-FourFloats = tuple[float, ...]  # a_c, b_c, a, b
+Floats = tuple[float, ...]  # a_c, b_c, a, b, or a and b of each class
 
 
-def __getattr__(name: str) -> Callable[..., FourFloats]:
+def __getattr__(name: str) -> Callable[..., Floats]:
     """The function of each rule: `sago.reference.pcgrad`."""
     if name in REFERENCES:
         return REFERENCES[name]
@@ -92,14 +94,11 @@ def synthesize_(
     gamma, alpha = float(gamma), float(alpha)
     if isinstance(out, str) and out != "forget":
         raise ValueError(f"Parameter `out` should be None, 'forget' or tensors. Found {out!r}.")
-    if isinstance(rule, str):
-        scope = rules.resolve(rule).scope
-        name, coefficients = rule, REFERENCES[rule]
-    else:
-        name, coefficients, scope = rule.name, _plain(rule), rule.scope
+    coefficients = REFERENCES[rule] if isinstance(rule, str) else definition(rule)
+    rule = rules.resolve(rule)
 
     if groups is None:
-        groups = ["all"] * len(forget) if scope == "global" else list(range(len(forget)))
+        groups = ["all"] * len(forget) if rule.scope == "global" else list(range(len(forget)))
     rows = list(dict.fromkeys(groups))
     pairs = [
         None if f is None and r is None else with_zeros(f, r) for f, r in zip(forget, retain, strict=True)
@@ -112,78 +111,90 @@ def synthesize_(
                 f"Forget, retain and out of gradient {i} should be tensors of one shape. Found {found}."
             )
 
-    # A row has the nine values of `sums` and the number of elements. This file does not use the functions of
-    # `sago.backends.sums` that read the columns, because the tests compare them with it.
+    # A row has the values of `sums` or `class_sums_of`, and the number of elements. This file does not use
+    # the functions of `sago.backends.sums` that read the columns, because the tests compare them with it.
+    gate = rule.gate
     device = next((p[0].device for p in pairs if p), torch.device("cpu"))
-    table = torch.zeros(len(rows), 10, dtype=torch.float64, device=device)
+    table = torch.zeros(len(rows), 10 if gate is None else 16, dtype=torch.float64, device=device)
     for group, pair in zip(groups, pairs, strict=True):
         if pair:
-            both = torch.cat([sums(*pair), torch.tensor([pair[0].numel()], device=pair[0].device)])
+            taken = sums(*pair) if gate is None else class_sums_of(*pair, gate)
+            both = torch.cat([taken, torch.tensor([pair[0].numel()], device=pair[0].device)])
             table[rows.index(group)] += both.to(device)
-    if reduce_gram is not None and (stats or scope != "element"):
+    if reduce_gram is not None and (stats or rule.scope != "element"):
         reduced = reduce_gram(table)
         table = table if reduced is None else reduced
 
-    gram = table[:, 0:3] + table[:, 6:9]
-    if scope == "global":
-        gram = gram.sum(0, keepdim=True).expand(len(rows), 3)
-    chosen = [coefficients(ff + eps, fr, rr + eps, gamma, alpha) for ff, fr, rr in gram.tolist()]
-    updates = [pair and update(*pair, chosen[rows.index(g)]) for g, pair in zip(groups, pairs, strict=True)]
+    read = table.sum(0, keepdim=True).expand_as(table) if rule.scope == "global" else table
+    chosen = []
+    for row in read:
+        ff, fr, rr = _gram(row, rule).sum(0).tolist()
+        classes = torch.cat([row[12:15, None], _gram(row, rule)], dim=1).tolist() if rule.by_class else None
+        sixth = [] if classes is None else [classes[: rule.classes]]
+        chosen.append(coefficients(ff + eps, fr, rr + eps, gamma, alpha, *sixth))
+    updates = [
+        pair and update(*pair, chosen[rows.index(g)], gate) for g, pair in zip(groups, pairs, strict=True)
+    ]
     for target, u in zip(targets, updates, strict=True):
         if u is not None:
             write(u, target)
-    gated = not isinstance(rule, str) and rule.gated
-    return _report(name, rows, table, chosen, stats, scope, gated)
+    return _report(rule, rows, table, chosen, stats)
 
 
 def _listed(tensors: Any) -> list[Any]:
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
 
 
-def _plain(rule: Any) -> Callable[..., FourFloats]:
-    """The coefficient function of a `sago.Rule` on floats. It always returns four coefficients.
+def definition(rule: Any) -> Callable[..., Floats]:
+    """The coefficient function of a `sago.Rule` on floats. It returns those of two classes or more.
 
     A coefficient is NaN if a sum that it reads is not finite.
     """
 
-    def coefficients(*numbers: float) -> FourFloats:
-        *products, gamma, alpha = numbers
+    def coefficients(*numbers: Any) -> Floats:
+        *products, gamma, alpha = numbers[:5]
         lost = {name for name, x in zip(("ff", "fr", "rr"), products, strict=True) if not isfinite(x)}
-        values = [float(x) for x in rule.coefficients(*torch.tensor(numbers, dtype=torch.float64))]
+        five = torch.tensor(numbers[:5], dtype=torch.float64)
+        sixth = [[torch.tensor(x, dtype=torch.float64) for x in classes] for classes in numbers[5:]]
+        values = [float(x) for x in rule.coefficients(*five, *sixth)]
         read = rule.reads[gamma == 0, alpha == 0]
         values = [nan if lost & names else x for x, names in zip(values, read, strict=True)]
-        return tuple(values) if rule.gated else (*values, *values)
+        return tuple(values) if rule.classes > 1 else (*values, *values)
 
     return coefficients
 
 
+def _gram(row: Tensor, rule: Rule) -> Tensor:
+    """`ff, fr, rr` of each class of a row, in the order of the coefficients."""
+    parts = [row[6:9], row[0:3]] if rule.gate is None else [row[0:3], row[6:9], row[9:12]]
+    return torch.stack(parts)
+
+
 def _report(
-    name: str,
+    rule: Rule,
     rows: list[Hashable],
     table: Tensor,
-    chosen: list[FourFloats],
+    chosen: list[Floats],
     stats: bool,
-    scope: str,
-    gated: bool,
 ) -> SynthesisReport:
-    outside, counts, inside, numel = table.split([3, 3, 3, 1], dim=1)
+    gram = [_gram(row, rule) for row in table]
     columns: dict[str, Tensor] = {}
-    if stats or scope != "element":
-        columns.update(zip(("ff", "fr", "rr"), (outside + inside).unbind(1), strict=True))
-    if stats or (scope != "element" and not gated):
-        columns.update(zip(("uu", "uf", "ur"), _of_update(chosen, outside, inside).unbind(1), strict=True))
-    if stats:
-        columns.update(
-            zip(("conflicts", "nonfinite_forget", "nonfinite_retain"), counts.unbind(1), strict=True)
-        )
-    return SynthesisReport(name, rows, numel[:, 0], lambda: columns)
+    if stats or rule.scope != "element":
+        products = torch.stack([part.sum(0) for part in gram])
+        columns.update(zip(("ff", "fr", "rr"), products.unbind(1), strict=True))
+    if stats or rule.by_class or (rule.scope != "element" and rule.classes == 1):
+        columns.update(zip(("uu", "uf", "ur"), _of_update(chosen, gram).unbind(1), strict=True))
+    if stats or rule.by_class:
+        counts = table[:, 3:6].unbind(1)
+        columns.update(zip(("conflicts", "nonfinite_forget", "nonfinite_retain"), counts, strict=True))
+    return SynthesisReport(rule.name, rows, table[:, -1], lambda: columns)
 
 
-def _of_update(chosen: list[FourFloats], outside: Tensor, inside: Tensor) -> Tensor:
-    """`<u,u>`, `<u,f>` and `<u,r>` of `u = a*f + b*r`, from the sums in conflict and out of conflict."""
-    total = torch.zeros_like(outside)
-    for i, (a_c, b_c, a, b) in enumerate(chosen):
-        for (p, q), (ff, fr, rr) in (((a_c, b_c), inside[i]), ((a, b), outside[i])):
+def _of_update(chosen: list[Floats], gram: list[Tensor]) -> Tensor:
+    """`<u,u>`, `<u,f>` and `<u,r>` of `u = a*f + b*r`, from the sums of each class."""
+    total = torch.zeros(len(gram), 3, dtype=torch.float64, device=gram[0].device)
+    for i, values in enumerate(chosen):
+        for p, q, (ff, fr, rr) in zip(values[0::2], values[1::2], gram[i], strict=False):
             total[i, 0] += _times(p * p, ff) + _times(2 * p * q, fr) + _times(q * q, rr)
             total[i, 1] += _times(p, ff) + _times(q, fr)
             total[i, 2] += _times(p, fr) + _times(q, rr)

@@ -123,8 +123,8 @@ class Plan:
 
     Use a plan in one thread at a time. A call does not increment the version counters of the outputs, so
     autograd does not notice that a saved tensor was overwritten. `sago.synthesize_` has neither limit. Any
-    stream may run a plan. At its first call, a stream waits for the one that the plan was made on. A plan
-    cannot be copied or pickled.
+    stream may run a plan. At its first call, a stream waits for the one that the plan was made on. The
+    caller orders the streams with respect to the gradients. A plan cannot be copied or pickled.
 
     Raises:
         ValueError, TypeError: As `sago.synthesize_`, when the plan is made. ValueError if it is made while a

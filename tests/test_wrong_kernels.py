@@ -28,6 +28,7 @@ from tests.support.checks import (
     counts,
     counts_of_means,
     gated,
+    gates,
     groups,
     means,
     missing,
@@ -86,9 +87,9 @@ SIGNS = "is_negative(f * r) & (smaller > 0)"
 GUARDS = " and seen.guards.hold(tensors)"
 ROW = "row = tl.load(shape + 3)"
 FORGET = "f = upcast(tl.load(forget + at, mask=at < forget_body, other=0.0), COMPUTE)"
-OF_BODY = "store(out + at, at < body, f, r, a_c, b_c, a, b, OUT, GATED, PROPAGATE)"
-NO_TAIL = "at < size, f, r, a_c, b_c, a, b, OUT, GATED, False", propagated
-NO_BODY = "at < body, f, r, a_c, b_c, a, b, OUT, GATED, False", propagated
+OF_BODY = "store(out + at, at < body, f, r, coefficients, OUT, GATED, GATE, PROPAGATE)"
+NO_TAIL = "at < size, f, r, coefficients, OUT, GATED, GATE, False", propagated
+NO_BODY = "at < body, f, r, coefficients, OUT, GATED, GATE, False", propagated
 FACTOR = "values * torch.where(norm.isfinite(), clip, torch.nan)"
 KERNELS = {
     (stream, "in_conflict"): {
@@ -100,7 +101,15 @@ KERNELS = {
     },
     (stream, "store"): {
         "swapped branches": ("where(in_conflict(f, r)", "where(~in_conflict(f, r)", tails),
-        "a of the wrong branch": ("weighted(a_c, f", "weighted(a, f", tails),
+        "a of the wrong branch": (
+            "(in_conflict(f, r), weighted(a_c, f",
+            "(in_conflict(f, r), weighted(a, f",
+            tails,
+        ),
+            "u = tl.where(in_conflict(f, r), weighted(a_c, f",
+            "u = tl.where(in_conflict(f, r), weighted(a, f",
+            tails,
+        ),
         "swapped gradients": ("u = weighted(a, f, b, r)", "u = weighted(a, r, b, f)", specials),
         "rounded twice": (
             "u = weighted(a, f, b, r)",
@@ -115,6 +124,7 @@ KERNELS = {
             "tl.where((f == f) & (r == r), u, 0 * f + 0 * r)",
             propagated,
         ),
+        "the third class as the second": ("weighted(a_2, f, b_2, r)", "weighted(a, f, b, r)", gates),
         "-0 becomes 0 on its way": ("(u - (f - f)) - (r - r)", "(u + (f - f)) - (r - r)", propagated),
         "propagates what the rule takes": ("(u - (f - f)) - (r - r)", "u - (u - u)", propagated),
     },
@@ -130,11 +140,11 @@ KERNELS = {
         "eps left out of rr": ("+ 2) + _weight(eps, False)", "+ 2)", products),
         "eps left out of ff": ("row * gram_stride) + _weight(eps, False)", "row * gram_stride)", products),
         "reads of another coefficient": ("READS >> 36", "READS >> 24", overflow),
-        "given a for a_c": ("coefficients + row * 4)", "coefficients + row * 4 + 2)", clipping),
-        "given b_c for b": ("coefficients + row * 4 + 3)", "coefficients + row * 4 + 1)", clipping),
+        "given a for a_c": ("a_c = tl.load(entry)", "a_c = tl.load(entry + 2)", clipping),
+        "given b_c for b": ("b = tl.load(entry + 3)", "b = tl.load(entry + 1)", clipping),
         "given to the first group": (
-            "b = tl.load(coefficients + row * 4",
-            "b = tl.load(coefficients",
+            "entry = coefficients + row * (2 * CLASSES)",
+            "entry = coefficients",
             clipping,
         ),
     },
@@ -154,6 +164,14 @@ KERNELS = {
         "0 * NaN of retain": ("tl.where(b == 0, x, ", "tl.where(b != b, x, ", weights_of_zero),
         "-0 becomes 0": ("tl.where(a == 0, y, x + y)", "x + y", signed_zeros),
     },
+    (stream, "accumulate_classes"): {
+        "counted beyond the end": ("s13 + one", "s13 + 1.0", gates),
+        "two classes": ("third = (k != 0.0) & (k != 1.0)", "third = k < 0.0", gates),
+        "another class": ("s9 = tl.where(third", "s9 = tl.where(second", gates),
+    },
+    (combine, "_table"): {
+        "those of the first row": ("found.expand(", "found[:1].expand(", gates),
+    },
     (stream, "downcast"): {
         "truncated": ("(bits + 0x7FFF + ((bits >> 16) & 1))", "bits", rounding),
         "ties away from zero": ("((bits >> 16) & 1)", "1", rounding),
@@ -171,8 +189,8 @@ KERNELS = {
         "read without a mask": ("mask=at < retain_body, other=0.0", "", traffic),
         "written twice": (OF_BODY, f"{OF_BODY}; {OF_BODY}", traffic),
         "the last vector once more": ("at = body + tl", "at = tl.maximum(size - 16, 0) + tl", traffic),
-        "tail does not propagate": ("at < size, f, r, a_c, b_c, a, b, OUT, GATED, PROPAGATE", *NO_TAIL),
-        "body does not propagate": ("at < body, f, r, a_c, b_c, a, b, OUT, GATED, PROPAGATE", *NO_BODY),
+        "tail does not propagate": ("at < size, f, r, coefficients, OUT, GATED, GATE, PROPAGATE", *NO_TAIL),
+        "body does not propagate": ("at < body, f, r, coefficients, OUT, GATED, GATE, PROPAGATE", *NO_BODY),
     },
     (stream, "locate"): {
         "offsets that wrap": ("start = index * CHUNK", "start = index * CHUNK & 0x7FFF", chunks),
@@ -197,7 +215,7 @@ KERNELS = {
         "a lane for all": ("tl.sum(x, axis=0)", "tl.max(x, axis=0)", products_over_blocks),
     },
     (stream, "across"): {
-        "sums of other columns": ("interleaved(x1, x5)", "interleaved(x5, x1)", report),
+        "sums of other columns": ("four(s1, s3, s5, s7)", "four(s5, s3, s1, s7)", report),
         "the ninth from elsewhere": ("tl.sum(s8)", "tl.sum(s7)", report),
     },
     (stream, "put"): {
@@ -233,23 +251,23 @@ KERNELS = {
     },
     (stream, "accumulate"): {
         "products rounded to bf16": (
-            "s1 = plus_product(s1, f, r)",
-            "s1 += upcast(downcast(f * r, tl.bfloat16), f.dtype)",
+            "s1 = plus_product(s1, x, y)",
+            "s1 += upcast(downcast(x * y, tl.bfloat16), x.dtype)",
             products_of_bf16,
         ),
-        "not squared": ("s2 = plus_product(s2, r, r)", "s2 += tl.abs(r)", products),
+        "not squared": ("s2 = plus_product(s2, y, y)", "s2 += tl.abs(y)", products),
         "squared in fp16": (
-            "s0 = plus_product(s0, f, f)",
-            "s0 += (f * f).to(tl.float16).to(f.dtype)",
+            "s0 = plus_product(s0, x, x)",
+            "s0 += (x * x).to(tl.float16).to(x.dtype)",
             report,
         ),
-        "out of range on the way": ("s1 = plus_product(s1, f, r)", "s1 += f * r * 1e3 * 1e-3", range_),
-        "inf not counted": ("is_finite(f)", "f == f", counts),
-        "not counted beside NaN": ("is_finite(r)", "is_finite(r) | (f != f)", counts),
-        "conflicts by the product": ("= in_conflict(f, r)", "= f * r < 0", counts),
+        "out of range on the way": ("s1 = plus_product(s1, x, y)", "s1 += x * y * 1e3 * 1e-3", range_),
+        "inf not counted": ("is_finite(x)", "x == x", counts),
+        "not counted beside NaN": ("is_finite(y)", "is_finite(y) | (x != x)", counts),
+        "conflicts by the product": ("= in_conflict(x, y)", "= x * y < 0", counts),
         "the other branch": (
-            "s0 = tl.where(conflict, s0, plus_product(s0, f, f))",
-            "s0 = tl.where(conflict, plus_product(s0, f, f), s0)",
+            "s0 = tl.where(conflict, s0, plus_product(s0, x, x))",
+            "s0 = tl.where(conflict, plus_product(s0, x, x), s0)",
             report,
         ),
         "both branches": (
@@ -320,11 +338,11 @@ ON_BOTH = {
         "products of a group for a global rule": (".sum(0, keepdim=True).expand(", "[:1].expand(", groups),
     },
     (sums, "products"): {
-        "products of one branch": ("outside + inside", "outside", gated),
+        "products of one branch": ("_added(by_class(table))", "by_class(table)[0]", gated),
     },
     (sums, "of_update"): {
-        "update of the wrong branch": ("_of_update(a_c, b_c, inside)", "_of_update(a, b, inside)", report),
-        "norm without the conflicting part": ("inside is not None", "False", clipping),
+        "update of the wrong branch": ("zip(pairs, by", "zip(pairs[::-1], by", report),
+        "norm without the conflicting part": ("_added(columns)", "columns[-1]", clipping),
     },
     (coefficients, "of_update"): {
         "norm without what is left out": ('nonfinite == "propagate"', "False", clipping_of_inf),
@@ -337,8 +355,8 @@ ON_BOTH = {
     (sums, "scale"): {
         "scales not squared": ("[forget * forget, ", "[forget, ", means),
         "fr scaled once": ("forget * forget, forget * retain", "forget * forget, forget", means),
-        "conflicting part not scaled": ("part is counted", "part is not outside", means),
-        "counts scaled": ("part is None or part is counted", "part is None", counts_of_means),
+        "conflicting part not scaled": ("(0, 1, 2, 6, 7, 8, 9", "(0, 1, 2, 9", means),
+        "counts scaled": ("(0, 1, 2, 6", "(0, 1, 2, 3, 4, 5, 6", counts_of_means),
     },
     (coefficients, "limited"): {
         "one coefficient clipped": (

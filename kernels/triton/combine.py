@@ -23,7 +23,7 @@ from .batch import (
     options,
     vector,
 )
-from .formula import on_device, overflow, read_bits
+from .formula import gate_on_device, on_device, overflow, read_bits
 from .launch import bits, launch
 from .stream import finish, locate, stream
 
@@ -50,8 +50,8 @@ def _combine_kernel(
     gamma: tl.int64, alpha: tl.int64, eps: tl.int64, gram_stride: tl.int32,
     GAMMA_IN_MEMORY: tl.constexpr, ALPHA_IN_MEMORY: tl.constexpr,
     FORGET: tl.constexpr, RETAIN: tl.constexpr, OUT: tl.constexpr, COMPUTE: tl.constexpr,
-    FORMULA: tl.constexpr, READS: tl.constexpr, GATED: tl.constexpr, PROPAGATE: tl.constexpr,
-    GRAM: tl.constexpr, SUMS: tl.constexpr,
+    FORMULA: tl.constexpr, READS: tl.constexpr, GATED: tl.constexpr, GATE: tl.constexpr,
+    CLASSES: tl.constexpr, PROPAGATE: tl.constexpr, GRAM: tl.constexpr, SUMS: tl.constexpr,
     CHUNK: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr, V: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -62,15 +62,22 @@ def _combine_kernel(
     on fp64 scalars. `ff, fr, rr` come from the row of `gram`, and are 0 without GRAM. A coefficient is NaN if
     one of the sums in READS is not finite. If FORMULA is None, the four coefficients come from
     `coefficients`. With PROPAGATE, out_i is NaN where f_i or r_i is NaN or inf. With SUMS = 0, no sums are
-    computed.
+    computed. With GATE, out_i = a_k * f_i + b_k * r_i for the class k = GATE(f_i, r_i), and there are two
+    coefficients for each of CLASSES classes.
     """
     forget, retain, out, aligned, start, size, shape = locate(addresses, shapes, owner, CHUNK)
     row = tl.load(shape + 3)
     if FORMULA is None:
-        a_c = tl.load(coefficients + row * 4)
-        b_c = tl.load(coefficients + row * 4 + 1)
-        a = tl.load(coefficients + row * 4 + 2)
-        b = tl.load(coefficients + row * 4 + 3)
+        entry = coefficients + row * (2 * CLASSES)
+        a_c = tl.load(entry)
+        b_c = tl.load(entry + 1)
+        a = tl.load(entry + 2)
+        b = tl.load(entry + 3)
+        if CLASSES == 3:
+            a_2 = tl.load(entry + 4)
+            b_2 = tl.load(entry + 5)
+        else:
+            a_2, b_2 = a, b
     else:
         zero = tl.full((), 0.0, tl.float64)
         ff, fr, rr = zero, zero, zero
@@ -80,7 +87,11 @@ def _combine_kernel(
             rr = tl.load(gram + row * gram_stride + 2) + _weight(eps, False)
         gamma = _weight(gamma, GAMMA_IN_MEMORY)
         alpha = _weight(alpha, ALPHA_IN_MEMORY)
-        if GATED:
+        if CLASSES == 3:
+            a_c, b_c, a, b, a_2, b_2 = FORMULA(ff, fr, rr, gamma, alpha)
+            a_2 = overflow(ff, fr, rr, gamma, alpha, READS >> 48) + a_2
+            b_2 = overflow(ff, fr, rr, gamma, alpha, READS >> 60) + b_2
+        elif GATED or GATE is not None:
             a_c, b_c, a, b = FORMULA(ff, fr, rr, gamma, alpha)
         else:
             a, b = FORMULA(ff, fr, rr, gamma, alpha)
@@ -91,10 +102,12 @@ def _combine_kernel(
         b_c = overflow(ff, fr, rr, gamma, alpha, READS >> 12) + b_c
         a = overflow(ff, fr, rr, gamma, alpha, READS >> 24) + a
         b = overflow(ff, fr, rr, gamma, alpha, READS >> 36) + b
+        if CLASSES == 2:
+            a_2, b_2 = a, b
     sums = stream(
         forget, retain, out, aligned, start, size,
-        a_c.to(COMPUTE), b_c.to(COMPUTE), a.to(COMPUTE), b.to(COMPUTE),
-        FORGET, RETAIN, OUT, COMPUTE, GATED, PROPAGATE, SUMS, BLOCK, THREADS, V, ALIGNED,
+        (a_c.to(COMPUTE), b_c.to(COMPUTE), a.to(COMPUTE), b.to(COMPUTE), a_2.to(COMPUTE), b_2.to(COMPUTE)),
+        FORGET, RETAIN, OUT, COMPUTE, GATED, GATE, PROPAGATE, SUMS, BLOCK, THREADS, V, ALIGNED,
     )  # fmt: skip
     if SUMS > 0:
         finish(sums, shape, partials, counters, table, rows, SUMS, SPAN)
@@ -124,7 +137,8 @@ def combine(
         coefficients: Used instead of the rule's function of `gram`, `gamma`, `alpha` and `eps`.
         propagate: Whether NaN or inf in either gradient makes the element of the update NaN.
     """
-    formula = None if coefficients else on_device(rule.coefficients)
+    gate = gate_on_device(rule.gate)
+    formula = None if coefficients or rule.by_class else on_device(rule.coefficients)
     values = None
     if formula is None:
         coefficients = coefficients or evaluate(rule, gram, gamma, alpha, eps, batch.device)
@@ -145,6 +159,8 @@ def combine(
             "FORMULA": formula,
             "READS": read_bits(rule),
             "GATED": rule.gated,
+            "GATE": gate,
+            "CLASSES": max(rule.classes, 2),
             "PROPAGATE": propagate,
             "GRAM": gram is not None,
             "SUMS": sums,
@@ -160,7 +176,7 @@ def combine(
     launch(
         _combine_kernel,
         batch,
-        ("combine", function, rule.gated, propagate, gram is not None, sums, *in_memory),
+        ("combine", function, rule.gated, gate, propagate, gram is not None, sums, *in_memory),
         (partials, counters, table, values, gram),
         (bits(gamma), bits(alpha), bits(eps), 0 if gram is None else gram.stride(0)),
         constants,
@@ -170,6 +186,6 @@ def combine(
 
 
 def _table(batch: Batch, rule: Rule, values: Tensor) -> Tensor:
-    """All four coefficients of every row."""
-    both = values if rule.gated else values.repeat(1, 2)
-    return both.expand(batch.row_count, 4).contiguous()
+    """The coefficients of two classes or three of every row."""
+    found = values if rule.classes > 1 else values.repeat(1, 2)
+    return found.expand(batch.row_count, -1).contiguous()

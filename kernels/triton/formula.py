@@ -51,10 +51,10 @@ def _of_sums(ff, fr, rr, READS: tl.constexpr):
 
 
 def read_bits(rule: rules.Rule) -> int:
-    """Encodes the sums that `a_c, b_c, a, b` read: twelve bits each, in the form that `overflow` takes."""
+    """Encodes the sums that each coefficient reads in twelve bits, in the form that `overflow` takes."""
     bits = 0
     for k, case in enumerate(CASES):
-        both = rule.reads[case] if rule.gated else 2 * rule.reads[case]
+        both = rule.reads[case] if rule.classes > 1 else 2 * rule.reads[case]
         for i, names in enumerate(both):
             bits |= sum(1 << 12 * i + 3 * k + PRODUCTS.index(name) for name in names)
     return bits
@@ -78,12 +78,31 @@ def on_device(coefficients: Any) -> Any:
 
     A function can be compiled if it is a plain function from a source file, without defaults or annotations
     (Triton would evaluate them), and uses only arithmetic, comparisons, the functions of
-    `sago.rules.language` and functions of the same kind. A function that reads a global number is not compiled, because the kernel would keep the
-    number's first value.
+    `sago.rules.language` and functions of the same kind. A function that reads a global number is not
+    compiled, because the kernel would keep the number's first value.
     """
     if coefficients in _IN_KERNELS:
         return _IN_KERNELS[coefficients]
     return _compiled(coefficients) if isinstance(coefficients, FunctionType) else None
+
+
+def gate_on_device(gate: rules.Gate | None) -> Any:
+    """The device function of a gate.
+
+    Raises:
+        ValueError: If the gate cannot be compiled.
+    """
+    if gate is None:
+        return None
+    found = on_device(gate)
+    if found is None:
+        name = getattr(gate, "__qualname__", repr(gate))
+        raise ValueError(
+            "The gate of a rule should be a function from a file, without annotations, default values and "
+            "variables of an outer function, that uses only arithmetic, comparisons and the functions of "
+            f"sago.rules. Found {name}, which cannot be compiled into a kernel."
+        )
+    return found
 
 
 @lru_cache(maxsize=256)

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sago.rules import Gate
+
 from .batch import (
     BLOCK,
     CHUNK,
@@ -18,6 +20,7 @@ from .batch import (
     options,
     vector,
 )
+from .formula import gate_on_device
 from .launch import launch
 from .stream import finish, locate, stream
 
@@ -25,26 +28,30 @@ from .stream import finish, locate, stream
 @triton.jit(do_not_specialize=["addresses", "shapes", "owner", "rows", "partials", "counters", "table"])
 def _gram_kernel(
     addresses, shapes, owner, rows, partials, counters, table,
-    FORGET: tl.constexpr, RETAIN: tl.constexpr, COMPUTE: tl.constexpr, SUMS: tl.constexpr,
+    FORGET: tl.constexpr, RETAIN: tl.constexpr, COMPUTE: tl.constexpr, GATE: tl.constexpr,
+    SUMS: tl.constexpr,
     CHUNK: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr, V: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """table[row] = the sums over the elements of the row that `accumulate` lists."""
+    """table[row] = the sums over the elements of the row that `accumulate` or `accumulate_classes` lists."""
     forget, retain, out, aligned, start, size, shape = locate(addresses, shapes, owner, CHUNK)
     sums = stream(
-        forget, retain, out, aligned, start, size, 0.0, 0.0, 0.0, 0.0,
-        FORGET, RETAIN, None, COMPUTE, False, False, SUMS, BLOCK, THREADS, V, ALIGNED,
+        forget, retain, out, aligned, start, size, (0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+        FORGET, RETAIN, None, COMPUTE, False, GATE, False, SUMS, BLOCK, THREADS, V, ALIGNED,
     )  # fmt: skip
     finish(sums, shape, partials, counters, table, rows, SUMS, SPAN)
 
 
-def gram(batch: Batch, sums: int) -> Tensor:
+def gram(batch: Batch, sums: int, gate: Gate | None = None) -> Tensor:
     """The sums of every row, fp64 `[rows, sums]`.
 
     With `sums` = 3, the columns are `ff, fr, rr`. 6 adds the numbers of conflicts and of non-finite elements
     of forget and retain. 9 has `ff, fr, rr` of the elements out of conflict, the three counts, and `ff, fr,
-    rr` of the elements in conflict. Each gradient is read once, in one launch for each combination of dtypes.
+    rr` of the elements in conflict. 15 has `ff, fr, rr` of class 0 of the gate, the three counts, `ff, fr,
+    rr` of class 1 and of class 2, and the numbers of elements of the classes. Each gradient is read once, in
+    one launch for each combination of dtypes.
     """
+    device_gate = gate_on_device(gate if sums == 15 else None)
     partials, counters = batch.scratch(sums)
     table = batch.table(sums)
 
@@ -54,6 +61,7 @@ def gram(batch: Batch, sums: int) -> Tensor:
             "FORGET": TRITON_DTYPES[forget],
             "RETAIN": TRITON_DTYPES[retain],
             "COMPUTE": compute_dtype(one.dtypes),
+            "GATE": device_gate,
             "SUMS": sums,
             "CHUNK": CHUNK,
             "SPAN": SPAN,
@@ -64,5 +72,5 @@ def gram(batch: Batch, sums: int) -> Tensor:
         }
 
     tensors = partials, counters, table
-    launch(_gram_kernel, batch, ("gram", sums), tensors, (), constants, options)
+    launch(_gram_kernel, batch, ("gram", sums, device_gate), tensors, (), constants, options)
     return table

@@ -124,6 +124,43 @@ def accumulate(f, r, s0, s1, s2, s3, s4, s5, s6, s7, s8, SUMS: tl.constexpr, NEA
 
 
 @triton.jit
+def accumulate_classes(
+    f, r, valid, s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14,
+    GATE: tl.constexpr, NEAR: tl.constexpr,
+):  # fmt: skip
+    """Like `accumulate`, for the classes of GATE. `valid` is 1 for an element, and 0 beyond the last one.
+
+    SUMS = 15: ff, fr, rr of class 0, the three counts, ff, fr, rr of class 1 and of class 2, and the numbers
+    of elements of classes 0, 1 and 2.
+    """
+    PIECES: tl.constexpr = f.shape[0] // s0.shape[0]
+    for i in tl.static_range(PIECES):
+        x = piece(f, i, PIECES, NEAR)
+        y = piece(r, i, PIECES, NEAR)
+        one = piece(valid, i, PIECES, NEAR)
+        s3 = tl.where(in_conflict(x, y), s3 + 1.0, s3)
+        s4 = tl.where(is_finite(x), s4, s4 + 1.0)
+        s5 = tl.where(is_finite(y), s5, s5 + 1.0)
+        k = GATE(x, y)
+        first = k == 0.0
+        second = k == 1.0
+        third = (k != 0.0) & (k != 1.0)
+        s0 = tl.where(first, plus_product(s0, x, x), s0)
+        s1 = tl.where(first, plus_product(s1, x, y), s1)
+        s2 = tl.where(first, plus_product(s2, y, y), s2)
+        s6 = tl.where(second, plus_product(s6, x, x), s6)
+        s7 = tl.where(second, plus_product(s7, x, y), s7)
+        s8 = tl.where(second, plus_product(s8, y, y), s8)
+        s9 = tl.where(third, plus_product(s9, x, x), s9)
+        s10 = tl.where(third, plus_product(s10, x, y), s10)
+        s11 = tl.where(third, plus_product(s11, y, y), s11)
+        s12 = tl.where(first, s12 + one, s12)
+        s13 = tl.where(second, s13 + one, s13)
+        s14 = tl.where(third, s14 + one, s14)
+    return s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14
+
+
+@triton.jit
 def locate(addresses, shapes, owner, CHUNK: tl.constexpr):
     """The tensors of this program's chunk, its first element, its size, and its entry of `shapes`."""
     chunk = tl.program_id(0)
@@ -150,34 +187,35 @@ def pointer(address, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def stream(
-    forget, retain, out, aligned, start, size, a_c, b_c, a, b,
+    forget, retain, out, aligned, start, size, coefficients,
     FORGET: tl.constexpr, RETAIN: tl.constexpr, OUT: tl.constexpr, COMPUTE: tl.constexpr,
-    GATED: tl.constexpr, PROPAGATE: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr,
-    THREADS: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr,
+    GATED: tl.constexpr, GATE: tl.constexpr, PROPAGATE: tl.constexpr, SUMS: tl.constexpr,
+    BLOCK: tl.constexpr, THREADS: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Reads `size` elements of both gradients once, returns their sums and, unless OUT is None, writes
 
         out_i = a_c * f_i + b_c * r_i if GATED and f_i, r_i in conflict else a * f_i + b * r_i
 
-    With PROPAGATE, out_i is NaN where f_i or r_i is NaN or inf. An address of 0 is a zero gradient. Loads are
-    upcast to COMPUTE, and the store rounds once. ALIGNED means that every address of the launch is a multiple
-    of 16. Without it, `aligned` tells whether the addresses of this tensor are.
+    or the update of the classes of GATE. `coefficients` are a_c, b_c, a, b and two unused numbers, or a and b
+    of three classes. With PROPAGATE, out_i is NaN where f_i or r_i is NaN or inf. An address of 0 is a zero
+    gradient. Loads are upcast to COMPUTE, and the store rounds once. ALIGNED means that every address of the
+    launch is a multiple of 16. Without it, `aligned` tells whether the addresses of this tensor are.
     """
     if ALIGNED:
         sums = _stream(
-            forget, retain, out, start, size, a_c, b_c, a, b,
-            FORGET, RETAIN, OUT, COMPUTE, GATED, PROPAGATE, SUMS, BLOCK, THREADS, V, True, True,
+            forget, retain, out, start, size, coefficients,
+            FORGET, RETAIN, OUT, COMPUTE, GATED, GATE, PROPAGATE, SUMS, BLOCK, 1, THREADS, V, True, True,
         )  # fmt: skip
     else:
         if aligned != 0:
             sums = _stream(
-                forget, retain, out, start, size, a_c, b_c, a, b,
-                FORGET, RETAIN, OUT, COMPUTE, GATED, PROPAGATE, SUMS, BLOCK, THREADS, V, True, False,
+                forget, retain, out, start, size, coefficients,
+                FORGET, RETAIN, OUT, COMPUTE, GATED, GATE, PROPAGATE, SUMS, BLOCK, 1, THREADS, V, True, False,
             )  # fmt: skip
         else:
             sums = _stream(
-                forget, retain, out, start, size, a_c, b_c, a, b,
-                FORGET, RETAIN, OUT, COMPUTE, GATED, PROPAGATE, SUMS, BLOCK // 2, THREADS, V // 2,
+                forget, retain, out, start, size, coefficients,
+                FORGET, RETAIN, OUT, COMPUTE, GATED, GATE, PROPAGATE, SUMS, BLOCK // 2, 2, THREADS, V // 2,
                 False, False,
             )  # fmt: skip
     return sums
@@ -185,10 +223,11 @@ def stream(
 
 @triton.jit
 def _stream(
-    forget, retain, out, start, size, a_c, b_c, a, b,
+    forget, retain, out, start, size, coefficients,
     FORGET: tl.constexpr, RETAIN: tl.constexpr, OUT: tl.constexpr, COMPUTE: tl.constexpr,
-    GATED: tl.constexpr, PROPAGATE: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr,
-    THREADS: tl.constexpr, V: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
+    GATED: tl.constexpr, GATE: tl.constexpr, PROPAGATE: tl.constexpr, SUMS: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, THREADS: tl.constexpr, V: tl.constexpr, VECTOR: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     forget_size = tl.where(forget == 0, 0, size)
     retain_size = tl.where(retain == 0, 0, size)
@@ -199,8 +238,10 @@ def _stream(
     # In the interpreter every operation is slow, so each element has a lane of its own there.
     zero = tl.zeros((BLOCK if INTERPRETED else BLOCK // V,), COMPUTE)
     s0, s1, s2, s3, s4, s5, s6, s7, s8 = zero, zero, zero, zero, zero, zero, zero, zero, zero
+    s9, s10, s11, s12, s13, s14 = zero, zero, zero, zero, zero, zero
     t0 = tl.zeros((THREADS,), COMPUTE)
     t1, t2, t3, t4, t5, t6, t7, t8 = t0, t0, t0, t0, t0, t0, t0, t0
+    t9, t10, t11, t12, t13, t14 = t0, t0, t0, t0, t0, t0
 
     # A mask keeps whole vectors only if its limit is known to be a multiple of 16. The rest is the tail.
     UNIT: tl.constexpr = 16 if VECTOR else 1
@@ -209,34 +250,52 @@ def _stream(
     retain_body = tl.multiple_of(retain_size & -UNIT, UNIT)
     BOTH_BF16: tl.constexpr = tl.bfloat16 == FORGET and tl.bfloat16 == RETAIN
     PAIRS: tl.constexpr = ALIGNED and BOTH_BF16 and not INTERPRETED
-    for i in range(0, body, BLOCK):
-        at = i + tl.arange(0, BLOCK)
-        if PAIRS:
-            f = pairs(forget, i, forget_body, BLOCK)
-            r = pairs(retain, i, retain_body, BLOCK)
-        else:
-            f = upcast(tl.load(forget + at, mask=at < forget_body, other=0.0), COMPUTE)
-            r = upcast(tl.load(retain + at, mask=at < retain_body, other=0.0), COMPUTE)
-        # Products are added block by block: one long chain would sum up the roundings of equal gradients.
-        p0, p1, p2, s3, s4, s5, p6, p7, p8 = accumulate(
-            f, r, zero, zero, zero, s3, s4, s5, zero, zero, zero, SUMS, VECTOR
-        )  # fmt: skip
+    # The products of BLOCKS blocks are added together: one long chain would sum up the roundings of equal
+    # gradients.
+    for first in range(0, body, BLOCKS * BLOCK):
+        p0, p1, p2, p6, p7, p8, p9, p10, p11 = zero, zero, zero, zero, zero, zero, zero, zero, zero
+        for block in tl.static_range(BLOCKS):
+            i = first + block * BLOCK
+            at = i + tl.arange(0, BLOCK)
+            if PAIRS:
+                f = pairs(forget, i, forget_body, BLOCK)
+                r = pairs(retain, i, retain_body, BLOCK)
+            else:
+                f = upcast(tl.load(forget + at, mask=at < forget_body, other=0.0), COMPUTE)
+                r = upcast(tl.load(retain + at, mask=at < retain_body, other=0.0), COMPUTE)
+            if SUMS == 15:
+                valid = (at < body).to(COMPUTE)
+                p0, p1, p2, s3, s4, s5, p6, p7, p8, p9, p10, p11, s12, s13, s14 = accumulate_classes(
+                    f, r, valid, p0, p1, p2, s3, s4, s5, p6, p7, p8, p9, p10, p11, s12, s13, s14, GATE, VECTOR
+                )  # fmt: skip
+            else:
+                p0, p1, p2, s3, s4, s5, p6, p7, p8 = accumulate(
+                    f, r, p0, p1, p2, s3, s4, s5, p6, p7, p8, SUMS, VECTOR
+                )  # fmt: skip
+            if OUT is not None:
+                store(out + at, at < body, f, r, coefficients, OUT, GATED, GATE, PROPAGATE)
         s0, s1, s2, s6, s7, s8 = s0 + p0, s1 + p1, s2 + p2, s6 + p6, s7 + p7, s8 + p8
-        if OUT is not None:
-            store(out + at, at < body, f, r, a_c, b_c, a, b, OUT, GATED, PROPAGATE)
+        s9, s10, s11 = s9 + p9, s10 + p10, s11 + p11
     if VECTOR:
         # One element a thread: of several threads that load an element of retain, one could store it first.
         at = body + tl.arange(0, THREADS)
         f = upcast(tl.load(forget + at, mask=at < forget_size, other=0.0), COMPUTE)
         r = upcast(tl.load(retain + at, mask=at < retain_size, other=0.0), COMPUTE)
-        t0, t1, t2, t3, t4, t5, t6, t7, t8 = accumulate(
-            f, r, t0, t1, t2, t3, t4, t5, t6, t7, t8, SUMS, VECTOR
-        )  # fmt: skip
+        if SUMS == 15:
+            t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14 = accumulate_classes(
+                f, r, (at < size).to(COMPUTE), t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13,
+                t14, GATE, VECTOR,
+            )  # fmt: skip
+        else:
+            t0, t1, t2, t3, t4, t5, t6, t7, t8 = accumulate(
+                f, r, t0, t1, t2, t3, t4, t5, t6, t7, t8, SUMS, VECTOR
+            )  # fmt: skip
         if OUT is not None:
-            store(out + at, at < size, f, r, a_c, b_c, a, b, OUT, GATED, PROPAGATE)
+            store(out + at, at < size, f, r, coefficients, OUT, GATED, GATE, PROPAGATE)
     return (
         lanes(s0, t0), lanes(s1, t1), lanes(s2, t2), lanes(s3, t3), lanes(s4, t4),
-        lanes(s5, t5), lanes(s6, t6), lanes(s7, t7), lanes(s8, t8),
+        lanes(s5, t5), lanes(s6, t6), lanes(s7, t7), lanes(s8, t8), lanes(s9, t9),
+        lanes(s10, t10), lanes(s11, t11), lanes(s12, t12), lanes(s13, t13), lanes(s14, t14),
     )  # fmt: skip
 
 
@@ -253,9 +312,15 @@ def pairs(x, i, body, BLOCK: tl.constexpr):
 
 @triton.jit
 def store(
-    at, mask, f, r, a_c, b_c, a, b, OUT: tl.constexpr, GATED: tl.constexpr, PROPAGATE: tl.constexpr
+    at, mask, f, r, coefficients, OUT: tl.constexpr, GATED: tl.constexpr, GATE: tl.constexpr,
+    PROPAGATE: tl.constexpr,
 ):  # fmt: skip
-    if GATED:
+    a_c, b_c, a, b, a_2, b_2 = coefficients
+    if GATE is not None:
+        k = GATE(f, r)
+        u = tl.where(k == 0.0, weighted(a_c, f, b_c, r), weighted(a_2, f, b_2, r))
+        u = tl.where(k == 1.0, weighted(a, f, b, r), u)
+    elif GATED:
         u = tl.where(in_conflict(f, r), weighted(a_c, f, b_c, r), weighted(a, f, b, r))
     else:
         u = weighted(a, f, b, r)
@@ -279,15 +344,22 @@ def interleaved(x, y):
 
 
 @triton.jit
+def four(x0, x1, x2, x3):
+    """[n] four times -> [n, 4]"""
+    return interleaved(interleaved(x0[:, None], x2[:, None]), interleaved(x1[:, None], x3[:, None]))
+
+
+@triton.jit
 def across(sums, SUMS: tl.constexpr):
-    """Adds the lanes of all sums: fp64 [4] for 3 sums, else [8], and the ninth sum."""
-    s0, s1, s2, s3, s4, s5, s6, s7, s8 = sums
-    x0, x1, x2, x3, x4, x5 = s0[:, None], s1[:, None], s2[:, None], s3[:, None], s4[:, None], s5[:, None]
+    """Adds the lanes of all sums: fp64 [4] for 3 sums, [16] for 15, else [8], and the ninth sum."""
+    s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14 = sums
     if SUMS == 3:
-        columns = interleaved(interleaved(x0, x2), interleaved(x1, x3))
+        columns = four(s0, s1, s2, s3)
+    elif SUMS == 15:
+        even = interleaved(four(s0, s4, s8, s12), four(s2, s6, s10, s14))
+        columns = interleaved(even, interleaved(four(s1, s5, s9, s13), four(s3, s7, s11, s14)))
     else:
-        even = interleaved(interleaved(x0, x4), interleaved(x2, s6[:, None]))
-        columns = interleaved(even, interleaved(interleaved(x1, x5), interleaved(x3, s7[:, None])))
+        columns = interleaved(four(s0, s2, s4, s6), four(s1, s3, s5, s7))
     return tl.sum(columns, axis=0), tl.sum(s8)
 
 
@@ -303,7 +375,7 @@ def put(at, first, ninth, SUMS: tl.constexpr):
 @triton.jit
 def total(at, count, SUMS: tl.constexpr, ROWS: tl.constexpr):
     """Adds `count` entries that `put` stored one after another, in their order in each of `ROWS` lanes."""
-    COLUMNS: tl.constexpr = 4 if SUMS == 3 else 8
+    COLUMNS: tl.constexpr = 4 if SUMS == 3 else 16 if SUMS == 15 else 8
     column = tl.arange(0, COLUMNS)[None, :]
     first = tl.zeros((ROWS, COLUMNS), tl.float64)
     ninth = tl.zeros((ROWS,), tl.float64)

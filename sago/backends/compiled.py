@@ -28,9 +28,12 @@ from torch import Tensor
 
 from sago.backends.protocol import Batch
 from sago.backends.sums import Sums, insert_nonfinite, without_nonfinite
-from sago.rules import Coefficients, Rule, Term, evaluate
+from sago.rules import Coefficients, Gate, Rule, Term, evaluate
 
-Known = tuple[tuple[Term, ...], bool]  # which coefficients are zero; whether NaN and inf propagate
+# Which coefficients are zero, the gate of the rule, and whether NaN and inf propagate.
+Known = tuple[tuple[Term, ...], Gate | None, bool]
+
+Wanted = tuple[int, Gate | None]  # the sums, and for CLASSES the gate
 
 COMPILE_FROM = 1 << 15  # elements of the smallest tensor for which a call of compiled code pays
 COMPILE_AT_ONCE = 1 << 20  # elements of a tensor that is not run uncompiled first
@@ -51,16 +54,17 @@ _EXAMPLE = 1 << 21  # elements of the tensors that a graph is compiled with
 _log = logging.getLogger("sago")
 
 
-def gram(batch: Batch, sums: int) -> Tensor:
+def gram(batch: Batch, sums: int, gate: Gate | None = None) -> Tensor:
     """The table of these sums, fp64 `[rows, sums]`."""
-    return _table(batch, sums)
+    return _table(batch, sums, gate)
 
 
-def _table(batch: Batch, sums: int) -> Tensor:
+def _table(batch: Batch, sums: int, gate: Gate | None) -> Tensor:
+    wanted = sums, gate if sums == Sums.CLASSES else None
     pairs = [_flat_pair(f, r) for f, r in zip(batch.forget, batch.retain, strict=True)]
     by_row: list[list[Tensor]] = [[] for _ in range(batch.row_count)]
     for pair, row in zip(pairs, batch.rows, strict=True):
-        by_row[row].append(_pair_sums(*pair, sums))
+        by_row[row].append(_pair_sums(*pair, wanted))
     zero = torch.zeros(without_nonfinite(sums), dtype=torch.float64, device=batch.device)
     table = torch.stack([_total(found) if found else zero for found in by_row])
     if sums == Sums.PRODUCTS:
@@ -90,13 +94,13 @@ def combine(
     propagate: bool = False,
 ) -> Tensor | None:
     """Writes the update of every pair to `out`; see `sago.backends.protocol`. The sums need another pass."""
-    table = _table(batch, sums) if sums else None
+    table = _table(batch, sums, rule.gate) if sums else None
     values, terms = coefficients or evaluate(rule, gram, gamma, alpha, eps, batch.device)
     rows = {t: values.to(t).expand(batch.row_count, -1).unbind(0) for t in (torch.float32, torch.float64)}
-    graph = _gated_combine if rule.gated else _combine
+    graph = _gated_combine if rule.classes > 1 else _combine
     for f, r, out, row in zip(batch.forget, batch.retain, batch.out, batch.rows, strict=True):
         f, r = _flat_pair(f, r)
-        _update(graph, (terms, propagate), (f, r, _flat(out)), rows[_compute_dtype(f, r)][row])
+        _update(graph, (terms, rule.gate, propagate), (f, r, _flat(out)), rows[_compute_dtype(f, r)][row])
     return table
 
 
@@ -110,15 +114,24 @@ def _update(graph: Any, known: Known, tensors: Sequence[Tensor], coefficients: T
 
 
 def _gated_combine(f: Tensor, r: Tensor, out: Tensor, coefficients: Tensor, known: Known) -> None:
-    terms, propagate = known
-    a_c, b_c, a, b = coefficients.unbind()
-    f, r = f.to(a.dtype), r.to(a.dtype)
-    u = torch.where(_conflict(f, r), _weighted(a_c, f, b_c, r, terms[:2]), _weighted(a, f, b, r, terms[2:]))
+    terms, gate, propagate = known
+    f, r = f.to(coefficients.dtype), r.to(coefficients.dtype)
+    of_classes = [
+        _weighted(a, f, b, r, terms[2 * k : 2 * k + 2])
+        for k, (a, b) in enumerate(zip(coefficients[0::2], coefficients[1::2], strict=True))
+    ]
+    if gate is None:
+        u = torch.where(_conflict(f, r), of_classes[0], of_classes[1])
+    else:
+        classes = gate(f, r)
+        u = of_classes[-1]
+        for k, other in enumerate(of_classes[:-1]):
+            u = torch.where(classes == k, other, u)
     out.copy_(_downcast(_propagated(f, r, u) if propagate else u, out.dtype))
 
 
 def _combine(f: Tensor, r: Tensor, out: Tensor, coefficients: Tensor, known: Known) -> None:
-    terms, propagate = known
+    terms, _, propagate = known
     a, b = coefficients.unbind()
     f, r = f.to(a.dtype), r.to(a.dtype)
     u = _weighted(a, f, b, r, terms)
@@ -158,32 +171,41 @@ def _downcast(u: Tensor, dtype: torch.dtype) -> Tensor:
     return u.to(torch.float32).to(dtype) if dtype.itemsize == 2 else u.to(dtype)
 
 
-def _block_sums(f: Tensor, r: Tensor, sums: int) -> Tensor:
+def _block_sums(f: Tensor, r: Tensor, wanted: Wanted) -> Tensor:
     """Sums of every block, fp64 `[k, blocks]`, without the non-finite counts."""
-    return torch.stack([_lanes_and_runs(v.sum(2)) for v in _summands(f, r, sums)])
+    return torch.stack([_lanes_and_runs(v.sum(2)) for v in _summands(f, r, wanted)])
 
 
-def _block_sums_in_order(f: Tensor, r: Tensor, sums: int) -> Tensor:
+def _block_sums_in_order(f: Tensor, r: Tensor, wanted: Wanted) -> Tensor:
     """Like `_block_sums`, but adds one element after another, as compiled code does, for the same bits."""
-    rows = torch.stack(_summands(f, r, sums)).unbind(3)
+    rows = torch.stack(_summands(f, r, wanted)).unbind(3)
     total = rows[0].clone()
     for row in rows[1:]:
         total += row
     return _lanes_and_runs(total)
 
 
-def _summands(f: Tensor, r: Tensor, sums: int) -> list[Tensor]:
+def _summands(f: Tensor, r: Tensor, wanted: Wanted) -> list[Tensor]:
     """The terms of each sum, `[blocks, _RUNS, _DEPTH, lanes]`."""
     shape, dtype = (-1, _RUNS, _DEPTH, _LANES), _compute_dtype(f, r)
     f, r = f.to(dtype).view(shape), r.to(dtype).view(shape)
+    sums, gate = wanted
     if sums == Sums.PRODUCTS:
         return _products(f, r)
     conflict = _conflict(f, r)
     if sums == Sums.COUNTED:
         return [*_products(f, r), conflict.to(dtype)]
-    outside = _products(torch.where(conflict, 0.0, f), torch.where(conflict, 0.0, r))
-    inside = _products(torch.where(conflict, f, 0.0), torch.where(conflict, r, 0.0))
-    return [*outside, conflict.to(dtype), *inside]
+    if gate is None:
+        outside = _products(torch.where(conflict, 0.0, f), torch.where(conflict, 0.0, r))
+        return [*outside, conflict.to(dtype), *_part(f, r, conflict)]
+    classes = gate(f, r)
+    parts = [classes == 0, classes == 1, (classes != 0) & (classes != 1)]
+    first, second, third = (_part(f, r, part) for part in parts)
+    return [*first, conflict.to(dtype), *second, *third, *(part.to(dtype) for part in parts)]
+
+
+def _part(f: Tensor, r: Tensor, where: Tensor) -> list[Tensor]:
+    return _products(torch.where(where, f, 0.0), torch.where(where, r, 0.0))
 
 
 def _products(f: Tensor, r: Tensor) -> list[Tensor]:
@@ -203,24 +225,29 @@ def _pairwise(x: Tensor) -> Tensor:
     return x.squeeze(-1)
 
 
-def _pair_sums(f: Tensor, r: Tensor, sums: int) -> Tensor:
+def _pair_sums(f: Tensor, r: Tensor, wanted: Wanted) -> Tensor:
     block, length = _RUNS * _DEPTH * _LANES, _SUMMED[_compute_dtype(f, r)]
     whole = f.numel() // block * block
     slices = list(zip(f[:whole].split(length), r[:whole].split(length), strict=True)) if whole else []
     if whole < f.numel():
         f_tail, r_tail = (torch.nn.functional.pad(t[whole:], (0, whole + block - t.numel())) for t in (f, r))
         slices.append((f_tail, r_tail))
-    call = _found(_block_sums, sums, (f, r))
+    call = _found(_block_sums, wanted, (f, r))
     if call is not None:
         partials = [call(*pair) for pair in slices]
     else:
         # Smaller tensors are never compiled, so their sums can use the faster order with other bits.
         graph: Any = _block_sums if f.numel() < COMPILE_FROM else _block_sums_in_order
         partials = [
-            torch.cat([graph(*p, sums) for p in zip(*(t.split(_EAGER) for t in pair), strict=True)], dim=1)
+            torch.cat([graph(*p, wanted) for p in zip(*(t.split(_EAGER) for t in pair), strict=True)], dim=1)
             for pair in slices
         ]
-    return _total([_tree(p) for p in partials])
+    total = _total([_tree(p) for p in partials])
+    gate = wanted[1]
+    if gate is not None:  # the padding was counted in the class of two zeros
+        zeros = torch.zeros(1, dtype=_compute_dtype(f, r))
+        total[int(gate(zeros, zeros).item()) - 3] -= -f.numel() % block
+    return total
 
 
 def _total(sums: list[Tensor]) -> Tensor:
@@ -302,7 +329,7 @@ def _build(graph: Any, constant: Any, dtypes: Sequence[torch.dtype]) -> Callable
     from torch.fx.experimental.proxy_tensor import make_fx
 
     compute_dtype = torch.float64 if torch.float64 in dtypes[:2] else torch.float32
-    coefficients = {_block_sums: 0, _combine: 2, _gated_combine: 4}[graph]
+    coefficients = 0 if graph is _block_sums else len(constant[0])
     with (
         torch.device("cpu"),
         torch.no_grad(),

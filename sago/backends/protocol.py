@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sago.backends.sums import Sums
-from sago.rules import Coefficients, Rule
+from sago.rules import Coefficients, Gate, Rule
 
 
 class Batch(NamedTuple):
@@ -50,8 +50,8 @@ class Backend(Protocol):
     ) -> Any:
         """Lays the pairs out for `gram` and `combine`; see `Batch` above."""
 
-    def gram(self, batch: Any, sums: Sums) -> Tensor:
-        """The table of these sums, fp64 `[rows, sums]`; see `sago.backends.sums`."""
+    def gram(self, batch: Any, sums: Sums, gate: Gate | None = None) -> Tensor:
+        """The table of these sums, fp64 `[rows, sums]`; see `sago.backends.sums`. `gate` is for CLASSES."""
 
     def combine(
         self,

@@ -15,9 +15,20 @@ from torch import Tensor
 
 from sago.backends.protocol import Batch
 from sago.backends.sums import Sums, merge
-from sago.rules import Coefficients, Rule, evaluate
+from sago.rules import Coefficients, Gate, Rule, evaluate
 
-__all__ = ["Batch", "combine", "conflict", "gram", "sums_of", "update", "weighted", "with_zeros", "write"]
+__all__ = [
+    "Batch",
+    "class_sums_of",
+    "combine",
+    "conflict",
+    "gram",
+    "sums_of",
+    "update",
+    "weighted",
+    "with_zeros",
+    "write",
+]
 
 
 def conflict(f: Tensor, r: Tensor) -> Tensor:
@@ -39,12 +50,24 @@ def weighted(a: float, f: Tensor, b: float, r: Tensor) -> Tensor:
     return a * f + b * r
 
 
-def update(f: Tensor, r: Tensor, coefficients: Sequence[float]) -> Tensor:
-    """The update of one pair, in fp32 (fp64 if either is fp64)."""
+def update(f: Tensor, r: Tensor, coefficients: Sequence[float], gate: Gate | None = None) -> Tensor:
+    """The update of one pair, in fp32 (fp64 if either is fp64). Without a gate, conflicts are class 0."""
+    f, r = _computed(f, r)
+    values = torch.tensor(coefficients, dtype=torch.float64).to(f.dtype).tolist()
+    pairs = list(zip(values[0::2], values[1::2], strict=True))
+    if gate is None:
+        (a_c, b_c), (a, b) = pairs
+        return torch.where(conflict(f, r), weighted(a_c, f, b_c, r), weighted(a, f, b, r))
+    classes = gate(f, r)
+    u = weighted(pairs[-1][0], f, pairs[-1][1], r)
+    for k, (a, b) in enumerate(pairs[:-1]):
+        u = torch.where(classes == k, weighted(a, f, b, r), u)
+    return u
+
+
+def _computed(f: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if torch.float64 in (f.dtype, r.dtype) else torch.float32
-    f, r = f.to(dtype), r.to(dtype)
-    a_c, b_c, a, b = torch.tensor(coefficients, dtype=torch.float64).to(dtype).tolist()
-    return torch.where(conflict(f, r), weighted(a_c, f, b_c, r), weighted(a, f, b, r))
+    return f.to(dtype), r.to(dtype)
 
 
 def write(u: Tensor, out: Tensor) -> None:
@@ -65,6 +88,20 @@ def sums_of(f: Tensor, r: Tensor) -> Tensor:
     return torch.stack([v.sum(dtype=torch.float64) for v in values])
 
 
+def class_sums_of(f: Tensor, r: Tensor, gate: Gate) -> Tensor:
+    """The sums of one pair by class, fp64 `[15]`.
+
+    They are ff, fr and rr of class 0, the number of conflicts, the numbers of NaN and inf in f and in r, ff,
+    fr and rr of class 1 and of class 2, and the numbers of elements of the three classes.
+    """
+    classes = gate(*_computed(f, r))
+    parts = [classes == 0, classes == 1, (classes != 0) & (classes != 1)]
+    f, r = f.double(), r.double()
+    first, second, third = (_products(f.where(part, 0.0), r.where(part, 0.0)) for part in parts)
+    values = [*first, conflict(f, r), ~f.isfinite(), ~r.isfinite(), *second, *third, *parts]
+    return torch.stack([v.sum(dtype=torch.float64) for v in values])
+
+
 def with_zeros(f: Tensor | None, r: Tensor | None) -> tuple[Tensor, Tensor]:
     """Returns the pair, and replaces None by zeros. At most one of the two is None."""
     zeros = torch.zeros_like(next(t for t in (f, r) if t is not None))
@@ -76,15 +113,17 @@ def _products(f: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def gram(batch: Batch, sums: int) -> Tensor:
+def gram(batch: Batch, sums: int, gate: Gate | None = None) -> Tensor:
     """The table of these sums, fp64 `[rows, sums]`."""
-    return _table(batch, sums)
+    return _table(batch, sums, gate)
 
 
-def _table(batch: Batch, sums: int) -> Tensor:
-    table = torch.zeros(batch.row_count, Sums.SPLIT, dtype=torch.float64, device=batch.device)
+def _table(batch: Batch, sums: int, gate: Gate | None) -> Tensor:
+    width = Sums.SPLIT if gate is None else Sums.CLASSES
+    table = torch.zeros(batch.row_count, width, dtype=torch.float64, device=batch.device)
     for f, r, row in zip(batch.forget, batch.retain, batch.rows, strict=True):
-        table[row] += sums_of(*with_zeros(f, r))
+        pair = with_zeros(f, r)
+        table[row] += sums_of(*pair) if gate is None else class_sums_of(*pair, gate)
     return merge(table, Sums(sums))
 
 
@@ -101,13 +140,13 @@ def combine(
     propagate: bool = False,
 ) -> Tensor | None:
     """Writes the update of every pair to `out`; see `sago.backends.protocol`."""
-    table = _table(batch, sums) if sums else None
+    table = _table(batch, sums, rule.gate) if sums else None
     values, _ = coefficients or evaluate(rule, gram, gamma, alpha, eps, batch.device)
-    both = values if rule.gated else values.repeat(1, 2)
-    rows = both.expand(batch.row_count, 4).tolist()
+    all_classes = values if rule.classes > 1 else values.repeat(1, 2)
+    rows = all_classes.expand(batch.row_count, -1).tolist()
     for f, r, out, row in zip(batch.forget, batch.retain, batch.out, batch.rows, strict=True):
         f, r = with_zeros(f, r)
-        u = update(f, r, rows[row])
+        u = update(f, r, rows[row], rule.gate)
         if propagate:
             u = u.where(f.isfinite() & r.isfinite(), torch.nan)
         write(u, out)

@@ -85,8 +85,8 @@ class Streams:
         """Lets the current stream use the tensors, and returns the stream.
 
         At its first use, another stream waits for the first one, and the memory of the tensors is not reused
-        before the work of both is done. A capture of a CUDA graph needs neither: it starts after all earlier
-        work, and the tensors have to outlive the graph.
+        before the work of both is done. A capture of a CUDA graph does neither: `torch.cuda.graph` waits for
+        all earlier work, and the tensors have to outlive the graph.
         """
         if not self._found:
             return None

@@ -8,10 +8,15 @@ A table of sums is fp64 `[rows, columns]`. With `f` the forget and `r` the retai
     PRODUCTS   <f,f>  <f,r>  <r,r>
     COUNTED    <f,f>  <f,r>  <r,r>   conflicts  nonfinite_forget  nonfinite_retain
     SPLIT      the products out of conflict     the three counts   the products in conflict
+    CLASSES    the products of class 0          the three counts   the products of class 1 and of class 2,
+               and the numbers of elements of classes 0, 1 and 2
+
+SPLIT is taken for a rule with `gated=True`, and CLASSES for a rule with a gate of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 
 import torch
@@ -27,6 +32,7 @@ class Sums(IntEnum):
     PRODUCTS = 3
     COUNTED = 6
     SPLIT = 9
+    CLASSES = 15
 
 
 def without_nonfinite(sums: int) -> int:
@@ -35,26 +41,36 @@ def without_nonfinite(sums: int) -> int:
 
 
 def insert_nonfinite(table: Tensor, counts: Tensor) -> Tensor:
-    """The table of COUNTED or SPLIT, from one without these two counts, and the counts, `[rows, 2]`."""
+    """The table with the counts `[rows, 2]`, from one without these two columns."""
     return torch.cat([table[:, :4], counts, table[:, 4:]], dim=1)
 
 
 def merge(table: Tensor, wanted: Sums) -> Tensor:
-    """The table of the `wanted` sums, from a table of SPLIT."""
-    return table if wanted == Sums.SPLIT else torch.cat([products(table), table[:, 3:6]], dim=1)[:, :wanted]
+    """The table of the `wanted` sums, from a table of SPLIT or CLASSES."""
+    if table.shape[1] == wanted:
+        return table
+    return torch.cat([products(table), table[:, 3:6]], dim=1)[:, :wanted]
 
 
 def products(table: Tensor) -> Tensor:
     """`<f,f>, <f,r>, <r,r>` over all elements of each row, `[rows, 3]`."""
-    outside, inside = split(table)
-    return outside if inside is None else outside + inside
+    return _added(by_class(table))
 
 
-def split(table: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The products out of conflict and in conflict, or the products over all elements and None."""
+def by_class(table: Tensor) -> list[Tensor]:
+    """The products of each class, `[rows, 3]`, in the order of the coefficients; of all without a split."""
     columns = table.shape[1]
-    outside = table if columns == Sums.PRODUCTS else table[:, 0:3]
-    return outside, table[:, 6:9] if columns == Sums.SPLIT else None
+    if columns == Sums.SPLIT:
+        return [table[:, 6:9], table[:, 0:3]]
+    if columns == Sums.CLASSES:
+        return [table[:, 0:3], table[:, 6:9], table[:, 9:12]]
+    return [table[:, 0:3]]
+
+
+def class_rows(table: Tensor, classes: int) -> Tensor:
+    """`n, <f,f>, <f,r>, <r,r>` of each class, one after another, `[rows, 4 * classes]`, from CLASSES."""
+    found = zip(table[:, 12:15].split(1, dim=1), by_class(table), strict=True)
+    return torch.cat([column for both in found for column in both][: 2 * classes], dim=1)
 
 
 def counts(table: Tensor) -> Tensor | None:
@@ -73,31 +89,31 @@ def nonfinite(table: Tensor) -> Tensor:
 def scale(table: Tensor, forget: float, retain: float) -> Tensor:
     """The table for gradients that are multiplied by these factors."""
     factors = [forget * forget, forget * retain, retain * retain]
-    outside, inside = split(table)
-    counted = counts(table)
-    parts = [outside, counted, inside]
-    scaled = [
-        part
-        if part is None or part is counted
-        else torch.stack([column * x for column, x in zip(part.unbind(1), factors, strict=True)], dim=1)
-        for part in parts
-    ]
-    return torch.cat([part for part in scaled if part is not None], dim=1)
+    columns = list(table.unbind(1))
+    for k in (0, 1, 2, 6, 7, 8, 9, 10, 11):  # the products; the others are counts
+        if k < len(columns):
+            columns[k] = columns[k] * factors[k % 3]
+    return torch.stack(columns, dim=1)
 
 
 def of_update(table: Tensor, coefficients: Tensor) -> list[Tensor]:
-    """`<u,u>, <u,f>, <u,r>` of every row for the update `u` with these coefficients, `[rows, 2 or 4]`.
+    """`<u,u>, <u,f>, <u,r>` of every row for the update `u` with these coefficients, `[rows, 2 * classes]`.
 
-    They follow from the products: `<u,u> = a^2 <f,f> + 2ab <f,r> + b^2 <r,r>`, on each side of the gate.
+    They follow from the products of each class: `<u,u> = a^2 <f,f> + 2ab <f,r> + b^2 <r,r>`.
     """
-    outside, inside = split(table)
-    a, b = coefficients[:, -2:].unbind(1)
-    found = _of_update(a, b, outside)
-    if inside is not None:
-        a_c, b_c = coefficients[:, :2].unbind(1)
-        found = [x + y for x, y in zip(found, _of_update(a_c, b_c, inside), strict=True)]
-    found[0] = found[0].clamp(min=0.0)  # cancellation leaves an error of either sign
-    return found
+    pairs = coefficients.split(2, dim=1)
+    classes = zip(pairs, by_class(table)[: len(pairs)], strict=True)
+    found = [_of_update(pair[:, 0], pair[:, 1], products) for pair, products in classes]
+    total = [_added(columns) for columns in zip(*found, strict=True)]
+    total[0] = total[0].clamp(min=0.0)  # cancellation leaves an error of either sign
+    return total
+
+
+def _added(tensors: Sequence[Tensor]) -> Tensor:
+    total = tensors[0]
+    for t in tensors[1:]:
+        total = total + t
+    return total
 
 
 def _of_update(a: Tensor, b: Tensor, products: Tensor) -> list[Tensor]:

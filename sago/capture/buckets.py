@@ -437,6 +437,7 @@ class GradientBuckets:
         no_rows = call.rule.scope == "element" and call.sums == 0
         # If parameters need no rows of their own, their whole buffer is synthesized as one tensor.
         whole = (one_row or no_rows) and self._in_place and all(forget) and all(retain)
+        whole = whole and not call.rule.by_class  # the zeros between parameters would count as elements
         if self._shards is not None and not no_rows:
             whole = whole and all(self._shards.counted)
         key = one_row, whole, tuple(forget), tuple(retain)

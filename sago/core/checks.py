@@ -96,8 +96,16 @@ def check_call(
         raise ValueError(
             f"Parameter `nonfinite` should be 'propagate' or 'zero_update'. Found {nonfinite!r}."
         )
+    found = resolve(rule)
+    if found.gate is not None and scales[0] != scales[1]:
+        raise ValueError(
+            "Parameter `rule` should have no gate of its own where the means are over "
+            f"{1 / scales[0]:g} forget and {1 / scales[1]:g} retain captures, because a gate compares "
+            f"gradients of one scale. Found {found.name!r}. Capture both sides equally often, or use "
+            "accumulation='sum' and divide the losses."
+        )
     return Call(
-        rule=resolve(rule),
+        rule=found,
         gamma=check_weight("gamma", gamma, devices),
         alpha=check_weight("alpha", alpha, devices),
         eps=non_negative("eps", eps),

@@ -11,10 +11,12 @@ from sago.rules import Coefficients, Rule, evaluate
 
 
 def gram(rule: Rule, table: Tensor) -> Tensor | None:
-    """The inner products that the rule is given, fp64 `[rows, 3]`; None if it reads none."""
+    """The sums that `evaluate` takes, fp64 `[rows, >= 3]`; None if the rule reads none."""
     if rule.scope == "element":
         return None
     found = sums.products(table)
+    if rule.by_class:
+        found = torch.cat([found, sums.class_rows(table, rule.classes)], dim=1)
     if rule.scope == "global" and len(found) > 1:
         found = found.sum(0, keepdim=True).expand(len(found), -1)
     return found

@@ -119,7 +119,9 @@ class Call(NamedTuple):
     @property
     def sums(self) -> Sums:
         """Which sums of the gradients are taken."""
-        if self.stats or self.limited:
+        if self.stats or self.limited or self.rule.by_class:
+            if self.rule.gate is not None:
+                return Sums.CLASSES
             return Sums.SPLIT if self.rule.gated else Sums.COUNTED
         return Sums.NONE if self.rule.scope == "element" else Sums.PRODUCTS
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sago.backends import choose, sums
 from sago.backends.protocol import Backend
-from sago.backends.streams import Cache
+from sago.backends.streams import Cache, Streams
 from sago.backends.sums import Sums
 from sago.backends.upload import upload
 from sago.core.coefficients import gram, limited
@@ -25,7 +25,7 @@ class OnDevice(NamedTuple):
 
     Tensors that are not dense in memory are processed as copies. `before` has pairs (copy, source): the
     source is copied before the synthesis. `after` has pairs (target, copy): the copy is written back after
-    it.
+    it. `streams` are those that use the copies.
     """
 
     backend: Backend
@@ -33,6 +33,7 @@ class OnDevice(NamedTuple):
     device: torch.device
     before: list[tuple[Tensor, Tensor]]
     after: list[tuple[Tensor, Tensor]]
+    streams: Streams
 
 
 class Pipeline:
@@ -77,7 +78,9 @@ class Pipeline:
         """
         rule, wanted = call.rule, call.sums
         for there in self.devices:
-            if there.before:
+            if there.before or there.after:
+                copies = [copy for copy, _ in there.before] + [copy for _, copy in there.after]
+                there.streams.join(copies)
                 _copy(there.before)
         # Sums that the update depends on are computed first. Sums for `reduce_gram` are also computed first,
         # because it may raise. For DTensors, sums that only the report needs are started after the update.
@@ -86,7 +89,9 @@ class Pipeline:
         if wanted and self._spread is not None:
             self._spread.over.check_same(self._spread.layout, self.devices[0].device)
         if ahead:
-            taken = self._reduced([there.backend.gram(there.batch, wanted) for there in self.devices], call)
+            taken = self._reduced(
+                [there.backend.gram(there.batch, wanted, rule.gate) for there in self.devices], call
+            )
             taken.wait()
             taken = taken._replace(wait=nothing)
             inner = gram(rule, taken.table)
@@ -182,7 +187,7 @@ def _on_device(
         out.append(o)
         rows.append(row)
     batch = module.Batch(device, forget, retain, out, rows, row_count)
-    return OnDevice(module, batch, device, before, after)
+    return OnDevice(module, batch, device, before, after, Streams(device))
 
 
 def count_versions(updates: Iterable[Tensor | None]) -> None:

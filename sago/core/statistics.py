@@ -54,7 +54,7 @@ def _columns(call: Call, table: Tensor) -> dict[str, Tensor]:
     counts = sums.counts(table)
     if counts is not None:
         columns.update(zip(sums.COUNTS, counts.unbind(1), strict=True))
-    if not call.rule.gated or sums.split(table)[1] is not None:
+    if len(sums.by_class(table)) >= call.rule.classes:
         rule = call.rule
         values, _ = evaluate(rule, gram(rule, table), call.gamma, call.alpha, call.eps, table.device)
         columns.update(zip(("uu", "uf", "ur"), of_update(call.nonfinite, table, values), strict=True))

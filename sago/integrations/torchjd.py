@@ -106,7 +106,7 @@ class SynthesisWeighting(Weighting):
     def __init__(self, rule: str | Rule = "pcgrad_global", gamma: Weight = 1.0, alpha: Weight = 1.0) -> None:
         super().__init__()
         self.rule = resolve(rule)
-        if self.rule.gated:
+        if self.rule.classes > 1:
             raise ValueError(
                 "Parameter `rule` should be a rule that is not gated, because weights are the same for all "
                 f"elements. Found {self.rule.name!r}. Use SynthesisAggregator."

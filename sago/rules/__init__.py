@@ -10,21 +10,28 @@ from collections.abc import Callable
 from importlib import import_module
 from pkgutil import iter_modules
 
-from sago.rules.language import abs, maximum, minimum, ratio, scaled, sqrt, where
-from sago.rules.rule import Coefficients, Guarantees, Rule, Term, evaluate
+from sago.rules.cagrad import cagrad  # these functions make rules, and take the place of their files here
+from sago.rules.gradvac import gradvac
+from sago.rules.language import abs, agreed, maximum, minimum, opposed, ratio, scaled, sqrt, where
+from sago.rules.rule import Coefficients, Gate, Guarantees, Rule, Term, evaluate
 
 __all__ = [
     "REFERENCES",
     "RULES",
     "Coefficients",
+    "Gate",
     "Guarantees",
     "Rule",
     "Term",
     "abs",
+    "agreed",
+    "cagrad",
     "evaluate",
+    "gradvac",
     "list_rules",
     "maximum",
     "minimum",
+    "opposed",
     "ratio",
     "resolve",
     "scaled",
@@ -32,7 +39,7 @@ __all__ = [
     "where",
 ]
 
-_SHARED = {"language", "reads", "rule"}
+_SHARED = {"language", "reads", "rule", "shared"}
 # The rules of the paper and of its released code come first.
 _FIRST = ("sum", "sago", "sago_prefer_retain", "pcgrad", "pcgrad_global", "blur")
 
@@ -53,8 +60,9 @@ def _registered() -> list[tuple[Rule, Callable[..., tuple[float, ...]]]]:
     return [found[name] for name in names]
 
 
-RULES = {rule.name: rule for rule, _ in _registered()}
-REFERENCES = {rule.name: reference for rule, reference in _registered()}
+_FOUND = _registered()
+RULES = {rule.name: rule for rule, _ in _FOUND}
+REFERENCES = {rule.name: reference for rule, reference in _FOUND}
 
 
 def list_rules() -> list[str]:

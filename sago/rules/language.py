@@ -12,6 +12,19 @@ def where(condition, x, y):
     return torch.where(condition, x, y)
 
 
+def opposed(f, r):
+    """Whether two numbers have strictly opposite signs: not if one of them is 0 or NaN.
+
+    Unlike `f * r < 0`, it holds for products that underflow.
+    """
+    return where(f > 0.0, r, where(f < 0.0, -r, 0.0)) < 0.0
+
+
+def agreed(f, r):
+    """Whether two numbers have strictly the same sign: not if one of them is 0 or NaN."""
+    return where(f > 0.0, r, where(f < 0.0, -r, 0.0)) > 0.0
+
+
 def sqrt(x):
     """`torch.sqrt(x)`, rounded correctly."""
     return torch.sqrt(x)

@@ -32,10 +32,12 @@ _LIKE = {
 }
 
 
-def reads(coefficients: Callable[..., Any]) -> Reads:
+def reads(coefficients: Callable[..., Any], classes: int = 0) -> Reads:
     """The names of the inner products that each coefficient depends on.
 
-    A coefficient reads all of them if this cannot be determined, for example after `.item()`.
+    A coefficient reads all of them if this cannot be determined, for example after `.item()`. `classes` is
+    the number of classes whose sums the function takes as a sixth argument. The products of a class count as
+    those of all elements, and its number of elements is always finite.
     """
     found: Reads = {}
     constants = None
@@ -44,9 +46,14 @@ def reads(coefficients: Callable[..., Any]) -> Reads:
         numbers = [torch.ones(2, dtype=torch.float64, device="cpu") for _ in PRODUCTS]
         numbers += [torch.full((), 0.0 if z else 1.0, dtype=torch.float64, device="cpu") for z in zero]
         zeros = frozenset(name for name, z in zip(("gamma", "alpha"), zero, strict=True) if z)
-        tracker = _Tracker(numbers, zeros, constants)
+        names = [*PRODUCTS, "gamma", "alpha"]
+        of_classes = [torch.ones(2, dtype=torch.float64, device="cpu") for _ in range(4 * classes)]
+        sixth = [[tuple(of_classes[k : k + 4]) for k in range(0, 4 * classes, 4)]] if classes else []
+        named = dict(zip(map(id, numbers), names, strict=True))
+        named.update(zip(map(id, of_classes), ("constant", *PRODUCTS) * classes, strict=True))
+        tracker = _Tracker([*numbers, *of_classes], named, zeros, constants)
         with tracker:
-            values = coefficients(*numbers)
+            values = coefficients(*numbers, *sixth)
         found[zero] = tuple(tracker.names(v) & _ALL for v in values)
         if tracker.unknown:
             return dict.fromkeys(CASES, (_ALL,) * len(values))
@@ -63,17 +70,20 @@ class _Tracker(TorchFunctionMode):
         strangers: Tensors that no tracked function returned.
     """
 
-    def __init__(self, numbers: Sequence[Tensor], zeros: Names, constants: Sequence[Tensor] | None) -> None:
+    def __init__(
+        self,
+        numbers: Sequence[Tensor],
+        named: dict[int, str],
+        zeros: Names,
+        constants: Sequence[Tensor] | None,
+    ) -> None:
         super().__init__()
         self.unknown = False
         self.strangers: list[Tensor] = []
         self._zeros, self._constants = zeros, constants
         self._arguments = {id(t) for t in numbers}
         # The tensors are kept alive, so that each identity stays unique.
-        self._known = {
-            id(t): (t, frozenset({name}))
-            for t, name in zip(numbers, (*PRODUCTS, "gamma", "alpha"), strict=True)
-        }
+        self._known = {id(t): (t, frozenset({named[id(t)]})) for t in numbers}
 
     def names(self, value: Any) -> Names:
         """The names of the arguments from which the tensors in `value` were computed."""

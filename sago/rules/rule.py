@@ -2,11 +2,12 @@
 
 All rules have one formula. With `f` the forget and `r` the retain gradient, it is
 
-    out_i = a_c * f_i + b_c * r_i   where f_i and r_i have strictly opposite signs (gated rules only)
-            a   * f_i + b   * r_i   elsewhere
+    out_i = a_k * f_i + b_k * r_i,   k = gate(f_i, r_i)
 
-A rule computes the coefficients from `ff = <f,f>`, `fr = <f,r>`, `rr = <r,r>` and the weights `gamma`
-(forget) and `alpha` (retain). A gated rule returns `(a_c, b_c, a, b)`, and other rules return `(a, b)`.
+A gate divides the elements into two or three classes. A rule without a gate has one class. A rule with
+`gated=True` has two: 0 where f_i and r_i have strictly opposite signs, and 1 elsewhere. A rule computes the
+coefficients `(a_0, b_0, a_1, b_1, ...)` from `ff = <f,f>`, `fr = <f,r>`, `rr = <r,r>` and the weights `gamma`
+(forget) and `alpha` (retain).
 
 A coefficient function runs in two places: on fp64 tensors of shape `[groups]`, and, recompiled, on
 fp64 scalars inside the combine kernel. It is compiled into the kernel if it is defined in a file, has no
@@ -29,6 +30,7 @@ from sago.rules.reads import CASES, PRODUCTS, Names, Reads, reads
 
 Scope = Literal["element", "tensor", "global"]
 Term = Literal["zero", "nonzero", "any"]
+Gate = Callable[[Any, Any], Any]
 
 
 class Guarantees(NamedTuple):
@@ -55,14 +57,22 @@ class Rule:
     Args:
         name: The name of the rule in reports and error messages.
         coefficients: A pure function `(ff, fr, rr, gamma, alpha)` of five fp64 values (tensors of shape
-            `[groups]`, or scalars inside the kernel) that returns `(a_c, b_c, a, b)` for a gated rule,
-            `(a, b)` for an ungated one. A coefficient that is exactly 0 switches its gradient off: NaN and
-            inf in that gradient do not reach the update. The library makes a coefficient NaN if an inner
-            product that it depends on is not finite, even if the function only compares that product.
+            `[groups]`, or scalars inside the kernel) that returns `(a, b)`, or for a gate `(a, b)` of each
+            class, one after another: `(a_c, b_c, a, b)` if `gated`, where the first two are for elements in
+            conflict. A coefficient that is exactly 0 switches its gradient off: NaN and inf in that gradient
+            do not reach the update. The library makes a coefficient NaN if an inner product that it depends
+            on is not finite, even if the function only compares that product.
         scope: The elements that an inner product runs over: `"tensor"` (each tensor, or each of `groups`) or
             `"global"` (all tensors). `"element"` means that the rule reads no inner products, and a function
             that reads one is refused.
         gated: Whether elements in conflict have coefficients of their own.
+        gate: A pure function `(f, r)` of two tensors that returns the class of each element as a number, 0.0,
+            1.0 or 2.0. It is computed in the precision of the update, and must be written in the language of
+            `sago.rules`, because it is compiled into the kernels. It should return the same class if both
+            gradients are multiplied by one positive number.
+        by_class: Whether `coefficients` takes a sixth argument: for each class the sums over its elements
+            `(n, ff, fr, rr)`, where `n` is their number. It needs a `gate`. It is not compiled into the
+            kernel.
         formula: One line for tables and documentation.
         guarantees: What holds for every update of the rule; see `Guarantees`. `sago.testing.check_rule` tests
             it.
@@ -72,6 +82,7 @@ class Rule:
         reads: For each case `(gamma == 0, alpha == 0)`, the names of the inner products that each coefficient
             depends on. The cases differ because `scaled` ignores its coefficient if its weight is 0. If this
             cannot be determined, for example because of `.item()`, all names are listed.
+        classes: The number of classes of elements: 1, 2 or 3.
 
     Example:
         >>> from sago.rules import ratio, where
@@ -85,9 +96,12 @@ class Rule:
     scope: Scope
     gated: bool = False
     formula: str = ""
+    gate: Gate | None = None
+    by_class: bool = False
     guarantees: Guarantees = field(default=Guarantees(), compare=False)
     source: str = field(default="", compare=False)
     reads: Reads = field(init=False, repr=False, compare=False)
+    classes: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not callable(self.coefficients):
@@ -100,25 +114,31 @@ class Rule:
             )
         if not isinstance(self.name, str):
             raise TypeError(f"Parameter `name` should be a str. Found {type(self.name).__name__}.")
+        classes = self._classes_of_gate() if self.gate else 2 if self.gated else 1
+        object.__setattr__(self, "classes", classes)
+        if self.by_class and self.gate is None:
+            raise ValueError("Parameter `by_class` should be False for a rule without a `gate`. Found True.")
         ones = torch.ones(2, dtype=torch.float64, device="cpu")
+        sixth = [[(ones,) * 4] * classes] if self.by_class else []
         try:
-            found = self.coefficients(ones, ones, ones, ones[0], ones[0])
+            found = self.coefficients(ones, ones, ones, ones[0], ones[0], *sixth)
         except (RuntimeError, TypeError) as error:
+            six = ", classes" if self.by_class else ""
             raise ValueError(
-                "Parameter `coefficients` should take `(ff, fr, rr, gamma, alpha)` as tensors, with "
+                f"Parameter `coefficients` should take `(ff, fr, rr, gamma, alpha{six})` as tensors, with "
                 f"`sago.rules.where` instead of `if`. Found that it raises {error!r}."
             ) from error
-        expected = 4 if self.gated else 2
         if not (
             isinstance(found, tuple)
-            and len(found) == expected
+            and len(found) == 2 * classes
             and all(isinstance(value, (Real, Tensor)) for value in found)
         ):
+            kind = f"has a gate of {classes} classes" if self.gate else "is gated"
             raise ValueError(
-                f"Parameter `coefficients` should return a tuple of {expected} numbers, because the rule is "
-                f"{'gated' if self.gated else 'not gated'}. Found {found!r}."
+                f"Parameter `coefficients` should return a tuple of {2 * classes} numbers, because the rule "
+                f"{'is not gated' if classes == 1 else kind}. Found {found!r}."
             )
-        object.__setattr__(self, "reads", reads(self.coefficients))
+        object.__setattr__(self, "reads", reads(self.coefficients, classes if self.by_class else 0))
         read = sorted(frozenset().union(*(names for case in self.reads.values() for names in case)))
         if self.scope == "element" and read:
             raise ValueError(
@@ -127,9 +147,29 @@ class Rule:
                 f"{', '.join(f'`{name}`' for name in read)}."
             )
 
+    def _classes_of_gate(self) -> int:
+        """The number of classes of the gate, from its values on every combination of signs and sizes."""
+        if self.gated:
+            raise ValueError("Parameter `gate` should be None for a rule with gated=True. Found a function.")
+        numbers = torch.tensor([-2.0, -1.0, -0.0, 0.0, 1.0, 2.0])
+        f, r = torch.cartesian_prod(numbers, numbers).unbind(1)
+        try:
+            found = self.gate(f, r)  # type: ignore[misc]
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(
+                "Parameter `gate` should take `(f, r)` as tensors, with `sago.rules.where` instead of `if`. "
+                f"Found that it raises {error!r}."
+            ) from error
+        if not isinstance(found, Tensor) or found.shape != f.shape or not set(found.tolist()) <= {0, 1, 2}:
+            raise ValueError(
+                "Parameter `gate` should return the class of each element, 0.0, 1.0 or 2.0, as a tensor of "
+                f"the shape of its arguments. Found {found!r}."
+            )
+        return max(2, 1 + int(found.max()))
+
 
 class Coefficients(NamedTuple):
-    """The coefficients of every row, fp64: `[rows, 4]` for a gated rule, `[rows, 2]` for other rules.
+    """The coefficients of every row, fp64 `[rows, 2 * classes]`: a and b of each class.
 
     `terms` tells which columns are known to be zero or nonzero without reading the values. A single row is
     used for all rows.
@@ -149,13 +189,18 @@ def evaluate(
 ) -> Coefficients:
     """The coefficients of `rule`.
 
-    `gram` is fp64 `[rows, >= 3]` with `ff, fr, rr` first. None is one row of zeros.
+    `gram` is fp64 `[rows, >= 3]` with `ff, fr, rr` first, followed by `n, ff, fr, rr` of each class for a
+    rule with `by_class`. None is one row of zeros.
     """
     zero = torch.zeros(1, dtype=torch.float64, device=device)
     ff, fr, rr = (zero, zero, zero) if gram is None else gram.unbind(1)[:3]
     weights = [_as_double(w, device).view(()) for w in (gamma, alpha)]
     products = dict(zip(PRODUCTS, (ff + eps, fr, rr + eps), strict=True))
-    values = rule.coefficients(*products.values(), *weights)
+    classes = []
+    if rule.by_class:
+        assert gram is not None
+        classes = [[tuple(gram[:, k : k + 4].unbind(1)) for k in range(3, 3 + 4 * rule.classes, 4)]]
+    values = rule.coefficients(*products.values(), *weights, *classes)
     # The host knows the values of literals, and of weights that are floats and returned unchanged.
     known = (gamma if v is weights[0] else alpha if v is weights[1] else v for v in values)
     terms: list[Term] = [_term(v) for v in known]

@@ -28,8 +28,8 @@ class Request(NamedTuple):
         kernel: `gram` or `combine`.
         arch: `sm_80`, `sm_90` or `sm_100`.
         arguments: Of the kernel, in order: an integer, None, or the dtype of a tensor.
-        constants: The constexpr arguments and the options of the compiler. FORMULA is the coefficient
-            function, which has to be found by its module and name.
+        constants: The constexpr arguments and the options of the compiler. FORMULA and GATE are functions
+            of a rule, which have to be found by their module and name.
     """
 
     kernel: str
@@ -96,6 +96,8 @@ def _compile(request: Request) -> Compiled:
     constants = dict(request.constants)
     if constants.get("FORMULA") is not None:
         constants["FORMULA"] = on_device(constants["FORMULA"])
+    if constants["GATE"] is not None:
+        constants["GATE"] = on_device(constants["GATE"])
     arguments = tuple(torch.empty(1, dtype=x) if isinstance(x, torch.dtype) else x for x in request.arguments)
     found, _ = compile_launch(Launch({}, kernel, arguments, constants), request.arch)
     return Compiled(found.asm["ptx"], found.metadata.shared)

@@ -67,8 +67,10 @@ def emulated(arch: str, counts: Counter[str] | None = None, **setting: Any) -> I
     with (
         mock.patch.object(gram, "_gram_kernel", Emulated("gram", chosen, found)),
         mock.patch.object(combine, "_combine_kernel", Emulated("combine", chosen, found)),
-        # The function itself goes to the compiling process, which has a device function of its own.
+        # The functions themselves go to the compiling process, which has device functions of its own.
         mock.patch.object(combine, "on_device", lambda c: None if compilable(c) is None else c),
+        mock.patch.object(combine, "gate_on_device", lambda gate: gate),
+        mock.patch.object(gram, "gate_on_device", lambda gate: gate),
     ):
         yield found
     if counts is not None:

@@ -9,9 +9,10 @@ from types import CodeType
 from typing import Any, NamedTuple
 
 import numpy as np
+import triton
 
 from .memory import Fault, Memory, Shared
-from .program import THREADS, Instruction, Program
+from .program import THREADS, Instruction, Program, Unknown
 from .races import Clocks, Shadow
 from .semantics import NAMES, Translator, bits, full, unwritten
 
@@ -80,9 +81,11 @@ class Kernel:
         clocks = Clocks(len(blocks)) if races or late else None
         launch = _Launch(memory, clocks, races, late, arguments)
         running = [Block(self, launch, i, program) for i, program in enumerate(blocks)]
+        # Reductions of Triton 3.9 store equal values from several warps.
+        together = THREADS if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 32
         for block in running:
             block.shared = Shared(shared)
-            block.shadow = Shadow(block.shared.granules, clocks, THREADS) if clocks and races else None
+            block.shadow = Shadow(block.shared.granules, clocks, together) if clocks and races else None
         draw = random.Random(seed)
         with np.errstate(all="ignore"):
             while running:
@@ -130,12 +133,12 @@ class Kernel:
         kind = one.opcode[-1]
         rest = [x for x in one.opcode[2:-1] if x not in ("v2", "v4", "cg")]
         if found is None or space not in ("global", "shared") or (rest and name != "atom"):
-            raise ValueError(f"Unknown access: {one.text}")
+            raise Unknown(f"Unknown access: {one.text}")
         at = self._translator.value(found[1], f"u{64 if space == 'global' else 32}")
         at = f"np.broadcast_to({at}, ({THREADS},)).astype(np.int64) + {int(found[2] or '0', 0)}"
         targets = [x.strip() for x in registers.strip("{}").split(",")]
         if len(targets) != next((int(x[1]) for x in one.opcode if x in ("v2", "v4")), 1):
-            raise ValueError(f"Unknown access: {one.text}")
+            raise Unknown(f"Unknown access: {one.text}")
         self._constants.append(Access(space == "shared", bits(kind) // 8, len(targets), one.text))
         access = f"k[{len(self._constants) - 1}]"
         if name == "st":
@@ -143,7 +146,7 @@ class Kernel:
             return f"t.store({access}, {at}, {mask}, [{values}])"
         if name == "atom":
             if (*one.opcode[:3], *one.opcode[4:]) != _ATOMIC or one.opcode[3] not in _ORDERS:
-                raise ValueError(f"Unknown atomic operation: {one.text}")
+                raise Unknown(f"Unknown atomic operation: {one.text}")
             target, added = (
                 self._translator.register(targets[0]),
                 self._translator.value(one.operands[2], "u32"),
@@ -161,7 +164,7 @@ class Kernel:
         number = int(re.fullmatch(r"\[\w+_param_(\d+)\]", address)[1])  # type: ignore[index]
         kind, width = one.opcode[2], 64 if target.startswith("%rd") else 32
         if mask != "None" or len(one.opcode) != 3 or bits(kind) != bits(self.program.parameters[number]):
-            raise ValueError(f"Unknown access: {one.text}")
+            raise Unknown(f"Unknown access: {one.text}")
         return f"{self._translator.register(target)} = t.parameter({number}, {kind!r}, {width})"
 
 

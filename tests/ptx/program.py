@@ -10,6 +10,10 @@ _STATEMENT = re.compile(r"(?:@(!?)(%p\d+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
 _PARAMETER = re.compile(r"\.param\s+\.(\w+)[^,)]*?(\w+)\s*[,\n]")
 
 
+class Unknown(Exception):
+    """Code that the emulator cannot execute. It does not say that a kernel is wrong."""
+
+
 class Instruction(NamedTuple):
     """`@predicate opcode operands`.
 
@@ -45,7 +49,7 @@ def parse(ptx: str) -> Program:
     """Reads a module with one kernel of 128 threads."""
     head, body = re.sub(r"//.*", "", ptx).split(".entry", 1)[1].split("{", 1)
     if f".reqntid {THREADS}" not in head:
-        raise ValueError(f"The kernel should have {THREADS} threads. Found: {head}")
+        raise Unknown(f"The kernel should have {THREADS} threads. Found: {head}")
     parameters = [kind for kind, _ in _PARAMETER.findall(head.split(")")[0] + "\n")]
     files = dict(re.findall(r'\.file\s+(\d+)\s+"[^"]*?([^"/]+)"', ptx))
     segments: list[list[Instruction]] = [[]]
@@ -65,7 +69,7 @@ def parse(ptx: str) -> Program:
             continue
         found = _STATEMENT.fullmatch(statement)
         if found is None:
-            raise ValueError(f"Unknown statement: {statement!r}")
+            raise Unknown(f"Unknown statement: {statement!r}")
         negated, predicate, opcode, operands = found.groups()
         text = f"{' '.join(statement.split())}  [{where}]"
         one = Instruction(tuple(opcode.split(".")), _split(operands), predicate, negated == "!", text)

@@ -78,9 +78,7 @@ class Shadow:
     Args:
         granules: The size of the memory.
         clocks: Those of the threads that use it.
-        together: How many neighbouring threads may store the same value to one address with one instruction:
-            a warp in global memory. Reductions of Triton 3.9 also do it with the warps of a block, in shared
-            memory.
+        together: How many neighbouring threads may store the same value to one address with one instruction.
     """
 
     def __init__(self, granules: int, clocks: Clocks, together: int = 32) -> None:

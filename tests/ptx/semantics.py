@@ -1,7 +1,7 @@
 """Translates PTX instructions into Python code over numpy arrays with one value for each thread.
 
 A register is an array of unsigned integers of its width, and a predicate one of booleans. An instruction
-looks at the bits as its types say. An instruction that is not listed raises ValueError.
+looks at the bits as its types say. An instruction that is not listed raises Unknown.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from .program import THREADS, Instruction
+from .program import THREADS, Instruction, Unknown
 
 _RAW = {16: np.uint16, 32: np.uint32, 64: np.uint64}
 _KINDS = {"s": "i", "u": "u", "b": "u", "f": "f"}
 _CLASSES = {"%rs": 16, "%r": 32, "%rd": 64, "%f": 32, "%fd": 64}
 _COMPARE = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "=="}
+_UNORDERED = {"ltu": ">=", "leu": ">", "gtu": "<=", "geu": "<"}  # of floats: true unless this comparison is
 
 
 def from_bf16(x: np.ndarray) -> np.ndarray:
@@ -92,12 +93,12 @@ class Translator:
         name, types = one.opcode[0], _types(one.opcode)
         write = _WRITERS.get(name)
         if write is None:
-            raise ValueError(f"Unknown instruction: {one.text}")
+            raise Unknown(f"Unknown instruction: {one.text}")
         modifiers = [x for x in one.opcode[1:] if x not in types]
         known = _MODIFIERS.get(name, ())
         rounds = name in ("add", "sub", "mul", "div", "sqrt", "fma") and types[0][0] == "f"
         if any(x not in known for x in modifiers) or (rounds and "rn" not in modifiers):
-            raise ValueError(f"Unknown modifiers: {one.text}")
+            raise Unknown(f"Unknown modifiers: {one.text}")
         targets, value = write(self, one, types)
         lines = []
         for i, target in enumerate(targets):
@@ -118,7 +119,7 @@ class Translator:
 
     def register(self, name: str) -> str:
         if not re.fullmatch(r"%(p|rs|rd|r|f|fd)\d+", name):
-            raise ValueError(f"Unknown register: {name}")
+            raise Unknown(f"Unknown register: {name}")
         return f"v[{self.registers.setdefault(name, len(self.registers))}]"
 
     def value(self, operand: str, kind: str) -> str:
@@ -132,7 +133,7 @@ class Translator:
             if kind == "pred":
                 return found
             if register_bits(operand) != bits(kind):
-                raise ValueError(f"Unknown use of {operand} as {kind}")
+                raise Unknown(f"Unknown use of {operand} as {kind}")
             if kind == "bf16":
                 return f"from_bf16({found})"
             return found if kind[0] in "ub" else f"{found}.view('{view(kind)}')"
@@ -144,7 +145,7 @@ def bits(kind: str) -> int:
     """The width of a type; of `bf16x2` that of both."""
     found = re.fullmatch(r"[a-z]+(\d+)(x2)?", kind)
     if found is None:
-        raise ValueError(f"Unknown type: {kind}")
+        raise Unknown(f"Unknown type: {kind}")
     return int(found[1]) * (2 if found[2] else 1)
 
 
@@ -156,7 +157,7 @@ def view(kind: str) -> str:
 def constant(operand: str, kind: str) -> Any:
     """A constant of the given type."""
     if kind == "bf16":
-        raise ValueError(f"Unknown constant of type bf16: {operand}")
+        raise Unknown(f"Unknown constant of type bf16: {operand}")
     if operand == "global_smem":  # shared memory begins at 0
         return np.dtype(view(kind)).type(0)
     if re.fullmatch(r"0f[0-9A-Fa-f]{8}", operand):
@@ -190,7 +191,7 @@ def _arithmetic(operator: str) -> Writer:
         target, *operands = one.operands
         kind = types[0]
         if kind.startswith("bf"):
-            raise ValueError(f"Unknown instruction: {one.text}")
+            raise Unknown(f"Unknown instruction: {one.text}")
         if len(types) == 2:  # `sub.rn.f32.bf16`: the first operand has the second type
             x, y = t.value(operands[0], types[1]), t.value(operands[1], types[0])
             values = [x if types[1] == "bf16" else f"{x}.astype('f4')", y]
@@ -203,7 +204,7 @@ def _arithmetic(operator: str) -> Writer:
 
 def _multiply(t: Translator, one: Instruction, types: list[str]) -> Written:
     (kind,) = types
-    if kind[0] == "f":
+    if kind[0] == "f" and one.opcode[0] == "mul":
         return _arithmetic("{} * {}")(t, one, types)
     x, y = (t.value(o, kind) for o in one.operands[1:3])
     width = bits(kind)
@@ -211,7 +212,7 @@ def _multiply(t: Translator, one: Instruction, types: list[str]) -> Written:
         large = f"{_KINDS[kind[0]]}{width // 4}"
         x, y, width = f"{x}.astype('{large}')", f"{y}.astype('{large}')", 2 * width
     elif "lo" not in one.opcode:
-        raise ValueError(f"Unknown instruction: {one.text}")
+        raise Unknown(f"Unknown instruction: {one.text}")
     value = f"({x} * {y}).view('u{width // 8}')"
     if one.opcode[0] == "mad":
         value = f"({value} + {t.value(one.operands[3], f'u{width}')})"
@@ -220,7 +221,7 @@ def _multiply(t: Translator, one: Instruction, types: list[str]) -> Written:
 
 def _fused(t: Translator, one: Instruction, types: list[str]) -> Written:
     if types[0] not in ("f32", "f32x2"):
-        raise ValueError(f"Unknown instruction: {one.text}")
+        raise Unknown(f"Unknown instruction: {one.text}")
     if len(types) == 1:
         return _arithmetic("fma({}, {}, {})")(t, one, types)
     target, x, y, z = one.operands  # `fma.rn.f32.bf16`: the factors have the second type
@@ -236,7 +237,7 @@ def _field(t: Translator, one: Instruction, types: list[str]) -> Written:
     kind, width = types[0], bits(types[0])
     start, length = int(start), int(length)
     if start + length > width:
-        raise ValueError(f"Unknown instruction: {one.text}")
+        raise Unknown(f"Unknown instruction: {one.text}")
     t.constants += [np.dtype(view(kind)).type(n) for n in (width - start - length, width - length)]
     left, right = (f"k[{len(t.constants) - i}]" for i in (2, 1))
     return [target], _raw(f"(({t.value(x, kind)} << {left}) >> {right})", kind)
@@ -249,7 +250,7 @@ def _minimum(t: Translator, one: Instruction, types: list[str]) -> Written:
     if types[0] in ("f32", "f64") and "NaN" not in one.opcode:  # the other one if one of them is NaN
         return one.operands[:1], _raw(f"np.f{one.opcode[0]}({x}, {y})", types[0])
     if types[0][0] not in "su" or "NaN" in one.opcode:
-        raise ValueError(f"Unknown instruction: {one.text}")
+        raise Unknown(f"Unknown instruction: {one.text}")
     return one.operands[:1], _raw(f"np.{one.opcode[0]}imum({x}, {y})", types[0])
 
 
@@ -257,7 +258,7 @@ def _shift(operator: str) -> Writer:
     def write(t: Translator, one: Instruction, types: list[str]) -> Written:
         amount = int(one.operands[2], 0)
         if not 0 <= amount < bits(types[0]):
-            raise ValueError(f"Unknown shift: {one.text}")
+            raise Unknown(f"Unknown shift: {one.text}")
         x = t.value(one.operands[1], types[0])
         t.constants.append(np.dtype(view(types[0])).type(amount))
         return one.operands[:1], _raw(f"({x} {operator} k[{len(t.constants) - 1}])", types[0])
@@ -269,6 +270,8 @@ def _set_predicate(t: Translator, one: Instruction, types: list[str]) -> Written
     operator = next(x for x in one.opcode[1:] if x not in types)
     kind = types[0].removesuffix("x2")
     targets = one.operands[0].split("|")
+    if len(targets) != (2 if types[0].endswith("x2") else 1):
+        raise Unknown(f"Unknown comparison: {one.text}")
     x, y = (
         f"from_bf16({t.register(o)}.view('u2'))" if types[0] == "bf16x2" else t.value(o, types[0])
         for o in one.operands[1:]
@@ -280,10 +283,12 @@ def _set_predicate(t: Translator, one: Instruction, types: list[str]) -> Written
         value = f"({x} != {y})"
     elif operator == "ne":
         value = f"(({x} < {y}) | ({x} > {y}))" if floats else f"({x} != {y})"
+    elif operator in _UNORDERED and floats:
+        value = f"~({x} {_UNORDERED[operator]} {y})"
     elif operator in _COMPARE:
         value = f"({x} {_COMPARE[operator]} {y})"
     else:
-        raise ValueError(f"Unknown comparison: {one.text}")
+        raise Unknown(f"Unknown comparison: {one.text}")
     if types[0].endswith("x2"):
         return targets, f"np.ascontiguousarray({value}.reshape(-1, 2).T)"
     return targets, value
@@ -308,7 +313,7 @@ def _convert(t: Translator, one: Instruction, types: list[str]) -> Written:
     if floats or (to[0] in "su" and source[0] in "su"):
         value = f"{values[0]}.astype('{view(to)}')"
         return one.operands[:1], _raw(value, to)
-    raise ValueError(f"Unknown conversion: {one.text}")
+    raise Unknown(f"Unknown conversion: {one.text}")
 
 
 def _move(t: Translator, one: Instruction, types: list[str]) -> Written:
@@ -326,7 +331,7 @@ def _move(t: Translator, one: Instruction, types: list[str]) -> Written:
 def _shuffle(t: Translator, one: Instruction, types: list[str]) -> Written:
     target, source, mask, clamp, members = one.operands
     if one.opcode != ("shfl", "sync", "bfly", "b32") or (clamp, members) != ("31", "-1"):
-        raise ValueError(f"Unknown shuffle: {one.text}")
+        raise Unknown(f"Unknown shuffle: {one.text}")
     t.constants.append(np.arange(THREADS) ^ int(mask))
     return [target], f"{t.register(source)}[k[{len(t.constants) - 1}]]"
 
@@ -337,7 +342,7 @@ _MODIFIERS = {
     **dict.fromkeys(("mul", "mad"), (*_FLOAT, "lo", "wide")),
     "fma": _FLOAT,
     "min": ("NaN",),
-    "setp": (*_COMPARE, "ne", "neu", "nan"),
+    "setp": (*_COMPARE, *_UNORDERED, "ne", "neu", "nan"),
     "shfl": ("sync", "bfly"),
 }
 _WRITERS: dict[str, Writer] = {

@@ -4,6 +4,7 @@ Gradients are given to leaves as they are. What an update should be says the ref
 slack. Captures are the business of `test_extraction`.
 """
 
+import dataclasses
 import gc
 import itertools
 import weakref
@@ -52,6 +53,32 @@ def test_max_norm_clips_as_torch_does_afterwards(backend, rule):
         forget, retain = small(dtype, family)
         found = bucketed(backend, forget, retain, rule, max_norm=0.5, **WEIGHTS)
         assert_clipped(found, forget, retain, rule, 0.5, **WEIGHTS)
+
+
+@pytest.mark.parametrize("rule", ["ties", "mudman", "cautious"])
+@pytest.mark.parametrize("max_norm", [None, 0.5])
+def test_rules_with_a_gate_of_their_own(backend, rule, max_norm):
+    """Small parameters in one buffer, whose gaps hold zeros, which are elements of no class."""
+    for scope in ("tensor", "global"):
+        found = sago.rules.resolve(rule)
+        found = dataclasses.replace(found, scope=scope) if found.by_class else found
+        forget, retain = small(FP32, "scale_1")
+        expected, report = sago.reference.synthesize(forget, retain, found, **WEIGHTS)
+        factor = 1.0
+        if max_norm is not None:
+            norm = torch.stack([u.double().norm() for u in expected]).norm()
+            factor = min(1.0, max_norm / (norm.item() + 1e-6))
+        updates, seen = bucketed(backend, forget, retain, found, max_norm=max_norm, **WEIGHTS)
+        for u, e in zip(updates, expected, strict=True):
+            torch.testing.assert_close(u, factor * e, rtol=4e-6, atol=1e-12)
+        torch.testing.assert_close(seen.uu, report.uu, rtol=4e-6, atol=1e-12)
+
+
+def test_a_gate_compares_gradients_of_one_scale():
+    forget, retain = small(FP32, "scale_1")
+    with pytest.raises(ValueError, match=r"`rule` should have no gate.*2 forget and 1 retain.*'ties'"):
+        averaged(ANY, forget, retain, "ties", (2, 1), **WEIGHTS)
+    averaged(ANY, forget, retain, "ties", (2, 2), **WEIGHTS)
 
 
 @pytest.mark.parametrize("rule", [*RULES, GATED], ids=rule_name)

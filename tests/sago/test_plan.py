@@ -224,9 +224,13 @@ def test_in_a_cuda_graph(rule, stats):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rule", ANY)
-def test_on_another_stream_than_it_was_made_on(rule):
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("late", ["made", "other"])
+def test_on_another_stream_than_it_was_made_on(rule, strided, late):
     """The other stream waits for the tables, and nothing reuses their memory while it runs."""
     forget, retain = ([t.cuda() for t in inputs.pair(n)] for n in (100, 1 << 20))
+    if strided:  # these tensors are processed as copies
+        forget, retain = ([t.repeat_interleave(2)[::2] for t in side] for side in (forget, retain))
     expected, _ = sago.synthesize(forget, retain, rule)
     out = [torch.empty_like(t) for t in retain]
     warm = sago.Plan(forget, retain, rule, out=[torch.empty_like(t) for t in retain])
@@ -234,10 +238,15 @@ def test_on_another_stream_than_it_was_made_on(rule):
     torch.cuda.synchronize()
     made, other = torch.cuda.Stream(), torch.cuda.Stream()
     with torch.cuda.stream(made):
-        torch.cuda._sleep(100_000_000)  # the tables are uploaded after it
+        # The tables are uploaded after it, and nothing else delays the other stream.
+        if late == "made":
+            torch.cuda._sleep(100_000_000)
         plan = sago.Plan(forget, retain, rule, out=out)
+    if late == "other":
+        torch.cuda.synchronize()
     with torch.cuda.stream(other):
-        torch.cuda._sleep(100_000_000)
+        if late == "other":
+            torch.cuda._sleep(100_000_000)
         plan.synthesize_()
     del plan
     with torch.cuda.stream(made):

@@ -14,6 +14,7 @@ from torch.optim import optimizer as optimizers
 
 import sago
 from sago.backends import compiled
+from tests.support.backends import RULES
 from tests.support.properties import assert_equal_bits
 from tests.support.windows import ANY, BF16, FP32, backward, fresh, losses, model_of, window
 
@@ -128,7 +129,7 @@ def test_buckets_that_are_made_in_inference_mode():
     assert (params[0].grad == 5.0).all()
 
 
-@pytest.mark.parametrize("rule", sago.list_rules())
+@pytest.mark.parametrize("rule", RULES)
 def test_a_default_device_that_is_not_that_of_the_gradients(rule):
     params, gradients = leaves(3, 4), [torch.full((n,), 2.0) for n in (3, 4)]
     with torch.device("meta"):  # as set_default_device, which in torch 2.6 does not restore the state

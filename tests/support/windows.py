@@ -6,11 +6,10 @@ import torch
 import sago
 from sago.rules import ratio, where
 from tests.support import inputs, oracle, properties
-from tests.support.backends import DTYPES, Backend
+from tests.support.backends import DTYPES, RULES, Backend
 
 BF16, FP16, FP32, FP64 = DTYPES
 NAN, INF = torch.nan, torch.inf
-RULES = sago.list_rules()
 WEIGHTS = {"gamma": 0.75, "alpha": 1.5}
 ALONE = {"bucket_cap_mb": 1e-6}  # a buffer a tensor
 ANY = Backend("compiled", "cpu")  # for what is the same on all of them

@@ -1,6 +1,7 @@
-"""The gallery: each rule by what defines it, against TorchJD where TorchJD has it, and on every backend."""
+"""The gallery: each rule by what defines it, against its reference and TorchJD, and on every backend."""
 
 from importlib.util import find_spec
+from math import nan
 
 import numpy as np
 import pytest
@@ -8,15 +9,22 @@ import torch
 
 import sago
 import sago.reference
-from examples import rules
-from examples.rules import RULES
-from sago.rules import evaluate
+from sago.rules import REFERENCES, RULES, evaluate
+from sago.rules.cagrad import cagrad
+from sago.rules.cagrad import reference as cagrad_reference
+from sago.rules.gradvac import gradvac
+from sago.rules.gradvac import reference as gradvac_reference
 from tests.conftest import needs_triton
 from tests.support import inputs
 
 DOUBLE = torch.float64
-COMPILED = ["and_mask", "agreeing", "a_gem", "orthograd", "pcgrad_symmetric", "dualproj", "mgda"]
-DEGREE_0 = ["ngdiff", "nash_mtl"]
+GRAM = (
+    *("a_gem", "orthograd", "blur_forget_upper", "pcgrad_symmetric", "upgrad", "dualproj", "mgda"),
+    *("cosine_gate", "ngdiff", "imtl_g", "nash_mtl", "config", "aligned_mtl", "cagrad", "gradvac"),
+)
+GALLERY = ("and_mask", *GRAM)
+CLOSURES = ("cagrad", "gradvac")  # their parameter makes them closures, which torch evaluates
+WEIGHTS = [(1.0, 1.0), (2.0, 3.0), (0.1, 5.0), (0.0, 1.5), (0.75, 0.0), (0.0, 0.0)]
 
 
 def pair(angle, f_norm=1.0, r_norm=1.0, size=40, seed=0):
@@ -66,10 +74,18 @@ def unit(x):
 # What defines each rule.
 
 
-def test_the_masks():
+def test_and_mask_keeps_the_sum_out_of_conflict():
     f, r = np.array([1.0, -2.0, 3.0, 0.0]), np.array([-1.0, -1.0, 5.0, 2.0])
     close(update("and_mask", f, r, 2.0, 3.0), np.array([0.0, -7.0, 21.0, 6.0]))
-    close(update("agreeing", f, r, 2.0, 3.0), np.array([0.0, -4.0, 6.0, 0.0]))
+
+
+def test_and_mask_is_the_mask_of_the_paper_for_thresholds_up_to_one_half():
+    f, r = (a.ravel() for a in np.meshgrid([-2.0, 0.0, 1.0], [-3.0, 0.0, 0.5]))
+    agreement = abs(np.sign(f) + np.sign(r)) / 2
+    for threshold in (0.1, 0.5):
+        close(update("and_mask", f, r, 2.0, 3.0), np.where(agreement >= threshold, 2.0 * f + 3.0 * r, 0.0))
+    at_one = np.where(agreement >= 1.0, f + r, 0.0)
+    assert ((at_one != update("and_mask", f, r)) == ((f == 0) != (r == 0))).all()
 
 
 @pairs
@@ -83,9 +99,17 @@ def test_a_gem_keeps_forget_or_makes_it_orthogonal_to_retain(f, r):
 
 
 @pairs
-def test_orthograd_is_orthogonal_to_retain_but_for_alpha(f, r):
-    assert abs(update("orthograd", f, r, alpha=0.0) @ r) < 1e-12
-    close(update("orthograd", f, r, 2.0, 3.0), 2.0 * (f - (f @ r) / (r @ r) * r) + 3.0 * r)
+def test_orthograd_is_orthogonal_to_retain(f, r):
+    found = update("orthograd", f, r, gamma=2.0)
+    assert abs(found @ r) < 1e-12
+    close(found, 2.0 * (f - (f @ r) / (r @ r) * r))
+
+
+@pairs
+def test_blur_forget_upper_is_blur_with_the_gradients_exchanged(f, r):
+    found = update("blur_forget_upper", f, r, 2.0, 3.0)
+    assert found @ r == pytest.approx(3.0 * (r @ r))
+    close(found, update("blur", r, f, 3.0, 2.0))
 
 
 @pairs
@@ -97,6 +121,14 @@ def test_pcgrad_symmetric_projects_both(f, r):
         close(found, 2.0 * (f - (f @ r) / (r @ r) * r) + 3.0 * (r - (f @ r) / (f @ f) * f))
     assert found @ f >= -1e-12
     assert found @ r >= -1e-12
+
+
+@pairs
+def test_upgrad_is_the_mean_of_projected_gradients(f, r):
+    of_forget, of_retain = update("dualproj", f, r, 1.0, 0.0), update("dualproj", f, r, 0.0, 1.0)
+    found = update("upgrad", f, r, 2.0, 3.0)
+    close(found, (2.0 * of_forget + 3.0 * of_retain) / 2)
+    close(found, update("pcgrad_symmetric", f, r, 2.0, 3.0) / 2)
 
 
 @pairs
@@ -168,8 +200,7 @@ def test_cagrad_serves_the_worse_of_the_two_best(f, r, radius):
     f, r = 2.0 * f, 3.0 * r
     mean = (f + r) / 2.0
     length = radius * np.linalg.norm(mean)
-    rule = sago.Rule("cagrad", rules.cagrad(radius), "global")
-    found = update(rule, f / 2.0, r / 3.0, 2.0, 3.0)
+    found = update(cagrad(radius), f / 2.0, r / 3.0, 2.0, 3.0)
     assert np.linalg.norm(found - mean) == pytest.approx(length, rel=1e-6)
     plane = np.linalg.qr(np.stack([f, r]).T)[0]
     circle = np.linspace(0.0, 2.0 * np.pi, 10001)
@@ -179,11 +210,15 @@ def test_cagrad_serves_the_worse_of_the_two_best(f, r, radius):
 
 
 @pairs
+def test_cagrad_at_radius_0_is_the_mean(f, r):
+    close(update(cagrad(0.0), f, r, 2.0, 3.0), (2.0 * f + 3.0 * r) / 2)
+
+
+@pairs
 @pytest.mark.parametrize("target", [-0.3, 0.0, 0.2])
 def test_gradvac_reaches_its_cosine(f, r, target):
-    rule = sago.Rule("gradvac", rules.gradvac(target), "global")
     for moved, fixed, weights in ((f, r, (1.0, 0.0)), (r, f, (0.0, 1.0))):
-        found = update(rule, f, r, *weights)
+        found = update(gradvac(target), f, r, *weights)
         cosine = unit(f) @ unit(r)
         if cosine >= target:
             close(found, moved)
@@ -192,13 +227,121 @@ def test_gradvac_reaches_its_cosine(f, r, target):
             assert np.linalg.matrix_rank(np.stack([found - moved, fixed]), tol=1e-9) == 1
 
 
-def test_a_rule_can_read_a_tensor_that_changes():
+@pairs
+def test_gradvac_at_target_0_is_pcgrad_symmetric(f, r):
+    close(update("gradvac", f, r, 2.0, 3.0), update("pcgrad_symmetric", f, r, 2.0, 3.0))
+
+
+@pytest.mark.parametrize("dtype", [DOUBLE, torch.float32])
+def test_a_rule_can_read_a_tensor_that_changes(dtype):
     f, r = pair(100)
-    target = torch.zeros((), dtype=DOUBLE)
-    rule = sago.Rule("gradvac", rules.gradvac(target), "global")
-    for cosine in (0.0, 0.4, -0.5):
+    target = torch.zeros((), dtype=dtype)
+    rule = gradvac(target)
+    for cosine in (0.0, 0.5, -0.25):  # exact in fp32
         target.fill_(cosine)
-        close(update(rule, f, r), update(sago.Rule("fixed", rules.gradvac(cosine), "global"), f, r))
+        close(update(rule, f, r), update(gradvac(cosine), f, r))
+
+
+@pytest.mark.parametrize("radius", [-0.1, nan, float("inf")])
+def test_a_radius_that_is_none(radius):
+    with pytest.raises(ValueError, match=r"`radius`.*at least 0.*Found"):
+        cagrad(radius)
+
+
+@pytest.mark.parametrize("target", [-1.0, 1, nan, torch.zeros(2)], ids=str)
+def test_a_target_that_is_none(target):
+    with pytest.raises(ValueError, match=r"`target`.*Found"):
+        gradvac(target)
+
+
+# The definitions beside the rules.
+
+
+def four(rule, gram, gamma=1.0, alpha=1.0):
+    """The coefficients `a_c, b_c, a, b` for each row."""
+    values = evaluate(rule, torch.from_numpy(gram), gamma, alpha, 0.0, torch.device("cpu")).values
+    return np.broadcast_to(np.tile(values.numpy(), 1 if rule.gated else 2), (len(gram), 4))
+
+
+def random_gram(count=300, largest_cosine=0.9):
+    """The inner products of pairs whose norms differ by a factor of 10 at most."""
+    generator = np.random.default_rng(1)
+    f, r = 10.0 ** generator.uniform(-0.5, 0.5, (2, count))
+    cosine = generator.uniform(-largest_cosine, largest_cosine, count)
+    return np.stack([f * f, cosine * f * r, r * r], axis=1)
+
+
+@pytest.mark.parametrize(("gamma", "alpha"), WEIGHTS)
+@pytest.mark.parametrize("name", GALLERY)
+def test_coefficients_against_the_reference(name, gamma, alpha):
+    """At most 200 roundings, amplified by the condition of the Gram matrix.
+
+    The ratio of its eigenvalues is at most `(10 + 1/10)^2 / (1 - 0.9^2)`, about 540. `mgda`, `cagrad` and
+    `aligned_mtl` subtract the weighted squares, which differ by up to a factor of 250,000 for the weights 0.1
+    and 5. In all that is 200 * 1.1e-16 * 540 * 50^2, about 3e-8, at worst.
+    """
+    gram = random_gram()
+    expected = np.array([REFERENCES[name](*row, gamma, alpha) for row in gram.tolist()])
+    np.testing.assert_allclose(four(RULES[name], gram, gamma, alpha), expected, rtol=3e-8, atol=1e-14)
+
+
+@pytest.mark.parametrize("parameter", [0.0, 0.1, 0.5, 0.9])
+def test_parameters_against_the_reference(parameter):
+    gram = random_gram()
+    for rule, reference in (
+        (cagrad(parameter), cagrad_reference),
+        (gradvac(parameter), gradvac_reference),
+        (gradvac(-parameter), lambda *row: gradvac_reference(*row[:5], -row[5])),
+    ):
+        expected = np.array([reference(*row, 2.0, 3.0, parameter) for row in gram.tolist()])
+        np.testing.assert_allclose(four(rule, gram, 2.0, 3.0), expected, rtol=3e-8, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", GRAM)
+def test_references_of_sums_that_overflow(name):
+    for i, sums in enumerate(([np.inf, 1.0, 1.0], [1.0, np.inf, 1.0], [1.0, 1.0, np.inf])):
+        if ("ff", "fr", "rr")[i] in frozenset().union(*RULES[name].reads[False, False]):
+            assert np.isnan(REFERENCES[name](*sums, 1.0, 1.0)).any()
+            assert np.isnan(four(RULES[name], np.array([sums]))).any()
+
+
+# What the files of the rules state.
+
+
+@pytest.mark.parametrize(("gamma", "alpha"), WEIGHTS)
+@pytest.mark.parametrize("name", GRAM)
+def test_guarantees(name, gamma, alpha):
+    """`<u,r>` and `<u,f>` of random pairs; where the rule guarantees nothing, some pair breaks it."""
+    gram = random_gram(2000, largest_cosine=1.0)
+    ff, fr, rr = gram.T
+    a, b = four(RULES[name], gram, gamma, alpha).T[2:]
+    lengths = abs(a) * ff**0.5 + abs(b) * rr**0.5 + 1e-300
+    guarantees = RULES[name].guarantees
+    # The terms of both products are at most the product of the lengths, and cancel with 10 roundings.
+    if guarantees.non_negative_with_retain:
+        assert ((a * fr + b * rr) / (lengths * rr**0.5)).min() > -1e-14
+    if guarantees.non_negative_with_forget:
+        assert ((a * ff + b * fr) / (lengths * ff**0.5)).min() > -1e-14
+
+
+@pytest.mark.parametrize("name", GRAM)
+def test_what_is_not_guaranteed_does_not_hold(name):
+    gram = random_gram(2000, largest_cosine=1.0)
+    ff, fr, rr = gram.T
+    holds = np.array([True, True])
+    for gamma, alpha in WEIGHTS:
+        a, b = four(RULES[name], gram, gamma, alpha).T[2:]
+        holds &= (a * fr + b * rr).min() > -1e-3, (a * ff + b * fr).min() > -1e-3
+    guarantees = RULES[name].guarantees
+    assert holds.tolist() == [guarantees.non_negative_with_retain, guarantees.non_negative_with_forget]
+
+
+def test_and_mask_agrees_with_both_at_every_element():
+    f, r = np.random.default_rng(2).standard_normal((2, 1000))
+    for gamma, alpha in WEIGHTS:
+        found = update("and_mask", f, r, gamma, alpha)
+        assert (found * r >= 0).all()
+        assert (found * f >= 0).all()
 
 
 # TorchJD, with the weights as its preference vector where it has one.
@@ -215,7 +358,8 @@ def torchjd_aggregator(name):
     # neither, it is 1e-8 for the inverse or the root of a Gram matrix of condition 1e3.
     return {
         "pcgrad_symmetric": lambda: (torchjd.PCGrad(), 1.0, 1.0, 1e-10),
-        "upgrad": lambda: (torchjd.UPGrad(both, projector=projector), 2.0, 3.0, 1e-6),
+        "upgrad": lambda: (torchjd.UPGrad(both, projector=projector), 4.0, 6.0, 1e-6),
+        "upgrad of the mean": lambda: (torchjd.UPGrad(projector=projector), 1.0, 1.0, 1e-6),
         "dualproj": lambda: (torchjd.DualProj(both, projector=projector), 2.0, 3.0, 1e-6),
         "mgda": lambda: (torchjd.MGDA(epsilon=1e-9, max_iters=10000), 1.0, 1.0, 2e-3),
         "imtl_g": lambda: (torchjd.IMTLG(), 1.0, 1.0, 1e-8),
@@ -227,14 +371,20 @@ def torchjd_aggregator(name):
     }[name]()
 
 
-NEEDS = {"upgrad": "quadprog", "dualproj": "quadprog", "cagrad": "cvxpy", "nash_mtl": "ecos"}
+NEEDS = {
+    "upgrad": "quadprog",
+    "upgrad of the mean": "quadprog",
+    "dualproj": "quadprog",
+    "cagrad": "cvxpy",
+    "nash_mtl": "ecos",
+}
 
 
 @pairs
 @pytest.mark.parametrize(
     "name",
     [
-        *("pcgrad_symmetric", "upgrad", "dualproj", "mgda", "imtl_g"),
+        *("pcgrad_symmetric", "upgrad", "upgrad of the mean", "dualproj", "mgda", "imtl_g"),
         *("config", "aligned_mtl", "cagrad", "nash_mtl", "gradvac"),
     ],
 )
@@ -244,7 +394,7 @@ def test_against_torchjd(name, f, r):
     if name in NEEDS:
         pytest.importorskip(NEEDS[name], reason=f"TorchJD needs {NEEDS[name]} for it")
     aggregator, gamma, alpha, rtol = torchjd_aggregator(name)
-    rule = RULES["pcgrad_symmetric" if name == "upgrad" else name]
+    rule = gradvac(0.2) if name == "gradvac" else RULES[name.split()[0]]
     matrix = torch.from_numpy(np.stack([f, r]))
     if name == "gradvac":  # with beta 1 the target is the cosine of the call before
         aggregator(torch.from_numpy(np.stack(pair(np.degrees(np.arccos(0.2)), size=len(f), seed=9))))
@@ -257,7 +407,7 @@ def test_against_torchjd(name, f, r):
 # The library's side.
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", GALLERY)
 def test_every_backend_without_a_kernel_edit(backend, rule):
     forget, retain = (list(side) for side in zip(*(inputs.pair(n, n) for n in (7, 300)), strict=True))
     updates, report = backend(forget, retain, RULES[rule], gamma=0.75, alpha=1.5)
@@ -269,39 +419,85 @@ def test_every_backend_without_a_kernel_edit(backend, rule):
 
 
 @needs_triton
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", GALLERY)
 def test_arithmetic_is_compiled_into_the_kernel(rule):
     from sago.kernels.formula import on_device
 
-    assert (on_device(RULES[rule].coefficients) is not None) == (rule in COMPILED)
+    assert (on_device(RULES[rule].coefficients) is None) == (rule in CLOSURES)
 
 
-@pytest.mark.parametrize("rule", [name for name in RULES if RULES[name].scope == "global"])
+@pytest.mark.parametrize("rule", GRAM)
 def test_an_overflow_is_seen(rule):
     f, r = np.array([1e170, 1.0, -1.0]), np.array([-1e170, 1.0, 1.0])
     assert np.isnan(update(rule, f, r)).all()
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", GALLERY)
 def test_the_degree(rule):
     """1 for all but the two that normalise; with those, a scaled loss has to be unscaled first."""
+    assert (RULES[rule].guarantees.degree == 0) == (rule in ("ngdiff", "nash_mtl"))
     f, r = pair(120, 1.0, 3.0)
     scaled = update(rule, 8.0 * f, 8.0 * r)
-    close(scaled, (1.0 if rule in DEGREE_0 else 8.0) * update(rule, f, r), rtol=1e-8)
+    close(scaled, 8.0 ** RULES[rule].guarantees.degree * update(rule, f, r), rtol=1e-8)
 
 
-@pytest.mark.parametrize("rule", [name for name in RULES if RULES[name].scope == "global"])
+def along(rule, first, second):
+    """The update of `first*e` and `second*e` as a multiple of the unit vector `e`, from both definitions."""
+    gram = np.array([[first * first, first * second, second * second]])
+    by_reference = REFERENCES[rule](*gram[0].tolist(), 1.0, 1.0)
+    found = [a * first + b * second for _, _, a, b in (four(RULES[rule], gram)[0], by_reference)]
+    assert found[0] == pytest.approx(found[1], abs=1e-7)  # an angle of 0 is off by the root of a rounding
+    return found[0]
+
+
+# The updates that the docstrings state, of e and e, 2e and e, -e and e, 0 and e, and 2e and 0.
+ON_A_LINE = {
+    "a_gem": (1, 2, 0, 0, 2),
+    "orthograd": (0, 0, 0, 0, 2),
+    "blur_forget_upper": (1, 1, 1, 1, 2),
+    "pcgrad_symmetric": (2, 3, 0, 1, 2),
+    "upgrad": (1, 1.5, 0, 0.5, 1),
+    "dualproj": (2, 3, 0, 1, 2),
+    "mgda": (1, 1, 0, 0, 0),
+    "cosine_gate": (2, 3, 1, 1, 0),
+    "ngdiff": (2, 2, 0, 1, 1),
+    "imtl_g": (1, 4 / 3, 0, 0, 0),
+    "nash_mtl": (2**0.5, 2**0.5, 0, 1, 1),
+    "config": (2, 3, 0, 1, 2),
+    "aligned_mtl": (0, 0, 0, 0, 0),
+    "cagrad": (1.5, 2.25, 0, 0.5, 1),
+    "gradvac": (2, 3, 0, 1, 2),
+}
+
+
+@pytest.mark.parametrize("rule", GRAM)
+def test_zero_parallel_and_antiparallel_gradients(rule):
+    found = [along(rule, *both) for both in ((1, 1), (2, 1), (-1, 1), (0, 1), (2, 0))]
+    assert found == pytest.approx(ON_A_LINE[rule], abs=1e-7)
+    assert along(rule, 0, 0) == 0
+
+
+@pytest.mark.parametrize("rule", GRAM)
 def test_zero_and_parallel_gradients_are_finite(rule):
     f, r = pair(40)
     for first, second in ((0.0 * f, r), (f, 0.0 * r), (0.0 * f, 0.0 * r), (f, f), (f, 3.0 * f), (f, -f)):
-        assert np.isfinite(update(rule, first, second)).all()
+        for gamma, alpha in WEIGHTS:
+            assert np.isfinite(update(rule, first, second, gamma, alpha)).all()
+
+
+@pytest.mark.parametrize("rule", [name for name in GRAM if RULES[name].guarantees.degree == 1])
+@pytest.mark.parametrize("scale", [1e-140, 1e140])
+def test_the_products_of_sums_stay_in_range(rule, scale):
+    """The square of an inner product would underflow or overflow in fp64."""
+    f, r = pair(120, 1.0, 3.0)
+    close(update(rule, scale * f, scale * r) / scale, update(rule, f, r), rtol=1e-8)
 
 
 # f and r equal, antiparallel, and one of them 0: squares such as |f - r|^2 are exactly 0.
 DEGENERATE = {"equal": (1, 1, 1), "opposite": (1, -1, 1), "f is 0": (0, 0, 1), "r is 0": (1, 0, 0)}
 
 
-@pytest.mark.parametrize("rule", [name for name in RULES if RULES[name].scope == "global"])
+@pytest.mark.parametrize("rule", GRAM)
 @pytest.mark.parametrize("sums", DEGENERATE.values(), ids=DEGENERATE)
 def test_squares_that_rounding_makes_negative(rule, sums):
     """Each sum is off by the rounding of fp32 arithmetic."""

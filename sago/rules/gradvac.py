@@ -1,0 +1,76 @@
+"""`gradvac`: each gradient, moved to a target cosine with the other one.
+
+    u = gamma*(f + p*r) + alpha*(r + q*f), over all tensors
+
+`p, q >= 0` are such that `f + p*r` has the cosine `target` with `r`, and `r + q*f` has it with `f`. They are
+0 if the cosine of the gradients is not below the target. `gamma` and `alpha` weigh the moved gradients, so
+that a weight of 0 does not switch a gradient off. In the paper, the target is a running mean of the cosines.
+
+With target 0 the rule is `pcgrad_symmetric` and has its promises: `<u,r> >= 0` and `<u,f> >= 0`. For other
+targets it promises nothing.
+
+The update is the sum for parallel and equal gradients, 0 for antiparallel gradients with target 0, and the
+weighted other gradient if one of them is 0.
+
+Source: Gradient Vaccine, Wang et al. 2021, arXiv 2010.05874.
+"""
+
+import math
+
+from torch import Tensor
+
+from sago.rules.language import ratio, scaled, sqrt, where
+from sago.rules.rule import Guarantees, Rule
+from sago.rules.shared import cosine
+
+
+def gradvac(target: float | Tensor = 0.0) -> Rule:
+    """The rule for a target between -1 and 1.
+
+    The target can be a 0-d tensor that changes between calls. Its value is not checked.
+    """
+    if isinstance(target, Tensor):
+        if target.ndim != 0:
+            raise ValueError(
+                "Parameter `target` should be a number or a tensor without dimensions. Found a tensor of "
+                f"shape {tuple(target.shape)}."
+            )
+    elif not -1.0 < target < 1.0:
+        raise ValueError(f"Parameter `target` should be a number between -1 and 1. Found {target!r}.")
+
+    def coefficients(ff, fr, rr, gamma, alpha):
+        t = target.to(ff.device, ff.dtype) if isinstance(target, Tensor) else target
+        height = (1.0 - t * t) ** 0.5
+        f, r, c = sqrt(ff), sqrt(rr), cosine(ff, fr, rr)
+        added = where(c >= t, 0.0, (t * sqrt(1.0 - c * c) - c * height) / height)
+        return gamma + scaled(alpha, added * ratio(r, f)), alpha + scaled(gamma, added * ratio(f, r))
+
+    symmetric = not isinstance(target, Tensor) and target == 0.0
+    return Rule(
+        "gradvac",
+        coefficients,
+        "global",
+        formula="gamma*(f + p*r) + alpha*(r + q*f), cos(f + p*r, r) and cos(r + q*f, f) at least the target",
+        guarantees=Guarantees(non_negative_with_retain=symmetric, non_negative_with_forget=symmetric),
+        source="arXiv 2010.05874",
+    )
+
+
+def reference(
+    ff: float, fr: float, rr: float, gamma: float, alpha: float, target: float = 0.0
+) -> tuple[float, ...]:
+    """By the law of sines in the triangle of `f`, `p*r` and their sum"""
+    if gamma == 0 and alpha == 0:
+        return (0.0,) * 4
+    if not (math.isfinite(ff) and math.isfinite(fr) and math.isfinite(rr)):
+        return (math.nan,) * 4
+    f, r = math.sqrt(ff), math.sqrt(rr)
+    if f == 0 or r == 0:
+        return gamma, alpha, gamma, alpha
+    angle, largest = math.acos(max(-1.0, min(1.0, fr / f / r))), math.acos(target)
+    share = math.sin(max(0.0, angle - largest)) / math.sin(largest)
+    a, b = gamma + alpha * share * r / f, alpha + gamma * share * f / r
+    return a, b, a, b
+
+
+RULE = gradvac()

@@ -1,0 +1,53 @@
+"""`mgda`: the shortest convex combination of the two gradients.
+
+    u = x*f' + (1-x)*r',   x = (<r',r'> - <f',r'>) / |f' - r'|^2, at least 0 and at most 1
+    f' = gamma*f,  r' = alpha*r, over all tensors
+
+`gamma` and `alpha` weigh the gradients ahead of the method. A weight of 0 makes the update 0, because 0 is
+then one of the combinations. Promise: `<u,f> >= 0` and `<u,r> >= 0`. The shortest vector of a convex set has
+`<u,v> >= <u,u>` for each `v` in the set.
+
+The update is the shorter gradient for parallel ones, `r'` for equal ones, and 0 for antiparallel gradients
+and if one of them is 0.
+
+Source: Desideri 2012; for two gradients Algorithm 1 of Sener and Koltun 2018, arXiv 1810.04650.
+"""
+
+from math import isfinite, nan
+
+from sago.rules.language import maximum, ratio, scaled
+from sago.rules.rule import Guarantees, Rule
+from sago.rules.shared import clipped, weighted
+
+
+def coefficients(ff, fr, rr, gamma, alpha):
+    ff, fr, rr = weighted(ff, fr, rr, gamma, alpha)
+    # Rounding can make the square of a difference negative.
+    x = clipped(ratio(rr - fr, maximum(0.0, ff + rr - 2.0 * fr)))
+    return scaled(gamma, x), scaled(alpha, 1.0 - x)
+
+
+def reference(ff: float, fr: float, rr: float, gamma: float, alpha: float) -> tuple[float, ...]:
+    """By the position of the vertex of the parabola `|x*f' + (1-x)*r'|^2`"""
+    ff = gamma * gamma * ff if gamma else 0.0
+    fr = gamma * alpha * fr if gamma and alpha else 0.0
+    rr = alpha * alpha * rr if alpha else 0.0
+    if not (isfinite(ff) and isfinite(fr) and isfinite(rr)):
+        return (nan,) * 4
+    if fr >= rr:  # the angle at the end of r' is obtuse
+        x = 0.0
+    elif fr >= ff:
+        x = 1.0
+    else:
+        x = (rr - fr) / ((ff - fr) + (rr - fr))
+    return gamma * x, alpha * (1 - x), gamma * x, alpha * (1 - x)
+
+
+RULE = Rule(
+    "mgda",
+    coefficients,
+    "global",
+    formula="the shortest x*gamma*f + (1-x)*alpha*r with 0 <= x <= 1",
+    guarantees=Guarantees(non_negative_with_retain=True, non_negative_with_forget=True),
+    source="arXiv 1810.04650, algorithm 1",
+)
