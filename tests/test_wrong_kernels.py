@@ -106,10 +106,6 @@ KERNELS = {
             "(in_conflict(f, r), weighted(a, f",
             tails,
         ),
-            "u = tl.where(in_conflict(f, r), weighted(a_c, f",
-            "u = tl.where(in_conflict(f, r), weighted(a, f",
-            tails,
-        ),
         "swapped gradients": ("u = weighted(a, f, b, r)", "u = weighted(a, r, b, f)", specials),
         "rounded twice": (
             "u = weighted(a, f, b, r)",
