@@ -432,8 +432,8 @@ def mutate(monkeypatch, tmp_path):
     monkeypatch.setattr(seen, "_seen", Cache(64))
     scratch = batch.Batch.scratch
 
-    def poisoned(self, sums):
-        partials, *others = scratch(self, sums)
+    def poisoned(self, sums, stream):
+        partials, *others = scratch(self, sums, stream)
         return partials.fill_(torch.nan), *others
 
     monkeypatch.setattr(batch.Batch, "scratch", poisoned)

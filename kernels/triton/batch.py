@@ -194,11 +194,10 @@ class Batch:
         self._streams = Streams(device)
         self._counters: dict[Hashable, Tensor] = {}
 
-    def scratch(self, sums: int) -> tuple[Tensor, Tensor]:
+    def scratch(self, sums: int, stream: Hashable) -> tuple[Tensor, Tensor]:
         """Memory for sums of chunks and spans, `[entries, sums]`. Counters, which are 0 between launches."""
         partials = torch.empty(self.layout.entries, sums, dtype=torch.float64, device=self.device)
         # Launches on two streams may overlap. So may those of a CUDA graph with those of eager calls.
-        stream = self.join()
         counters = None if is_capturing([self.device]) else self._counters.get(stream)
         if counters is None:
             counters = torch.zeros(self.layout.counters, dtype=torch.int32, device=self.device)
@@ -207,7 +206,7 @@ class Batch:
         return partials, counters
 
     def join(self) -> Hashable:
-        """Lets the current stream use the tables, and returns it. Every launch needs this."""
+        """Lets the current stream use the tables, and returns it. Every operation begins with it."""
         return self._streams.join(t for one in self.launches for t in one.tables)
 
     def release(self) -> bool:

@@ -143,7 +143,8 @@ def combine(
     if formula is None:
         coefficients = coefficients or evaluate(rule, gram, gamma, alpha, eps, batch.device)
         values, gram = _table(batch, rule, coefficients.values), None
-    partials, counters = batch.scratch(sums) if sums else (None, None)
+    stream = batch.join()
+    partials, counters = batch.scratch(sums, stream) if sums else (None, None)
     table = batch.table(sums) if sums else None
     in_memory = [formula is not None and isinstance(w, Tensor) for w in (gamma, alpha)]
 

@@ -70,7 +70,7 @@ def _sqrt(x):
     return tl.sqrt(x)
 
 
-_IN_KERNELS = {rules.where: _where, rules.sqrt: _sqrt}
+_IN_KERNELS = ((rules.where, _where), (rules.sqrt, _sqrt))
 
 
 def on_device(coefficients: Any) -> Any:
@@ -81,8 +81,9 @@ def on_device(coefficients: Any) -> Any:
     `sago.rules.language` and functions of the same kind. A function that reads a global number is not
     compiled, because the kernel would keep the number's first value.
     """
-    if coefficients in _IN_KERNELS:
-        return _IN_KERNELS[coefficients]
+    for function, device in _IN_KERNELS:
+        if coefficients is function:
+            return device
     return _compiled(coefficients) if isinstance(coefficients, FunctionType) else None
 
 

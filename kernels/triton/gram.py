@@ -52,7 +52,7 @@ def gram(batch: Batch, sums: int, gate: Gate | None = None) -> Tensor:
     one launch for each combination of dtypes.
     """
     device_gate = gate_on_device(gate if sums == 15 else None)
-    partials, counters = batch.scratch(sums)
+    partials, counters = batch.scratch(sums, batch.join())
     table = batch.table(sums)
 
     def constants(one: Launch) -> dict[str, Any]:

@@ -34,7 +34,6 @@ def launch(
     """
     try:
         with _on(batch):
-            batch.join()
             for one in batch.launches:
                 compiled = one.compiled.get(key)
                 if compiled is None:

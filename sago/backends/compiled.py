@@ -371,4 +371,4 @@ def _warn_uncompiled(reason: str) -> None:
 def has_compiler() -> bool:
     """Whether torch can compile code for the CPU on this machine. Compiles a small graph to find out."""
     example = torch.empty(COMPILE_AT_ONCE, dtype=torch.float32, device="cpu")
-    return _found(_combine, (("nonzero", "nonzero"), False), [example] * 3) is not None
+    return _found(_combine, (("nonzero", "nonzero"), None, False), [example] * 3) is not None
