@@ -48,7 +48,8 @@ def check_rule(rule: str | Rule, reference: Definition | None = None, cases: int
       rule's own coefficients in plain torch.
     - Gradients that are equal, opposite, parallel or zero give a finite update.
     - A sum that overflows and that the rule reads makes the update NaN.
-    - The gate gives the same class if both gradients are multiplied by one number.
+    - The gate gives the same class if both gradients are multiplied by one number. The definition takes its
+      classes from the gate, so a test of your own has to say what they should be.
     - `rule.guarantees` holds.
 
     Args:
@@ -199,6 +200,7 @@ def _check_guarantees(rule: Rule, case: Case) -> None:
         f2, r2 = ([factor * t for t in side] for side in (forget, retain))
         others, _ = synthesize(f2, r2, rule, case.gamma, case.alpha, backend="reference")
         for u, other in zip(updates, others, strict=True):
+            # Scaled sums have the same roundings. Functions such as a power may have others, of 1e-16 each.
             same = torch.allclose(other, factor**stated.degree * u, rtol=1e-12, atol=0)
             _require(same, f"rule {rule.name!r}, {case.name}: the degree is not {stated.degree}")
 

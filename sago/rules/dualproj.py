@@ -6,7 +6,7 @@ The solution is `max(gamma, -alpha*<f,r>/<f,f>)*f + max(alpha, -gamma*<f,r>/<r,r
 At most one of the bounds is active, unless the gradients are antiparallel. A negative weight in the second
 term of `max` counts as 0.
 
-`gamma` and `alpha` weigh the gradients ahead of the projection. Promise: the two conditions.
+The gradients are multiplied by `gamma` and `alpha` before the projection. Promise: both conditions hold.
 
 The update is the sum for parallel and equal gradients, 0 for antiparallel ones, and the weighted other
 gradient if one of them is 0. With `gamma = 0`, `alpha*r` is still projected.

@@ -2,8 +2,8 @@
 
     u = (|r'|*f' + |f'|*r') / (|f'| + |r'|),   f' = gamma*f,  r' = alpha*r, over all tensors
 
-Its projections on `f'/|f'|` and `r'/|r'|` are equal. `gamma` and `alpha` weigh the gradients ahead of the
-method, and a weight of 0 makes the update 0. Promise: `<u,r> >= 0` and `<u,f> >= 0`. With `s = |f'|*|r'| /
+Its projections on `f'/|f'|` and `r'/|r'|` are equal. The gradients are first multiplied by `gamma` and
+`alpha`, and a weight of 0 makes the update 0. Promise: `<u,r> >= 0` and `<u,f> >= 0`. With `s = |f'|*|r'| /
 (|f'| + |r'|)`, the update is `s*(f/|f| + r/|r|)` for positive weights, so that `<u,r> = s*|r|*(1 +
 cos(f,r))`.
 

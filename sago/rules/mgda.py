@@ -3,7 +3,7 @@
     u = x*f' + (1-x)*r',   x = (<r',r'> - <f',r'>) / |f' - r'|^2, at least 0 and at most 1
     f' = gamma*f,  r' = alpha*r, over all tensors
 
-`gamma` and `alpha` weigh the gradients ahead of the method. A weight of 0 makes the update 0, because 0 is
+The gradients are first multiplied by `gamma` and `alpha`. A weight of 0 makes the update 0, because 0 is
 then one of the combinations. Promise: `<u,f> >= 0` and `<u,r> >= 0`. The shortest vector of a convex set has
 `<u,v> >= <u,u>` for each `v` in the set.
 

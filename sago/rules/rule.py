@@ -34,7 +34,7 @@ Gate = Callable[[Any, Any], Any]
 
 
 class Guarantees(NamedTuple):
-    """What holds for the update `u` of any pair of gradients with `gamma >= 0` and `alpha >= 0`.
+    """Properties of the update `u` for all gradients, `gamma >= 0` and `alpha >= 0`.
 
     Attributes:
         non_negative_with_retain: `<u,r> >= 0` over the elements of each group.

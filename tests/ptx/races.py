@@ -185,7 +185,7 @@ class Shadow:
     def _require_equal(
         self, threads: np.ndarray, granules: np.ndarray, values: np.ndarray, text: str
     ) -> None:
-        """Of the values that one instruction stores to one address. The payloads of NaN may differ."""
+        """Raises unless one instruction stores equal values to each address. Any two NaN count as equal."""
         first: dict[int, int] = {}
         groups = (threads - 1) // self._together
         for i, granule in enumerate(granules[:, 0].tolist()):

@@ -88,6 +88,17 @@ def test_and_mask_is_the_mask_of_the_paper_for_thresholds_up_to_one_half():
     assert ((at_one != update("and_mask", f, r)) == ((f == 0) != (r == 0))).all()
 
 
+def test_gates_of_their_own():
+    """Every combination of signs and sizes, by hand: the gates themselves have no second definition."""
+    f = np.array([1.0, -2.0, 3.0, -1.0, 2.0, -2.0, 0.0, 3.0, 0.0])
+    r = np.array([2.0, -1.0, -1.0, 4.0, -2.0, 2.0, -5.0, 0.0, 0.0])
+    ties = [4.0, -3.5, 6.0, 12.0, -1.0, 1.0, -15.0, 6.0, 0.0]  # (2f + 3r)/2, or the larger of 2f and 3r
+    mudman = [2.0, -4.0, *[0.0] * 7]
+    close(update("ties", f, r, 2.0, 3.0), np.array(ties))
+    close(update("mudman", f, r, 2.0, 3.0), np.array(mudman))
+    close(update("cautious", f, r, 2.0, 3.0), np.array(mudman) * 9 / 2)  # two of nine signs are equal
+
+
 @pairs
 def test_a_gem_keeps_forget_or_makes_it_orthogonal_to_retain(f, r):
     found = update("a_gem", f, r, gamma=2.0)
