@@ -3,10 +3,10 @@
     u = m + k/|g|*g,   g = x*f' + (1-x)*r',   m = (f' + r')/2,   k = radius*|m|
     x from 0 to 1 minimises <g,m> + k*|g|,   f' = gamma*f,  r' = alpha*r, over all tensors
 
-`u` maximises `min(<u,f'>, <u,r'>)` within the distance `radius*|m|` of the mean. The gradients
-are multiplied by `gamma` and `alpha` first, and a weight of 0 leaves half of the other gradient. With radius
-0 the update is the mean. The paper uses a radius below 1. The rule promises nothing: if forget is much longer than
-retain and nearly antiparallel to it, `<u,r>` is negative.
+`u` maximises `min(<u,f'>, <u,r'>)` within the distance `radius*|m|` of the mean. The gradients are
+multiplied by `gamma` and `alpha` first, and a weight of 0 leaves half of the other gradient. With radius 0
+the update is the mean. The paper uses a radius below 1. The rule promises nothing: if forget is much longer
+than retain and nearly antiparallel to it, `<u,r>` is negative.
 
 The update is `(1 + radius)*m` for parallel and equal gradients, 0 for `f' = -r'`, and half of the weighted
 other gradient if one of them is 0, because no step serves a task without a gradient.
