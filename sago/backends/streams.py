@@ -100,8 +100,12 @@ class Streams:
 
 
 def is_capturing(devices: Collection[torch.device]) -> bool:
-    """Whether a CUDA graph is being captured on the current stream."""
-    for device in devices:
-        if device.type == "cuda":
-            return torch.cuda.is_current_stream_capturing()
-    return False
+    """Whether a CUDA graph is being captured on the current stream of one of the devices."""
+    return any(device.type == "cuda" and _captures(device) for device in devices)
+
+
+def _captures(device: torch.device) -> bool:
+    if device.index == torch.cuda.current_device():  # switching the device costs more than the question
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()

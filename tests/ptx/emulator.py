@@ -24,6 +24,8 @@ _ORDERS = {
     "release": (False, True),
     "relaxed": (False, False),
 }
+_MATRICES = ("ldmatrix", "sync", "aligned", "m8n8")
+_LANES = np.arange(THREADS)
 _END = -1
 
 
@@ -120,6 +122,8 @@ class Kernel:
             return f"if t.uniform({mask}, {one.text!r}): return {target}"
         if name == "bar" and one.opcode == ("bar", "sync") and one.operands == ["0"] and mask == "None":
             return "t.barrier()"
+        if name == "ldmatrix":
+            return self._matrices(one, mask)
         if name in ("ld", "st", "atom"):
             return self._memory(one, mask)
         return self._translator.line(one)
@@ -158,6 +162,21 @@ class Kernel:
         if kind[0] == "s" and targets[0].startswith("%rd") and bits(kind) == 32:
             return f"{into} = t.load({access}, {at}, {mask}, [{old}])[0].view('i4').astype('i8').view('u8')"
         return f"{into}, = t.load({access}, {at}, {mask}, [{old}])"
+
+    def _matrices(self, one: Instruction, mask: str) -> str:
+        """`ldmatrix`: each group of eight lanes has the addresses of the rows of a matrix of 8 x 16 bytes."""
+        targets = [x.strip() for x in one.operands[0].strip("{}").split(",")]
+        found = _ADDRESS.fullmatch(one.operands[1])
+        if found is None or mask != "None" or one.opcode != (*_MATRICES, f"x{len(targets)}", "shared", "b16"):
+            raise Unknown(f"Unknown access: {one.text}")
+        self._constants.append(Access(True, 4, 1, one.text))
+        access = f"k[{len(self._constants) - 1}]"
+        rows = f"t.rows({self._translator.value(found[1], 'u32')}, {int(found[2] or '0', 0)}, {one.text!r})"
+        loads = (
+            f"{self._translator.register(x)}, = t.load({access}, rows[{i}], None, [None])"
+            for i, x in enumerate(targets)
+        )
+        return "; ".join([f"rows = {rows}", *loads])
 
     def _parameter(self, one: Instruction, mask: str) -> str:
         target, address = one.operands
@@ -237,6 +256,14 @@ class Block:
         if predicate.any() != predicate.all():
             raise Fault(f"the threads of a block part, in {text}")
         return bool(predicate[0])
+
+    def rows(self, address: np.ndarray, offset: int, text: str) -> list[np.ndarray]:
+        """The address of the four bytes that each lane loads of each of four matrices."""
+        address = np.broadcast_to(address, (THREADS,)).astype(np.int64) + offset
+        if (address % 16).any():
+            raise Fault(f"misaligned: a row of a matrix, in {text}")
+        first = _LANES // 32 * 32 + _LANES % 32 // 4  # the lane with the row of the first matrix
+        return [address[first + 8 * i] + 4 * (_LANES % 4) for i in range(4)]
 
     def barrier(self) -> None:
         if self._launch.clocks:

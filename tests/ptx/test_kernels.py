@@ -8,7 +8,15 @@ import torch
 
 import sago
 from tests.support import inputs, properties
-from tests.support.backends import DTYPES, ELEMENTWISE, INTERPRETED, RULES, Backend, import_with_triton
+from tests.support.backends import (
+    DTYPES,
+    ELEMENTWISE,
+    INTERPRETED,
+    RULES,
+    Backend,
+    import_with_triton,
+    on_device,
+)
 from tests.support.checks import CHECKS, propagated, report, specials, sums_over_spans, tails, unaligned
 from tests.support.processes import need_stub_driver
 from tests.support.windows import bucketed, with_nan
@@ -141,6 +149,26 @@ def test_grid(emulated, arch, pair, rule, family):
         with emulated(arch):
             _, found = RUN(forget, retain, rule, **WEIGHTS)
         properties.assert_report(found, forget, retain, rule, **WEIGHTS)
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("pair", [(BF16, BF16), (BF16, FP32), (FP32, FP16), (FP64, BF16)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", ["tails", "unaligned", "missing", "mixed_strides"])
+def test_grid_of_outputs(emulated, arch, pair, dtype, family):
+    """Outputs of a third dtype, aligned or not, and `out="forget"`."""
+    forget, retain = inputs.FAMILIES[family](*pair)
+    dtypes = [dtype] * len(forget)
+    with emulated(arch):
+        for run in (RUN, RUN._replace(offset=1)):
+            properties.assert_as_reference(run, forget, retain, "sago", dtypes=dtypes, **WEIGHTS)
+            properties.assert_as_oracle(run, forget, retain, "pcgrad", dtypes=dtypes, **WEIGHTS)
+        if family in ("tails", "unaligned"):
+            over, expected = ([on_device(f, "cpu").to(dtype) for f in forget] for _ in range(2))
+            sago.reference.synthesize_(expected, retain, out="forget", **WEIGHTS)
+            sago.synthesize_(over, retain, out="forget", backend="triton", **WEIGHTS)
+            properties.assert_equal_bits(over, expected)
 
 
 @pytest.mark.grid

@@ -3,12 +3,13 @@
 import importlib
 import sys
 import threading
+from contextlib import contextmanager
 from unittest import mock
 
 import torch
 
 from sago.backends import streams as cache_module
-from sago.backends.streams import Cache, Streams
+from sago.backends.streams import Cache, Streams, is_capturing
 
 upload_module = importlib.import_module("sago.backends.upload")  # its function has the same name
 
@@ -156,6 +157,27 @@ def test_another_stream_waits_once_and_keeps_the_memory(monkeypatch):
     current = made
     streams.join([table])
     assert (other.waited, made.waited, table.streams) == ([made], [], [other])
+
+
+def test_a_capture_is_found_on_the_stream_of_each_device(monkeypatch):
+    """The current stream of a device that is not the current one may be in a capture."""
+    capturing, current = {1}, [0]
+
+    @contextmanager
+    def device(device):
+        current.append(device.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1] in capturing)
+    first, second = torch.device("cuda:0"), torch.device("cuda:1")
+    assert not is_capturing([CPU, first])
+    assert is_capturing([second])
+    assert is_capturing([first, second])
+    capturing.clear()
+    assert not is_capturing([first, second])
 
 
 def test_there_are_no_streams_on_the_cpu():

@@ -39,11 +39,13 @@ def import_with_triton(name: str) -> Any:
 class Backend(NamedTuple):
     """`backend(forget, retain, rule, ...)` is `sago.synthesize_` into new outputs, on CPU copies or views.
 
-    Returns the updates and the report. `dtypes` are those of the outputs, retain's unless given.
+    Returns the updates and the report. `dtypes` are those of the outputs, retain's unless given. An output
+    starts `offset` elements after an aligned address.
     """
 
     name: str
     device: str
+    offset: int = 0
 
     def __call__(
         self, forget: Any, retain: Any, rule: Any = "sago", dtypes: Any = None, **options: Any
@@ -51,7 +53,7 @@ class Backend(NamedTuple):
         forget, retain = ([t if t is None else self.place(t) for t in side] for side in (forget, retain))
         like = [f if r is None else r for f, r in zip(forget, retain, strict=True)]
         dtypes = [None if t is None else t.dtype for t in like] if dtypes is None else dtypes
-        out = [None if t is None else poisoned(t, d) for t, d in zip(like, dtypes, strict=True)]
+        out = [None if t is None else poisoned(t, d, self.offset) for t, d in zip(like, dtypes, strict=True)]
         report = sago.synthesize_(forget, retain, rule=rule, out=out, backend=self.name, **options)
         for t in out:
             assert t is None or fence_holds(t), "written outside of an output"
@@ -71,16 +73,18 @@ def on_device(t: Tensor, device: str) -> Tensor:
     return memory.as_strided(t.shape, t.stride(), offset).copy_(t)
 
 
-def poisoned(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def poisoned(like: Tensor, dtype: torch.dtype | None = None, offset: int = 0) -> Tensor:
     """NaN, of `like`'s shape and element order, inside of a longer stretch of NaN."""
+    start = _FENCE + offset
     strides = torch.empty_like(like, device="meta").stride()
     memory = torch.full(
-        (like.numel() + 2 * _FENCE,), torch.nan, dtype=dtype or like.dtype, device=like.device
+        (start + like.numel() + _FENCE,), torch.nan, dtype=dtype or like.dtype, device=like.device
     )
-    return memory.as_strided(like.shape, strides, _FENCE)
+    return memory.as_strided(like.shape, strides, start)
 
 
 def fence_holds(out: Tensor) -> bool:
     memory = out._base
     assert memory is not None
-    return bool(memory[:_FENCE].isnan().all() and memory[_FENCE + out.numel() :].isnan().all())
+    start, end = out.storage_offset(), out.storage_offset() + out.numel()
+    return bool(memory[:start].isnan().all() and memory[end:].isnan().all())

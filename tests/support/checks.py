@@ -113,10 +113,11 @@ def products_again(run):
 
 def sums_over_chunks(run):
     """Every sum of a report, with chunks of unequal sums."""
-    f, r = (t.float() for t in inputs.pair(2 * inputs.CHUNK + 20))
-    f[inputs.CHUNK :] *= 3.0
-    for rule in ("sago", "pcgrad"):
-        properties.assert_report(run([f], [r], rule)[1], [f], [r], rule)
+    for numel in (2 * inputs.CHUNK, 2 * inputs.CHUNK + 20):
+        f, r = (t.float() for t in inputs.pair(numel))
+        f[inputs.CHUNK :] *= 3.0
+        for rule in ("sago", "pcgrad"):
+            properties.assert_report(run([f], [r], rule)[1], [f], [r], rule)
 
 
 def sums_over_spans(run):
