@@ -17,7 +17,10 @@ case "$*" in
 esac
 exit 0
 """
-STEPS = ["install", "nvidia-smi", "environment", "tests", "memcheck", "racecheck", "speed", "sweep", "memory"]
+STEPS = [
+    *("install", "nvidia-smi", "environment", "tests", "updates", "memcheck", "racecheck"),
+    *("speed", "sweep", "memory"),
+]
 
 
 @pytest.fixture
@@ -62,6 +65,7 @@ def test_all_steps_in_order(run, tmp_path):
         "nvidia-smi ",
         "python -m sago",
         "python -m pytest -m gpu -q -p no:cacheprovider --maxfail=20",
+        "python -m benchmarks sanitize",
         *(
             f"compute-sanitizer --tool {tool} --error-exitcode 99 python -m benchmarks sanitize"
             for tool in ("memcheck", "racecheck")
@@ -92,7 +96,7 @@ def test_a_step_that_hangs_is_ended(run):
     assert status == 1
     assert len(calls) == len(STEPS)
     assert " exit 124 " in lines["memory"]
-    assert lines["memory"].endswith("out of time after 0.300 s")
+    assert lines["memory"].endswith("out of time after 0.250 s")
     assert lines["sweep"].endswith("ok")
 
 
