@@ -49,6 +49,10 @@ PAIRS: tuple[Pair, ...] = (*((dtype, dtype) for dtype in TRITON_DTYPES), (_bf16,
 _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # torch evaluates this coefficient function before the launch, and the kernel reads a table.
 _FROM_TABLE = Rule("(torch)", lambda *numbers: (0.0, 1.0, 1.0, 1.0), "element", gated=True)
+_GATE = RULES["ties"]  # three classes
+_GATE_FROM_TABLE = Rule(
+    "(torch, three classes)", lambda *numbers: (0.0, 1.0, 1.0, 1.0, 1.0, 1.0), "element", gate=_GATE.gate
+)
 # NaN and inf propagate in GradientBuckets. The added code does not depend on the formula of the rule: a rule
 # without a gate, a rule with a gate and a rule that reads a table stand for all.
 _PROPAGATING = (RULES["sum"], RULES["sago"], _FROM_TABLE)
@@ -103,7 +107,8 @@ def launches(arch: str, quick: bool = False, configuration: Configuration = SHIP
     combine. For the first pair it also has all other rules, without statistics. All tensors are aligned,
     except those of the longest combine.
     """
-    rules = [(rule, False) for rule in (*(RULES[name] for name in released.RULES), _FROM_TABLE)]
+    published = (RULES[name] for name in released.RULES)
+    rules = [(rule, False) for rule in (*published, _FROM_TABLE, _GATE, _GATE_FROM_TABLE)]
     rules += [(rule, True) for rule in _PROPAGATING]
     found: dict[Any, Launch] = {}
 
@@ -118,7 +123,7 @@ def launches(arch: str, quick: bool = False, configuration: Configuration = SHIP
         forget, retain = (torch.zeros(65, dtype=dtype)[0 if aligned else 1 :] for dtype in pair)
         batch = Batch(retain.device, [forget], [retain], [retain], [0], 1)
         launch = Launch(labels, *record(arch, configuration, kernel, batch, *arguments))
-        key = kernel, *((k, id(v) if k == "FORMULA" else v) for k, v in launch.kwargs.items())
+        key = kernel, *((k, id(v) if k in ("FORMULA", "GATE") else v) for k, v in launch.kwargs.items())
         if key in found:  # rules that share a coefficient function share a kernel
             found[key].labels["rule"] += f", {labels['rule']}"
         else:
@@ -128,11 +133,14 @@ def launches(arch: str, quick: bool = False, configuration: Configuration = SHIP
         for sums in (3, 6, 9):
             if not quick or (sums == 9 and aligned):
                 add("gram", None, sums, pair, aligned, sums)
+        if not quick:
+            add("gram", "(three classes)", 15, pair, aligned, 15, _GATE.gate)
         for rule, propagate in rules:
             name = f"{rule.name} (propagate)" if propagate else rule.name
             elementwise = rule.scope == "element"
             gram = None if elementwise else torch.zeros(1, 6, dtype=torch.float64)
-            for sums in (0, 9 if rule.gated else 6) if elementwise else (0,):
+            statistics = 15 if rule.gate else 9 if rule.gated else 6
+            for sums in (0, statistics) if elementwise else (0,):
                 longest = name == "sago (propagate)" and sums > 0 and not aligned
                 plain = sums == 0 and aligned and (name == "sago" or pair == PAIRS[0])
                 if not quick or plain or longest:

@@ -148,7 +148,7 @@ def _listed(tensors: Any) -> list[Any]:
 def definition(rule: Any) -> Callable[..., Floats]:
     """The coefficient function of a `sago.Rule` on floats. It returns those of two classes or more.
 
-    A coefficient is NaN if a sum that it reads is not finite.
+    A coefficient is NaN if a sum that it reads is not finite. A rule with `state` is at its first step.
     """
 
     def coefficients(*numbers: Any) -> Floats:
@@ -156,7 +156,8 @@ def definition(rule: Any) -> Callable[..., Floats]:
         lost = {name for name, x in zip(("ff", "fr", "rr"), products, strict=True) if not isfinite(x)}
         five = torch.tensor(numbers[:5], dtype=torch.float64)
         sixth = [[torch.tensor(x, dtype=torch.float64) for x in classes] for classes in numbers[5:]]
-        values = [float(x) for x in rule.coefficients(*five, *sixth)]
+        more = [*sixth, *([torch.tensor(rule.state, dtype=torch.float64)] if rule.state else [])]
+        values = [float(x) for x in rule.coefficients(*five, *more)][: 2 * rule.classes]
         read = rule.reads[gamma == 0, alpha == 0]
         values = [nan if lost & names else x for x, names in zip(values, read, strict=True)]
         return tuple(values) if rule.classes > 1 else (*values, *values)

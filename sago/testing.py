@@ -11,7 +11,8 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,8 +61,12 @@ def check_rule(rule: str | Rule, reference: Definition | None = None, cases: int
             None compares the backends with the rule's own function in plain torch.
         cases: The number of random cases.
         seed: The seed of the random cases.
+
+    A rule with `state` is checked at its first step.
     """
     rule = resolve(rule)
+    if rule.state:
+        rule = _at_first_step(rule)
     if reference is None and RULES.get(rule.name) is rule:
         reference = REFERENCES[rule.name]
     for case in itertools.islice(_cases(seed), cases):
@@ -80,6 +85,17 @@ def check_rule(rule: str | Rule, reference: Definition | None = None, cases: int
         _check_guarantees(rule, case)
     _check_overflow(rule)
     _check_gate(rule)
+
+
+def _at_first_step(rule: Rule) -> Rule:
+    """The rule with its initial state, which it does not change."""
+
+    def coefficients(*numbers: Any) -> tuple[Any, ...]:
+        state = tuple(torch.full_like(numbers[0], x) for x in rule.state)
+        found: tuple[Any, ...] = rule.coefficients(*numbers, state)[: 2 * rule.classes]
+        return found
+
+    return replace(rule, coefficients=coefficients, state=())
 
 
 def _backends() -> list[str]:

@@ -95,7 +95,7 @@ def combine(
 ) -> Tensor | None:
     """Writes the update of every pair to `out`; see `sago.backends.protocol`. The sums need another pass."""
     table = _table(batch, sums, rule.gate) if sums else None
-    values, terms = coefficients or evaluate(rule, gram, gamma, alpha, eps, batch.device)
+    values, terms, _ = coefficients or evaluate(rule, gram, gamma, alpha, eps, batch.device)
     rows = {t: values.to(t).expand(batch.row_count, -1).unbind(0) for t in (torch.float32, torch.float64)}
     graph = _gated_combine if rule.classes > 1 else _combine
     for f, r, out, row in zip(batch.forget, batch.retain, batch.out, batch.rows, strict=True):

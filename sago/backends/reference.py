@@ -141,7 +141,7 @@ def combine(
 ) -> Tensor | None:
     """Writes the update of every pair to `out`; see `sago.backends.protocol`."""
     table = _table(batch, sums, rule.gate) if sums else None
-    values, _ = coefficients or evaluate(rule, gram, gamma, alpha, eps, batch.device)
+    values, *_ = coefficients or evaluate(rule, gram, gamma, alpha, eps, batch.device)
     all_classes = values if rule.classes > 1 else values.repeat(1, 2)
     rows = all_classes.expand(batch.row_count, -1).tolist()
     for f, r, out, row in zip(batch.forget, batch.retain, batch.out, batch.rows, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
@@ -11,10 +11,11 @@ from torch import Tensor
 
 from sago.backends.choose import check_backend, choose_backend
 from sago.backends.streams import Cache, is_capturing
-from sago.capture.flat import flatten
+from sago.capture.flat import Flat, flatten
 from sago.capture.opening import find_engine, open_host
 from sago.capture.others import Others
 from sago.capture.parameters import choose
+from sago.capture.side import RunningMean, Side
 from sago.capture.streamed import InBackward, check_exact
 from sago.capture.window import Action, Window
 from sago.core.checks import ReduceGram, check_call, check_groups, non_negative
@@ -24,7 +25,7 @@ from sago.core.report import SynthesisReport
 from sago.private import require
 from sago.ranks import ddp, dtensor
 from sago.ranks.dtensor import Shards
-from sago.rules import Rule
+from sago.rules import Rule, resolve
 
 _PATTERNS = 8  # pipelines that are kept: one for each set of parameters without a gradient
 
@@ -69,6 +70,12 @@ class GradientBuckets:
             and the update, instead of 2 + 2.
         accumulation: "sum" or "mean": whether the captures of a side are added up or averaged. The division
             is part of the coefficients, so it costs no pass.
+        retain_decay: Between 0 and 1. The retain gradient is then a running mean over windows, in which the
+            window `k` steps ago weighs `retain_decay ** k`. GRU and MUDMAN work on such a mean. It is divided
+            by the sum of the weights, like the first moment of Adam. The mean lives in the retain
+            accumulator, which is multiplied by `retain_decay` where it is cleared otherwise, and the update
+            is written over the forget gradient, so no memory is added. Save it with `state_dict`. An element
+            that is NaN or inf counts as 0 in later windows.
         bucket_cap_mb: The largest size of a flat buffer in MiB. A larger tensor has a buffer of its own.
         backend: As in `sago.synthesize_`.
 
@@ -119,8 +126,13 @@ class GradientBuckets:
         accumulation: Literal["sum", "mean"] = "sum",
         bucket_cap_mb: float = 256.0,
         backend: str | None = None,
+        retain_decay: float | None = None,
     ) -> None:
         check_backend(backend)
+        if retain_decay is not None and not 0.0 < non_negative("retain_decay", retain_decay) < 1.0:
+            raise ValueError(
+                f"Parameter `retain_decay` should be None or between 0 and 1. Found {retain_decay}."
+            )
         if accumulation not in ("sum", "mean"):
             raise ValueError(f"Parameter `accumulation` should be 'sum' or 'mean'. Found {accumulation!r}.")
         if accumulate_dtype not in (None, torch.float32, torch.float64):
@@ -136,14 +148,18 @@ class GradientBuckets:
         opened = open_host(engine, source, chosen, accumulate_dtype, capacity)
         self._params, self._keys = chosen.tensors, chosen.keys
         self._grouped = groups is not None
-        self._mean = accumulation == "mean"
         self._forget, self._retain = opened.forget, opened.retain
+        if retain_decay is not None:
+            self._retain = _running_mean(self._retain, self._params, retain_decay)
+        self._forget.mean = self._retain.mean = accumulation == "mean"
         self._window = Window(chosen.names, self._params, opened.host, self._forget, self._retain)
         self._ranks, self._shards = opened.ranks, opened.shards
         self._looked = engine is not None  # whether `_check_around` has searched
         self._sharded = opened.sharded
         self._engine = engine
-        self._updates, self._update_grads = list(self._retain.views), list(self._retain.grads)
+        # A running mean is kept, so its update is written over the forget gradient.
+        self._written = self._retain if retain_decay is None else self._forget
+        self._updates, self._update_grads = list(self._written.views), list(self._written.grads)
         self._backends = {v.device: choose_backend(backend, v.device) for v in self._retain.views}
         apart = [i for i, v in enumerate(self._retain.views) if v.dtype != opened.dtypes[i]]
         like = [self._retain.views[i] for i in apart]
@@ -157,6 +173,7 @@ class GradientBuckets:
         owner = self._retain.owner
         self._positions = {b: [i for i, o in enumerate(owner) if b is None or o == b] for b in everything}
         self._pipelines = {b: Cache(_PATTERNS) for b in everything}
+        self._states: dict[str, Tensor] = {}  # of rules that keep numbers, by name
         if self._ranks is not None:
             self._ranks.start()
 
@@ -229,6 +246,7 @@ class GradientBuckets:
             max_norm,
             _policy(nonfinite),
             self._scales(self._retain.captures),
+            self._state(rule),
         )
         self._check_unscaled(call)
         self._meet()
@@ -279,6 +297,7 @@ class GradientBuckets:
             self._backends,
             nonfinite="propagate",
             scales=self._scales(retain.captures + 1),
+            state=self._state(rule),
         )
         rows, keys = self._rows(call.rule)
         check_exact(call, rows, keys, retain.owner, list(self._backends))
@@ -315,6 +334,11 @@ class GradientBuckets:
             ValueError: If the gradients are already unscaled, or if `synthesize_` could not be called now.
         """
         self._window.check_ready(self._forget, self._retain)
+        if isinstance(self._retain, RunningMean):
+            raise ValueError(
+                "unscale_ should not be called with `retain_decay`, because the mean has gradients of other "
+                "loss scales. Train in bfloat16 or float32, without a GradScaler."
+            )
         if self._engine is not None:
             raise ValueError(
                 "unscale_ should not be called with DeepSpeed, which unscales in engine.step(). Remove the "
@@ -360,6 +384,74 @@ class GradientBuckets:
         synthesized, because the caller may have needed only its gradients.
         """
         self._window.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the buckets keep from one window to the next, for a checkpoint.
+
+        Returns:
+            A dict with "retain_mean", the accumulator of each parameter by its name; "retain_weight", the
+            number by which they are divided; and "rules", the numbers that rules keep, fp64 `[groups, n]`, by
+            the name of the rule. Without `retain_decay` and without such rules it holds nothing of the size
+            of a gradient. The tensors are those that the buckets use, not copies, and DTensors if the
+            parameters are DTensors.
+
+        Raises:
+            ValueError: If a window has begun and was not synthesized.
+        """
+        self._window.check_between("state_dict")
+        retain = self._retain
+        found: dict[str, Any] = {"retain_mean": {}, "retain_weight": 0.0, "rules": dict(self._states)}
+        if isinstance(retain, RunningMean):
+            retain.clear()  # the mean as the next window finds it
+            named = zip(self._window.names, retain.grads, retain.kept, strict=True)
+            found.update(retain_mean={n: g for n, g, kept in named if kept}, retain_weight=retain.past)
+        return found
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` returned, also for other buckets of the same parameters.
+
+        The mean is copied into the accumulators, and converted to their dtype.
+
+        Raises:
+            ValueError, TypeError: If the state is not one of these parameters, or if a window has begun.
+                Nothing is changed then.
+        """
+        self._window.check_between("load_state_dict")
+        wanted = {"retain_mean", "retain_weight", "rules"}
+        if set(state) != wanted:
+            raise ValueError(
+                f"Parameter `state` should have the keys {sorted(wanted)}. Found {sorted(state)}."
+            )
+        mean, names = state["retain_mean"], self._window.names
+        if mean and not isinstance(self._retain, RunningMean):
+            raise ValueError(
+                "Parameter `state` should have no mean of retain for buckets without `retain_decay`. Found "
+                f"{len(mean)} gradients. Make the buckets with `retain_decay`."
+            )
+        unknown = sorted(set(mean) - set(names))
+        if unknown:
+            raise ValueError(
+                f"Parameter `state` should have gradients of {len(names)} parameters of these "
+                f"buckets. Found one of `{unknown[0]}`, which they do not have."
+            )
+        for name, like in zip(names, self._retain.grads, strict=True):
+            g = mean.get(name, like)
+            if not isinstance(g, Tensor) or dtensor.is_dtensor(g) != dtensor.is_dtensor(like):
+                raise TypeError(
+                    f"The gradient of `{name}` in `state` should be a {type(like).__name__}. "
+                    f"Found {type(g).__name__}."
+                )
+            if dtensor.local(g).shape != dtensor.local(like).shape:
+                raise ValueError(
+                    f"The gradient of `{name}` in `state` should have shape "
+                    f"{tuple(dtensor.local(like).shape)} on this rank. Found {tuple(dtensor.local(g).shape)}."
+                )
+        device = next(iter(self._backends))
+        states = {name: rows.to(device, torch.float64, copy=True) for name, rows in state["rules"].items()}
+        if isinstance(self._retain, RunningMean):
+            shards = [dtensor.local(mean[name]) if name in mean else None for name in names]
+            self._retain.restore(shards, float(state["retain_weight"]))
+        self._states = states
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
@@ -421,7 +513,20 @@ class GradientBuckets:
             self._ranks.average(sides, trained)
 
     def _scales(self, retain_captures: int) -> tuple[float, float]:
-        return (1 / self._forget.captures, 1 / retain_captures) if self._mean else (1.0, 1.0)
+        return 1 / self._forget.weight(self._forget.captures), 1 / self._retain.weight(retain_captures)
+
+    def _state(self, rule: str | Rule) -> Tensor | None:
+        """The numbers that a rule keeps. Rules of one name share them."""
+        rule = resolve(rule)
+        if not rule.state:
+            return None
+        rows, columns = len(self._rows(rule)[1]), len(rule.state)
+        found = self._states.get(rule.name)
+        if found is None or found.shape != (rows, columns):
+            device = next(iter(self._backends))
+            found = torch.tensor([rule.state], dtype=torch.float64).repeat(rows, 1).to(device)
+            self._states[rule.name] = found
+        return found
 
     def _rows(self, rule: Rule) -> tuple[list[int], list[Hashable]]:
         grouped = self._grouped or rule.scope != "global"
@@ -430,7 +535,7 @@ class GradientBuckets:
     def _pipeline(self, call: Call, bucket: int | None = None) -> Pipeline:
         """The pipeline of one buffer or of all, for the gradients that are present in this window."""
         positions = self._positions[bucket]
-        forget, retain = self._forget.touched, self._retain.touched
+        forget, retain = self._forget.reached, self._retain.reached
         if bucket is not None:
             forget, retain = [forget[i] for i in positions], [retain[i] for i in positions]
         one_row = call.rule.scope == "global" and not self._grouped
@@ -468,7 +573,7 @@ class GradientBuckets:
             owners = list(dict.fromkeys(self._retain.owner[i] for i in positions))
             pairs.forget = [self._forget.buffers[b] for b in owners]
             pairs.retain = [self._retain.buffers[b] for b in owners]
-            pairs.out, pairs.rows = pairs.retain, [0] * len(owners)
+            pairs.out, pairs.rows = [self._written.buffers[b] for b in owners], [0] * len(owners)
             if self._shards is not None:
                 pairs.spread = self._shards._replace(counted=[True] * len(owners))
         return Pipeline(pairs, numel, own)
@@ -493,10 +598,19 @@ class GradientBuckets:
 
     def _publish(self) -> None:
         """Makes the updates `p.grad`, and ends the window."""
-        written = [f or r for f, r in zip(self._forget.touched, self._retain.touched, strict=True)]
+        written = [f or r for f, r in zip(self._forget.reached, self._retain.reached, strict=True)]
         count_versions([u for u, w in zip(self._updates, written, strict=True) if w])
         grads = zip(self._update_grads, written, strict=True)
         self._window.publish([u if w else None for u, w in grads])
+
+
+def _running_mean(side: Side, params: Sequence[Tensor], decay: float) -> RunningMean:
+    if type(side) is not Side:
+        raise ValueError(
+            "Parameter `retain_decay` should be None for a DeepSpeed engine at ZeRO stage 3, whose step "
+            f"reads the accumulator that would hold the mean. Found {decay}."
+        )
+    return RunningMean(side.name, Flat(side.views, side.owner, side.buffers), params, decay)
 
 
 def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

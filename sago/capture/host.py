@@ -130,6 +130,7 @@ class GradHost:
             own = g is side.grads[i]
             kept |= side.touched[i] and (own or self._wider[i] or (g is not None and g.requires_grad))
             if g is None and not self._wider[i]:  # zero_grad(set_to_none=True) without a later backward
+                side.check_replaceable(self._names[i])
                 if side.touched[i] or side.version(i) != capture.versions[i]:
                     clear([view])
                 side.touched[i] = False
@@ -196,6 +197,8 @@ class GradHost:
         if g is None or g is side.grads[i]:
             return
         _refuse_sparse(self._names[i], g)
+        if not self._wider[i] and not g.requires_grad:
+            side.check_replaceable(self._names[i])
         g = local_as(g, self._params[i])
         view.add_(g) if self._wider[i] else view.copy_(g)
 

@@ -96,6 +96,11 @@ def check_exact(
 ) -> None:
     """Raises ValueError if an update that is written during the backward would not be exact."""
     instead = "Use retain() and synthesize_ in place of synthesize_in_backward."
+    if call.rule.state:
+        raise ValueError(
+            f"Rule `{call.rule.name}` keeps numbers of all groups from step to step, which a backward cannot "
+            f"update buffer by buffer. {instead}"
+        )
     if call.rule.scope == "global":
         raise ValueError(
             f"Rule `{call.rule.name}` needs inner products over all gradients, which are complete only after "

@@ -125,6 +125,7 @@ class Window:
         self._host = host
         self._open: list[Capture] = []
         self._reason = ""  # why the gradients are not complete, in UPDATING and BROKEN
+        self._incomplete: set[Side] = set()
         self._steps = StepWatch(self, params)
 
     @property
@@ -174,6 +175,14 @@ class Window:
         self._host.check_outside()
         self._host.check_parameters()
 
+    def check_between(self, name: str) -> None:
+        """Raises unless no gradient of a window is captured. `name` is the method that needs it."""
+        if self._open or self._state not in (State.EMPTY, State.UPDATED):
+            raise ValueError(
+                f"{name} should be called between two windows, because the accumulators hold gradients of a "
+                "window after a capture. Found such a window. Call synthesize_ or zero_ before."
+            )
+
     def keep_apart(self, others: Others) -> None:
         """From now on, no capture may reach these trained parameters, which were not given."""
         self._others = others
@@ -205,7 +214,8 @@ class Window:
     def abandon(self, error: BaseException) -> None:
         """After an error in a synthesis: if `begin` came before it, the window is broken, without updates."""
         if self._state is State.UPDATING:
-            self.fail(f"a synthesis ended in {error!r}")
+            # The update of a running mean is written over the forget gradient only.
+            self.fail(f"a synthesis ended in {error!r}", self.forget)
             self._host.unmount()
 
     def begin(self) -> None:
@@ -219,10 +229,11 @@ class Window:
         self._host.publish(updates)
         self._end(Action.PUBLISH)
 
-    def fail(self, reason: str) -> None:
-        """Allows nothing but `zero_`, because a gradient of the window is not complete."""
+    def fail(self, reason: str, *sides: Side) -> None:
+        """Allows nothing but `zero_`, because the gradients of these sides, or of both, are not complete."""
         self._go(Action.FAIL)
         self._reason = reason
+        self._incomplete |= set(sides or (self.forget, self.retain))
 
     def check_scaled(self, found: Iterable[int]) -> None:
         """Raises if gradients of the parameters at these positions are already unscaled."""
@@ -259,8 +270,12 @@ class Window:
             )
         self._host.clear()
         self._end(Action.CLEAR)
-        self.forget.clear()
-        self.retain.clear()
+        for side in (self.forget, self.retain):
+            if side in self._incomplete:
+                side.drop()
+            else:
+                side.clear()
+        self._incomplete = set()
 
     def _check(self, action: Action) -> None:
         """Raises if the action is not allowed now, with the way out."""
@@ -357,7 +372,7 @@ class Window:
             self.fail(f"a {side.name} capture ended in {other!r}")
             raise
         if error is not None and capture.reached:
-            self.fail(f"a {side.name} capture ended in {error!r}")
+            self.fail(f"a {side.name} capture ended in {error!r}", side)
         if len(closed) > 1:
             found = f"a {side.name} capture was closed before one within it"
             self.fail(found)
@@ -395,7 +410,7 @@ class Window:
             self.fail(str(error) or repr(error))
             raise
         if foreign is not None:
-            self.fail(f"a {side.name} capture reached `{foreign}`, which the buckets do not have")
+            self.fail(f"a {side.name} capture reached `{foreign}`, which the buckets do not have", side)
             raise ValueError(
                 f"Parameter `{foreign}` should be given to the buckets, or be frozen with "
                 "requires_grad_(False), because its own gradient would be the sum of both sides, which zero_ "

@@ -89,6 +89,7 @@ def check_call(
     max_norm: float | None = None,
     nonfinite: str | None = None,
     scales: tuple[float, float] = (1.0, 1.0),
+    state: Tensor | None = None,
 ) -> Call:
     if reduce_gram is not None and not callable(reduce_gram):
         raise TypeError(f"Parameter `reduce_gram` should be a callable. Found {type(reduce_gram).__name__}.")
@@ -97,12 +98,17 @@ def check_call(
             f"Parameter `nonfinite` should be 'propagate' or 'zero_update'. Found {nonfinite!r}."
         )
     found = resolve(rule)
-    if found.gate is not None and scales[0] != scales[1]:
+    if found.state and state is None:
         raise ValueError(
-            "Parameter `rule` should have no gate of its own where the means are over "
-            f"{1 / scales[0]:g} forget and {1 / scales[1]:g} retain captures, because a gate compares "
-            f"gradients of one scale. Found {found.name!r}. Capture both sides equally often, or use "
-            "accumulation='sum' and divide the losses."
+            "Parameter `rule` should keep no numbers from step to step, because nothing holds them between "
+            f"two calls. Found {found.name!r}. Use `synthesize_` of sago.GradientBuckets, which holds them."
+        )
+    if not found.by_sign and scales[0] != scales[1]:
+        raise ValueError(
+            "Parameter `rule` should have a gate that only reads signs where the accumulators are divided by "
+            f"{1 / scales[0]:g} (forget) and {1 / scales[1]:g} (retain), because its gate reads the "
+            f"accumulators. Found {found.name!r}. Capture both sides equally often and without "
+            "`retain_decay`, or use accumulation='sum' and divide the losses."
         )
     return Call(
         rule=found,
@@ -114,6 +120,7 @@ def check_call(
         max_norm=None if max_norm is None else non_negative("max_norm", max_norm, finite=False),
         nonfinite=nonfinite,
         scales=scales,
+        state=state,
     )
 
 

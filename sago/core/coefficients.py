@@ -24,11 +24,11 @@ def gram(rule: Rule, table: Tensor) -> Tensor | None:
 
 def limited(call: Call, table: Tensor | None, gram: Tensor | None, device: torch.device) -> Coefficients:
     """The coefficients that multiply the gradients in memory, after `max_norm`, "zero_update" and
-    `call.scales`.
+    `call.scales`, and the new state of the rule.
 
     Clipping equals `torch.nn.utils.clip_grad_norm_`, except that a norm that is not finite gives NaN.
     """
-    values, terms = evaluate(call.rule, gram, call.gamma, call.alpha, call.eps, device)
+    values, terms, state = evaluate(call.rule, gram, call.gamma, call.alpha, call.eps, device, call.state)
     finite = values.isfinite().all()
     if table is not None and call.max_norm is not None:
         norm = of_update(call.nonfinite, table, values)[0].sum().sqrt()
@@ -42,7 +42,7 @@ def limited(call: Call, table: Tensor | None, gram: Tensor | None, device: torch
     values = torch.stack([values[:, 0::2] * forget, values[:, 1::2] * retain], dim=2).flatten(1)
     # A clip of NaN also reaches coefficients that are literal zeros in the rule.
     kept = "zero" if call.max_norm is None else None
-    return Coefficients(values, tuple(term if term == kept else "any" for term in terms))
+    return Coefficients(values, tuple(term if term == kept else "any" for term in terms), state)
 
 
 def of_update(nonfinite: str | None, table: Tensor, values: Tensor) -> list[Tensor]:

@@ -104,6 +104,7 @@ class Call(NamedTuple):
         nonfinite: How NaN and inf in a gradient are treated. None leaves them to the rule, "propagate" makes
             the element of the update NaN, "zero_update" makes the whole update 0.
         scales: Factors that forget and retain are multiplied by before the rule sees them.
+        state: The numbers that the rule keeps, fp64 `[rows, n]`. The synthesis replaces them in place.
     """
 
     rule: Rule
@@ -115,6 +116,7 @@ class Call(NamedTuple):
     max_norm: float | None = None
     nonfinite: str | None = None
     scales: tuple[float, float] = (1.0, 1.0)
+    state: Tensor | None = None
 
     @property
     def sums(self) -> Sums:

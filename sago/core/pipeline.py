@@ -69,7 +69,9 @@ class Pipeline:
 
     def synthesize(self, call: Call, begin: Callable[[], object] = nothing) -> SynthesisReport:
         """Writes the update of every pair, and reports on it. `begin` is called before the first write."""
-        return report(call, self.keys, self.numel, self.update(call, begin))
+        # The report is computed when it is read, and the rule may have replaced its numbers by then.
+        then = call if call.state is None else call._replace(state=call.state.clone())
+        return report(then, self.keys, self.numel, self.update(call, begin))
 
     def update(self, call: Call, begin: Callable[[], object] = nothing) -> Statistics | None:
         """Writes the update of every pair. Returns the sums, if any were computed.
@@ -95,7 +97,7 @@ class Pipeline:
             taken.wait()
             taken = taken._replace(wait=nothing)
             inner = gram(rule, taken.table)
-        if call.limited or call.scales != (1.0, 1.0):
+        if call.limited or call.scales != (1.0, 1.0) or call.state is not None:
             table = None if taken is None else taken.table
             coefficients = limited(call, table, inner, self.devices[0].device)
             coefficients = coefficients._replace(values=self._all_rows(coefficients.values))
@@ -103,6 +105,8 @@ class Pipeline:
             inner = self._all_rows(inner)
         tables = []
         begin()
+        if call.state is not None and coefficients is not None and coefficients.state is not None:
+            call.state.copy_(coefficients.state)
         for there in self.devices:
             table = there.backend.combine(
                 there.batch,

@@ -56,6 +56,7 @@ def _columns(call: Call, table: Tensor) -> dict[str, Tensor]:
         columns.update(zip(sums.COUNTS, counts.unbind(1), strict=True))
     if len(sums.by_class(table)) >= call.rule.classes:
         rule = call.rule
-        values, _ = evaluate(rule, gram(rule, table), call.gamma, call.alpha, call.eps, table.device)
+        read = gram(rule, table)
+        values = evaluate(rule, read, call.gamma, call.alpha, call.eps, table.device, call.state).values
         columns.update(zip(("uu", "uf", "ur"), of_update(call.nonfinite, table, values), strict=True))
     return columns

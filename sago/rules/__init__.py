@@ -12,6 +12,7 @@ from pkgutil import iter_modules
 
 from sago.rules.cagrad import cagrad  # these functions make rules, and take the place of their files here
 from sago.rules.gradvac import gradvac
+from sago.rules.gru import gru
 from sago.rules.language import abs, agreed, maximum, minimum, opposed, ratio, scaled, sqrt, where
 from sago.rules.rule import Coefficients, Gate, Guarantees, Rule, Term, evaluate
 
@@ -28,6 +29,7 @@ __all__ = [
     "cagrad",
     "evaluate",
     "gradvac",
+    "gru",
     "list_rules",
     "maximum",
     "minimum",

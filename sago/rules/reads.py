@@ -32,12 +32,13 @@ _LIKE = {
 }
 
 
-def reads(coefficients: Callable[..., Any], classes: int = 0) -> Reads:
-    """The names of the inner products that each coefficient depends on.
+def reads(coefficients: Callable[..., Any], classes: int = 0, kept: int = 0) -> Reads:
+    """The names of the inner products that each returned number depends on.
 
     A coefficient reads all of them if this cannot be determined, for example after `.item()`. `classes` is
     the number of classes whose sums the function takes as a sixth argument. The products of a class count as
-    those of all elements, and its number of elements is always finite.
+    those of all elements, and its number of elements is always finite. `kept` is the number of values of the
+    last argument, which are always finite.
     """
     found: Reads = {}
     constants = None
@@ -48,12 +49,17 @@ def reads(coefficients: Callable[..., Any], classes: int = 0) -> Reads:
         zeros = frozenset(name for name, z in zip(("gamma", "alpha"), zero, strict=True) if z)
         names = [*PRODUCTS, "gamma", "alpha"]
         of_classes = [torch.ones(2, dtype=torch.float64, device="cpu") for _ in range(4 * classes)]
-        sixth = [[tuple(of_classes[k : k + 4]) for k in range(0, 4 * classes, 4)]] if classes else []
+        state = tuple(torch.ones(2, dtype=torch.float64, device="cpu") for _ in range(kept))
+        more: list[Any] = (
+            [[tuple(of_classes[k : k + 4]) for k in range(0, 4 * classes, 4)]] if classes else []
+        )
+        more += [state] if kept else []
         named = dict(zip(map(id, numbers), names, strict=True))
         named.update(zip(map(id, of_classes), ("constant", *PRODUCTS) * classes, strict=True))
-        tracker = _Tracker([*numbers, *of_classes], named, zeros, constants)
+        named.update(dict.fromkeys(map(id, state), "constant"))
+        tracker = _Tracker([*numbers, *of_classes, *state], named, zeros, constants)
         with tracker:
-            values = coefficients(*numbers, *sixth)
+            values = coefficients(*numbers, *more)
         found[zero] = tuple(tracker.names(v) & _ALL for v in values)
         if tracker.unknown:
             return dict.fromkeys(CASES, (_ALL,) * len(values))

@@ -73,6 +73,11 @@ class Rule:
         by_class: Whether `coefficients` takes a sixth argument: for each class the sums over its elements
             `(n, ff, fr, rr)`, where `n` is their number. It needs a `gate`. It is not compiled into the
             kernel.
+        state: The initial values of numbers that the rule keeps for each group from step to step, such as a
+            running mean. `coefficients` takes them as its last argument, a tuple of fp64 tensors of shape
+            `[groups]`, and returns their new values after the coefficients. A new value that is NaN or inf
+            is not kept. `sago.GradientBuckets` keeps the numbers, so only its `synthesize_` takes such a
+            rule. It is not compiled into the kernel.
         formula: One line for tables and documentation.
         guarantees: What holds for every update of the rule; see `Guarantees`. `sago.testing.check_rule` tests
             it.
@@ -83,6 +88,7 @@ class Rule:
             depends on. The cases differ because `scaled` ignores its coefficient if its weight is 0. If this
             cannot be determined, for example because of `.item()`, all names are listed.
         classes: The number of classes of elements: 1, 2 or 3.
+        by_sign: Whether the class of an element depends only on the signs of its gradients.
 
     Example:
         >>> from sago.rules import ratio, where
@@ -98,10 +104,12 @@ class Rule:
     formula: str = ""
     gate: Gate | None = None
     by_class: bool = False
+    state: tuple[float, ...] = ()
     guarantees: Guarantees = field(default=Guarantees(), compare=False)
     source: str = field(default="", compare=False)
     reads: Reads = field(init=False, repr=False, compare=False)
     classes: int = field(init=False, repr=False, compare=False)
+    by_sign: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not callable(self.coefficients):
@@ -114,31 +122,37 @@ class Rule:
             )
         if not isinstance(self.name, str):
             raise TypeError(f"Parameter `name` should be a str. Found {type(self.name).__name__}.")
-        classes = self._classes_of_gate() if self.gate else 2 if self.gated else 1
+        classes, by_sign = self._classes_of_gate() if self.gate else (2 if self.gated else 1, True)
         object.__setattr__(self, "classes", classes)
+        object.__setattr__(self, "by_sign", by_sign)
         if self.by_class and self.gate is None:
             raise ValueError("Parameter `by_class` should be False for a rule without a `gate`. Found True.")
         ones = torch.ones(2, dtype=torch.float64, device="cpu")
-        sixth = [[(ones,) * 4] * classes] if self.by_class else []
+        object.__setattr__(self, "state", self._initial())
+        more: list[Any] = [[(ones,) * 4] * classes] if self.by_class else []
+        more += [(ones,) * len(self.state)] if self.state else []
         try:
-            found = self.coefficients(ones, ones, ones, ones[0], ones[0], *sixth)
+            found = self.coefficients(ones, ones, ones, ones[0], ones[0], *more)
         except (RuntimeError, TypeError) as error:
-            six = ", classes" if self.by_class else ""
+            names = (", classes" if self.by_class else "") + (", state" if self.state else "")
             raise ValueError(
-                f"Parameter `coefficients` should take `(ff, fr, rr, gamma, alpha{six})` as tensors, with "
+                f"Parameter `coefficients` should take `(ff, fr, rr, gamma, alpha{names})` as tensors, with "
                 f"`sago.rules.where` instead of `if`. Found that it raises {error!r}."
             ) from error
         if not (
             isinstance(found, tuple)
-            and len(found) == 2 * classes
+            and len(found) == 2 * classes + len(self.state)
             and all(isinstance(value, (Real, Tensor)) for value in found)
         ):
             kind = f"has a gate of {classes} classes" if self.gate else "is gated"
+            kind = "is not gated" if classes == 1 else kind
+            kept = f" and keeps {len(self.state)} numbers" if self.state else ""
             raise ValueError(
-                f"Parameter `coefficients` should return a tuple of {2 * classes} numbers, because the rule "
-                f"{'is not gated' if classes == 1 else kind}. Found {found!r}."
+                f"Parameter `coefficients` should return a tuple of {2 * classes + len(self.state)} numbers, "
+                f"because the rule {kind}{kept}. Found {found!r}."
             )
-        object.__setattr__(self, "reads", reads(self.coefficients, classes if self.by_class else 0))
+        seen = reads(self.coefficients, classes if self.by_class else 0, len(self.state))
+        object.__setattr__(self, "reads", {case: names[: 2 * classes] for case, names in seen.items()})
         read = sorted(frozenset().union(*(names for case in self.reads.values() for names in case)))
         if self.scope == "element" and read:
             raise ValueError(
@@ -147,11 +161,17 @@ class Rule:
                 f"{', '.join(f'`{name}`' for name in read)}."
             )
 
-    def _classes_of_gate(self) -> int:
-        """The number of classes of the gate, from its values on every combination of signs and sizes."""
+    def _initial(self) -> tuple[float, ...]:
+        if not (isinstance(self.state, tuple) and all(isinstance(x, Real) for x in self.state)):
+            raise TypeError(f"Parameter `state` should be a tuple of numbers. Found {self.state!r}.")
+        return tuple(map(float, self.state))
+
+    def _classes_of_gate(self) -> tuple[int, bool]:
+        """`classes` and `by_sign`, from the values of the gate on combinations of signs and sizes."""
         if self.gated:
             raise ValueError("Parameter `gate` should be None for a rule with gated=True. Found a function.")
-        numbers = torch.tensor([-2.0, -1.0, -0.0, 0.0, 1.0, 2.0])
+        sizes = torch.tensor([0.0, 2.0**-40, 1.0, 2.0, 2.0**40])
+        numbers = torch.cat([sizes, -sizes])
         f, r = torch.cartesian_prod(numbers, numbers).unbind(1)
         try:
             found = self.gate(f, r)  # type: ignore[misc]
@@ -165,18 +185,21 @@ class Rule:
                 "Parameter `gate` should return the class of each element, 0.0, 1.0 or 2.0, as a tensor of "
                 f"the shape of its arguments. Found {found!r}."
             )
-        return max(2, 1 + int(found.max()))
+        signs = 3 * f.sign() + r.sign()
+        by_sign = all(len(found[signs == s].unique()) == 1 for s in signs.unique())
+        return max(2, 1 + int(found.max())), by_sign
 
 
 class Coefficients(NamedTuple):
     """The coefficients of every row, fp64 `[rows, 2 * classes]`: a and b of each class.
 
     `terms` tells which columns are known to be zero or nonzero without reading the values. A single row is
-    used for all rows.
+    used for all rows. `state` has the numbers that the rule keeps for the next step, fp64 `[rows, n]`.
     """
 
     values: Tensor
     terms: tuple[Term, ...]
+    state: Tensor | None = None
 
 
 def evaluate(
@@ -186,21 +209,32 @@ def evaluate(
     alpha: float | Tensor,
     eps: float,
     device: torch.device,
+    state: Tensor | None = None,
 ) -> Coefficients:
     """The coefficients of `rule`.
 
     `gram` is fp64 `[rows, >= 3]` with `ff, fr, rr` first, followed by `n, ff, fr, rr` of each class for a
-    rule with `by_class`. None is one row of zeros.
+    rule with `by_class`. None is one row of zeros. `state` has the numbers that the rule kept, fp64
+    `[rows, n]`.
     """
     zero = torch.zeros(1, dtype=torch.float64, device=device)
     ff, fr, rr = (zero, zero, zero) if gram is None else gram.unbind(1)[:3]
     weights = [_as_double(w, device).view(()) for w in (gamma, alpha)]
     products = dict(zip(PRODUCTS, (ff + eps, fr, rr + eps), strict=True))
-    classes = []
+    more: list[Any] = []
     if rule.by_class:
         assert gram is not None
-        classes = [[tuple(gram[:, k : k + 4].unbind(1)) for k in range(3, 3 + 4 * rule.classes, 4)]]
-    values = rule.coefficients(*products.values(), *weights, *classes)
+        more = [[tuple(gram[:, k : k + 4].unbind(1)) for k in range(3, 3 + 4 * rule.classes, 4)]]
+    if rule.state:
+        assert state is not None
+        more.append(state.unbind(1))
+    values = rule.coefficients(*products.values(), *weights, *more)
+    kept = None
+    if state is not None:
+        after = [_as_double(v, device).expand(len(state)) for v in values[2 * rule.classes :]]
+        kept = torch.stack(after, dim=1)
+        kept = torch.where(kept.isfinite(), kept, state)
+    values = values[: 2 * rule.classes]
     # The host knows the values of literals, and of weights that are floats and returned unchanged.
     known = (gamma if v is weights[0] else alpha if v is weights[1] else v for v in values)
     terms: list[Term] = [_term(v) for v in known]
@@ -210,7 +244,7 @@ def evaluate(
             columns[i] = columns[i] - _overflow(by_case, products, gamma, alpha)  # keeps a -0
             terms[i] = "any"
     columns = [torch.broadcast_to(column, ff.shape) for column in columns]
-    return Coefficients(torch.stack(columns, dim=1), tuple(terms))
+    return Coefficients(torch.stack(columns, dim=1), tuple(terms), kept)
 
 
 def _overflow(
