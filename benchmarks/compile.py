@@ -241,7 +241,9 @@ def _fused(assembly: str, ir: str) -> int:
     # The division of two fp64 scalars takes five of them and one v_div_fmas.
     fused -= 5 * len(re.findall(r"\bv_div_fmas_f64", assembly))
     fused += sum(1 + bool(packed) for packed in ptx)
-    return len(open_to_fusion) + abs(fused - sum(int(width or 1) for width in calls))
+    more = fused - sum(int(width or 1) for width in calls)
+    # An unused lane of a vector in the IR has no instruction in PTX.
+    return len(open_to_fusion) + (max(more, 0) if ptx else abs(more))
 
 
 def _cuobjdump(cubin: bytes, option: str) -> str:

@@ -14,6 +14,7 @@ returns two coefficients for each class of the gate.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from itertools import accumulate
 from math import isfinite, nan
 from typing import Any
 
@@ -25,6 +26,7 @@ from sago.backends.reference import class_sums_of, conflict, update, weighted, w
 from sago.backends.reference import sums_of as sums
 from sago.core.report import SynthesisReport
 from sago.rules import REFERENCES, Rule
+from sago.rules.draws import of_pair
 
 __all__ = [
     *REFERENCES,
@@ -114,11 +116,14 @@ def synthesize_(
     # A row has the values of `sums` or `class_sums_of`, and the number of elements. This file does not use
     # the functions of `sago.backends.sums` that read the columns, because the tests compare them with it.
     gate = rule.gate
+    draw = None if rule.seed is None else torch.tensor([rule.seed, 0])
+    starts = [0, *accumulate(0 if pair is None else pair[0].numel() for pair in pairs)]
     device = next((p[0].device for p in pairs if p), torch.device("cpu"))
     table = torch.zeros(len(rows), 10 if gate is None else 16, dtype=torch.float64, device=device)
-    for group, pair in zip(groups, pairs, strict=True):
+    for i, (group, pair) in enumerate(zip(groups, pairs, strict=True)):
         if pair:
-            taken = sums(*pair) if gate is None else class_sums_of(*pair, gate)
+            own = of_pair(gate, draw, starts, i)
+            taken = sums(*pair) if own is None else class_sums_of(*pair, own)
             both = torch.cat([taken, torch.tensor([pair[0].numel()], device=pair[0].device)])
             table[rows.index(group)] += both.to(device)
     if reduce_gram is not None and (stats or rule.scope != "element"):
@@ -133,7 +138,8 @@ def synthesize_(
         sixth = [] if classes is None else [classes[: rule.classes]]
         chosen.append(coefficients(ff + eps, fr, rr + eps, gamma, alpha, *sixth))
     updates = [
-        pair and update(*pair, chosen[rows.index(g)], gate) for g, pair in zip(groups, pairs, strict=True)
+        pair and update(*pair, chosen[rows.index(g)], of_pair(gate, draw, starts, i))
+        for i, (g, pair) in enumerate(zip(groups, pairs, strict=True))
     ]
     for target, u in zip(targets, updates, strict=True):
         if u is not None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from sago.reference import definition
 from sago.reference import synthesize as synthesize_plainly
 from sago.rules import REFERENCES, RULES, Rule, resolve
+from sago.rules.draws import of_pair
 from sago.synthesis import synthesize
 
 Definition = Callable[..., tuple[float, ...]]
@@ -139,11 +140,12 @@ def _expected(rule: Rule, reference: Definition | None, case: Case) -> tuple[lis
     """
     define = definition(rule) if reference is None else reference
     members = range(len(case.forget))
+    starts = [0, *itertools.accumulate(f.numel() for f in case.forget)]
     groups = [list(members)] if rule.scope == "global" else [[i] for i in members]
     expected, slack = list(case.forget), list(case.forget)
     for group in groups:
         f, r = (torch.cat([side[i].double() for i in group]) for side in (case.forget, case.retain))
-        sums = [_sums(f, r, part) for part in _parts(rule, f, r)]
+        sums = [_sums(f, r, part) for part in _parts(rule, f, r, starts[group[0]])]
         exact = _coefficients(rule, define, sums, case)
         near = [exact]
         if rule.scope != "element":
@@ -156,7 +158,7 @@ def _expected(rule: Rule, reference: Definition | None, case: Case) -> tuple[lis
             info = torch.finfo(case.retain[i].dtype)
             rounding = info.eps + 4 * (info.eps if info.bits == 64 else torch.finfo(torch.float32).eps)
             u, off = torch.zeros_like(f), torch.zeros_like(f)
-            for k, part in enumerate(_parts(rule, f, r)):
+            for k, part in enumerate(_parts(rule, f, r, starts[i])):
                 (a, b), (p, q) = exact[2 * k : 2 * k + 2], errors[2 * k : 2 * k + 2]
                 terms = (a * f).abs() + (b * r).abs()
                 u += torch.where(part, a * f + b * r, 0.0)
@@ -165,10 +167,11 @@ def _expected(rule: Rule, reference: Definition | None, case: Case) -> tuple[lis
     return expected, slack
 
 
-def _parts(rule: Rule, f: Tensor, r: Tensor) -> list[Tensor]:
+def _parts(rule: Rule, f: Tensor, r: Tensor, start: int) -> list[Tensor]:
     """Which elements belong to each class, in the order of the coefficients of a definition."""
     if rule.gate is not None:
-        classes = rule.gate(f, r)
+        draw = None if rule.seed is None else torch.tensor([rule.seed, 0])
+        classes = of_pair(rule.gate, draw, [start], 0)(f, r)
         return [classes == k for k in range(rule.classes)]
     conflict = f.sign() * r.sign() < 0
     return [conflict, ~conflict]
@@ -237,13 +240,14 @@ def _check_gate(rule: Rule) -> None:
     if rule.gate is None:
         return
     numbers = torch.tensor([-3.0, -1.0, -0.0, 0.0, 1.0, 3.0, torch.nan], dtype=torch.float64)
-    f, r = torch.cartesian_prod(numbers, numbers).unbind(1)
-    classes = rule.gate(f, r)
+    drawn = [] if rule.seed is None else [torch.linspace(0.0, 1.0 - 2.0**-24, 9, dtype=torch.float64)]
+    f, r, *u = torch.cartesian_prod(numbers, numbers, *drawn).unbind(1)
+    classes = rule.gate(f, r, *u)
     _require(
         ((classes >= 0) & (classes < rule.classes)).all(), f"rule {rule.name!r}: the gate has other classes"
     )
     for factor in (2.0**-60, 2.0**60):
-        same = torch.equal(rule.gate(factor * f, factor * r), classes)
+        same = torch.equal(rule.gate(factor * f, factor * r, *u), classes)
         _require(same, f"rule {rule.name!r}: the gate changes if both gradients are scaled by {factor:g}")
 
 

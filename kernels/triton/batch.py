@@ -77,6 +77,7 @@ class Layout:
     Attributes:
         rows: int64 `[rows, 4]`: the first slot of each row, the number of its slots, its counter, which the
             counters of its spans follow, and the slot of its first span, if it has several.
+        first_slot: For each tensor, the slot of its first chunk.
         slots: The total number of slots.
         entries: The number of slots of chunks and spans.
         counters: The number of counters: one for each row and each span.
@@ -92,7 +93,7 @@ class Layout:
         device: torch.device,
     ) -> None:
         chunks = [-(-n // CHUNK) for n in numels]
-        first_slot = [0] * len(numels)
+        first_slot = self.first_slot = [0] * len(numels)
         row_table: list[tuple[int, ...]] = []
         self.slots = 0
         members_of: list[list[int]] = [[] for _ in range(row_count)]
@@ -144,6 +145,7 @@ class Batch:
         out: The tensors that `combine` writes. They may be those of forget or retain.
         rows: For each pair, its row in the table of sums.
         row_count: The number of rows of the table. A row without elements is zero.
+        origins: For each pair, the position of its first element in the list, for random gates.
 
     Attributes:
         launches: One launch for each combination of dtypes.
@@ -157,6 +159,7 @@ class Batch:
         out: Sequence[Tensor],
         rows: Sequence[int],
         row_count: int,
+        origins: Sequence[int] = (),
     ) -> None:
         numels: list[int] = []
         dtypes: list[Signature] = []
@@ -193,6 +196,19 @@ class Batch:
         self._empty_rows = len(set(rows)) < row_count or 0 in numels
         self._streams = Streams(device)
         self._counters: dict[Hashable, Tensor] = {}
+        self._numels, self._origins = numels, origins
+        self._positions: Tensor | None = None
+
+    def draws(self, draw: Tensor) -> Tensor:
+        """The seed and the step, and the position of each chunk's first element, int64 `[2 + slots]`."""
+        if self._positions is None:
+            found = torch.zeros(self.layout.slots, dtype=torch.int64, device="cpu")
+            for numel, origin, slot in zip(self._numels, self._origins, self.layout.first_slot, strict=True):
+                chunks = -(-numel // CHUNK)
+                found[slot : slot + chunks] = origin + CHUNK * torch.arange(chunks, device="cpu")
+            # On the host, because another stream may use it, and the upload may be part of a capture.
+            self._positions = found
+        return torch.cat([draw, upload(self._positions, torch.int64, self.device)])
 
     def scratch(self, sums: int, stream: Hashable) -> tuple[Tensor, Tensor]:
         """Memory for sums of chunks and spans, `[entries, sums]`. Counters, which are 0 between launches."""
@@ -243,10 +259,10 @@ def options(
 ) -> dict[str, int | bool]:
     """Compiler options of a launch. `spills`: the kernel is one of those that would spill registers."""
     found: dict[str, int | bool] = {"num_warps": THREADS // lanes(device), "enable_fp_fusion": False}
-    spills = spills or not aligned or len(set(dtypes)) > 1
+    spills = spills or not aligned or len(set(dtypes)) > 1 or torch.float64 in dtypes
     if spills and device.type == "cuda" and torch.version.hip is None:
         # Without this limit, ptxas spills a few registers so that one more block fits. It does so in kernels
-        # with two paths (aligned and not), with several dtypes, with coefficients from a table, and with the
-        # counts beside an update without a gate.
+        # with two paths (aligned and not), with several dtypes or fp64, with coefficients from a table, with
+        # the counts beside an update without a gate, and with the sums of three classes.
         found["maxnreg"] = 255
     return found

@@ -41,12 +41,12 @@ def _weight(weight, IN_MEMORY: tl.constexpr):
 # One compiled kernel serves all values. Its scalar loads gain nothing from aligned addresses.
 @triton.jit(
     do_not_specialize=[
-        *("addresses", "shapes", "owner", "rows", "partials", "counters", "table", "coefficients", "gram"),
-        *("gamma", "alpha", "eps", "gram_stride"),
+        *("addresses", "shapes", "owner", "rows", "partials", "counters", "table", "draws"),
+        *("coefficients", "gram", "gamma", "alpha", "eps", "gram_stride"),
     ]
 )
 def _combine_kernel(
-    addresses, shapes, owner, rows, partials, counters, table, coefficients, gram,
+    addresses, shapes, owner, rows, partials, counters, table, draws, coefficients, gram,
     gamma: tl.int64, alpha: tl.int64, eps: tl.int64, gram_stride: tl.int32,
     GAMMA_IN_MEMORY: tl.constexpr, ALPHA_IN_MEMORY: tl.constexpr,
     FORGET: tl.constexpr, RETAIN: tl.constexpr, OUT: tl.constexpr, COMPUTE: tl.constexpr,
@@ -105,7 +105,7 @@ def _combine_kernel(
         if CLASSES == 2:
             a_2, b_2 = a, b
     sums = stream(
-        forget, retain, out, aligned, start, size,
+        forget, retain, out, aligned, start, size, draws, shape,
         (a_c.to(COMPUTE), b_c.to(COMPUTE), a.to(COMPUTE), b.to(COMPUTE), a_2.to(COMPUTE), b_2.to(COMPUTE)),
         FORGET, RETAIN, OUT, COMPUTE, GATED, GATE, PROPAGATE, SUMS, BLOCK, THREADS, V, ALIGNED,
     )  # fmt: skip
@@ -123,6 +123,7 @@ def combine(
     sums: int,
     coefficients: Coefficients | None = None,
     propagate: bool = False,
+    draw: Tensor | None = None,
 ) -> Tensor | None:
     """Writes the update of every pair to `out`. Returns the table of sums as `gram` does, or None.
 
@@ -136,6 +137,7 @@ def combine(
         sums: The number of sums to compute in the same pass, as in `gram`, or 0 for none.
         coefficients: Used instead of the rule's function of `gram`, `gamma`, `alpha` and `eps`.
         propagate: Whether NaN or inf in either gradient makes the element of the update NaN.
+        draw: The seed and the step of a random gate, int64 `[2]`.
     """
     gate = gate_on_device(rule.gate)
     formula = None if coefficients or rule.by_class else on_device(rule.coefficients)
@@ -146,6 +148,7 @@ def combine(
     stream = batch.join()
     partials, counters = batch.scratch(sums, stream) if sums else (None, None)
     table = batch.table(sums) if sums else None
+    draws = None if draw is None else batch.draws(draw)
     in_memory = [formula is not None and isinstance(w, Tensor) for w in (gamma, alpha)]
 
     def constants(one: Launch) -> dict[str, Any]:
@@ -177,11 +180,11 @@ def combine(
     launch(
         _combine_kernel,
         batch,
-        ("combine", function, rule.gated, gate, propagate, gram is not None, sums, *in_memory),
-        (partials, counters, table, values, gram),
+        ("combine", function, rule.gated, gate, propagate, gram is not None, sums, *in_memory, draws is None),
+        (partials, counters, table, draws, values, gram),
         (bits(gamma), bits(alpha), bits(eps), 0 if gram is None else gram.stride(0)),
         constants,
-        partial(options, spills=formula is None or sums == 6),
+        partial(options, spills=formula is None or sums in (6, 15)),
     )
     return table
 

@@ -96,14 +96,25 @@ def gate_on_device(gate: rules.Gate | None) -> Any:
     if gate is None:
         return None
     found = on_device(gate)
-    if found is None:
+    if found is None or not _is_exact(gate):
         name = getattr(gate, "__qualname__", repr(gate))
         raise ValueError(
             "The gate of a rule should be a function from a file, without annotations, default values and "
-            "variables of an outer function, that uses only arithmetic, comparisons and the functions of "
-            f"sago.rules. Found {name}, which cannot be compiled into a kernel."
+            "variables of an outer function, that uses only + - *, comparisons and the functions of "
+            "sago.rules but ratio and sqrt, because fp32 division and roots are not rounded correctly in a "
+            f"kernel. Found {name}, which is another one."
         )
     return found
+
+
+def _is_exact(function: Any) -> bool:
+    """Whether the function neither divides nor takes a root, and calls only functions that do not."""
+    if function is rules.where or function is rules.sqrt:
+        return function is rules.where
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function.__code__)))
+    divides = any(isinstance(node, ast.Div) for node in ast.walk(tree))
+    called = (function.__globals__.get(name) for name in function.__code__.co_names)
+    return not divides and all(_is_exact(other) for other in called)
 
 
 @lru_cache(maxsize=256)

@@ -1,5 +1,6 @@
 """`gram`: inner products and counts of gradient pairs, one row for each group."""
 
+from functools import partial
 from typing import Any
 
 import triton
@@ -25,9 +26,11 @@ from .launch import launch
 from .stream import finish, locate, stream
 
 
-@triton.jit(do_not_specialize=["addresses", "shapes", "owner", "rows", "partials", "counters", "table"])
+@triton.jit(
+    do_not_specialize=["addresses", "shapes", "owner", "rows", "partials", "counters", "table", "draws"]
+)
 def _gram_kernel(
-    addresses, shapes, owner, rows, partials, counters, table,
+    addresses, shapes, owner, rows, partials, counters, table, draws,
     FORGET: tl.constexpr, RETAIN: tl.constexpr, COMPUTE: tl.constexpr, GATE: tl.constexpr,
     SUMS: tl.constexpr,
     CHUNK: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr, V: tl.constexpr,
@@ -36,24 +39,25 @@ def _gram_kernel(
     """table[row] = the sums over the elements of the row that `accumulate` or `accumulate_classes` lists."""
     forget, retain, out, aligned, start, size, shape = locate(addresses, shapes, owner, CHUNK)
     sums = stream(
-        forget, retain, out, aligned, start, size, (0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+        forget, retain, out, aligned, start, size, draws, shape, (0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
         FORGET, RETAIN, None, COMPUTE, False, GATE, False, SUMS, BLOCK, THREADS, V, ALIGNED,
     )  # fmt: skip
     finish(sums, shape, partials, counters, table, rows, SUMS, SPAN)
 
 
-def gram(batch: Batch, sums: int, gate: Gate | None = None) -> Tensor:
+def gram(batch: Batch, sums: int, gate: Gate | None = None, draw: Tensor | None = None) -> Tensor:
     """The sums of every row, fp64 `[rows, sums]`.
 
     With `sums` = 3, the columns are `ff, fr, rr`. 6 adds the numbers of conflicts and of non-finite elements
     of forget and retain. 9 has `ff, fr, rr` of the elements out of conflict, the three counts, and `ff, fr,
     rr` of the elements in conflict. 15 has `ff, fr, rr` of class 0 of the gate, the three counts, `ff, fr,
     rr` of class 1 and of class 2, and the numbers of elements of the classes. Each gradient is read once, in
-    one launch for each combination of dtypes.
+    one launch for each combination of dtypes. `draw` is the seed and the step of a random gate, int64 `[2]`.
     """
     device_gate = gate_on_device(gate if sums == 15 else None)
     partials, counters = batch.scratch(sums, batch.join())
     table = batch.table(sums)
+    draws = None if draw is None or sums != 15 else batch.draws(draw)
 
     def constants(one: Launch) -> dict[str, Any]:
         forget, retain, _ = one.dtypes
@@ -71,6 +75,7 @@ def gram(batch: Batch, sums: int, gate: Gate | None = None) -> Tensor:
             "ALIGNED": one.aligned,
         }
 
-    tensors = partials, counters, table
-    launch(_gram_kernel, batch, ("gram", sums, device_gate), tensors, (), constants, options)
+    tensors = partials, counters, table, draws
+    key = "gram", sums, device_gate, draws is None
+    launch(_gram_kernel, batch, key, tensors, (), constants, partial(options, spills=sums == 15))
     return table

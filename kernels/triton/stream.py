@@ -93,6 +93,47 @@ def plus_product(total, x, y):
 
 
 @triton.jit
+def mix(x):
+    """As in `sago.rules.draws`, on 32-bit numbers."""
+    x = (x ^ (x >> 16)) * tl.full((), 0x21F0AAAD, tl.uint32)
+    x = (x ^ (x >> 15)) * tl.full((), 0x735A2D97, tl.uint32)
+    return x ^ (x >> 15)
+
+
+@triton.jit
+def low(x):
+    return (x & 0xFFFFFFFF).to(tl.uint32)
+
+
+@triton.jit
+def start_draws(draws, shape, DRAWN: tl.constexpr):
+    """The hash of the seed and the step, and the position of the chunk's first element in the list."""
+    key = tl.full((), 0, tl.uint32)
+    first = tl.full((), 0, tl.int64)
+    if DRAWN:
+        for i in tl.static_range(2):
+            x = tl.load(draws + i)
+            key = mix(mix(key ^ low(x)) ^ low(x >> 32))
+        slot = tl.program_id(0) - tl.load(shape + 1) + tl.load(shape + 2)
+        first = tl.load(draws + 2 + slot)
+    return key, first
+
+
+@triton.jit
+def uniform(key, positions, COMPUTE: tl.constexpr):
+    """`sago.rules.draws.uniform`: a number in [0, 1) for each position."""
+    first = mix(key ^ low(positions >> 32))
+    second = mix(first ^ tl.full((), 0x9E3779B9, tl.uint32))
+    hashed = mix(mix(first ^ low(positions)) + second)
+    return ((hashed >> 8).to(tl.int32).to(tl.float32) * (1.0 / 16777216.0)).to(COMPUTE)
+
+
+@triton.jit
+def class_of(f, r, u, GATE: tl.constexpr, DRAWN: tl.constexpr):
+    return GATE(f, r, u) if DRAWN else GATE(f, r)
+
+
+@triton.jit
 def accumulate(f, r, s0, s1, s2, s3, s4, s5, s6, s7, s8, SUMS: tl.constexpr, NEAR: tl.constexpr):
     """Adds the elements of a block to the sums, of which each has a lane for every V elements of the block.
 
@@ -125,10 +166,11 @@ def accumulate(f, r, s0, s1, s2, s3, s4, s5, s6, s7, s8, SUMS: tl.constexpr, NEA
 
 @triton.jit
 def accumulate_classes(
-    f, r, valid, s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14,
-    GATE: tl.constexpr, NEAR: tl.constexpr,
+    f, r, u, valid, s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14,
+    GATE: tl.constexpr, DRAWN: tl.constexpr, NEAR: tl.constexpr,
 ):  # fmt: skip
     """Like `accumulate`, for the classes of GATE. `valid` is 1 for an element, and 0 beyond the last one.
+    `u` has the numbers of a random gate.
 
     SUMS = 15: ff, fr, rr of class 0, the three counts, ff, fr, rr of class 1 and of class 2, and the numbers
     of elements of classes 0, 1 and 2.
@@ -141,7 +183,7 @@ def accumulate_classes(
         s3 = tl.where(in_conflict(x, y), s3 + 1.0, s3)
         s4 = tl.where(is_finite(x), s4, s4 + 1.0)
         s5 = tl.where(is_finite(y), s5, s5 + 1.0)
-        k = GATE(x, y)
+        k = class_of(x, y, piece(u, i, PIECES, NEAR), GATE, DRAWN)
         first = k == 0.0
         second = k == 1.0
         third = (k != 0.0) & (k != 1.0)
@@ -187,7 +229,7 @@ def pointer(address, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def stream(
-    forget, retain, out, aligned, start, size, coefficients,
+    forget, retain, out, aligned, start, size, draws, shape, coefficients,
     FORGET: tl.constexpr, RETAIN: tl.constexpr, OUT: tl.constexpr, COMPUTE: tl.constexpr,
     GATED: tl.constexpr, GATE: tl.constexpr, PROPAGATE: tl.constexpr, SUMS: tl.constexpr,
     BLOCK: tl.constexpr, THREADS: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr,
@@ -199,22 +241,25 @@ def stream(
     or the update of the classes of GATE. `coefficients` are a_c, b_c, a, b and two unused numbers, or a and b
     of three classes. With PROPAGATE, out_i is NaN where f_i or r_i is NaN or inf. An address of 0 is a zero
     gradient. Loads are upcast to COMPUTE, and the store rounds once. ALIGNED means that every address of the
-    launch is a multiple of 16. Without it, `aligned` tells whether the addresses of this tensor are.
+    launch is a multiple of 16. Without it, `aligned` tells whether the addresses of this tensor are. `draws`
+    has the seed, the step and the first position of every chunk for a random gate, and is None for others.
     """
+    DRAWN: tl.constexpr = draws is not None
+    key, position = start_draws(draws, shape, DRAWN)
     if ALIGNED:
         sums = _stream(
-            forget, retain, out, start, size, coefficients,
+            forget, retain, out, start, size, key, position, coefficients, DRAWN,
             FORGET, RETAIN, OUT, COMPUTE, GATED, GATE, PROPAGATE, SUMS, BLOCK, 1, THREADS, V, True, True,
         )  # fmt: skip
     else:
         if aligned != 0:
             sums = _stream(
-                forget, retain, out, start, size, coefficients,
+                forget, retain, out, start, size, key, position, coefficients, DRAWN,
                 FORGET, RETAIN, OUT, COMPUTE, GATED, GATE, PROPAGATE, SUMS, BLOCK, 1, THREADS, V, True, False,
             )  # fmt: skip
         else:
             sums = _stream(
-                forget, retain, out, start, size, coefficients,
+                forget, retain, out, start, size, key, position, coefficients, DRAWN,
                 FORGET, RETAIN, OUT, COMPUTE, GATED, GATE, PROPAGATE, SUMS, BLOCK // 2, 2, THREADS, V // 2,
                 False, False,
             )  # fmt: skip
@@ -223,7 +268,7 @@ def stream(
 
 @triton.jit
 def _stream(
-    forget, retain, out, start, size, coefficients,
+    forget, retain, out, start, size, key, position, coefficients, DRAWN: tl.constexpr,
     FORGET: tl.constexpr, RETAIN: tl.constexpr, OUT: tl.constexpr, COMPUTE: tl.constexpr,
     GATED: tl.constexpr, GATE: tl.constexpr, PROPAGATE: tl.constexpr, SUMS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, THREADS: tl.constexpr, V: tl.constexpr, VECTOR: tl.constexpr,
@@ -263,17 +308,19 @@ def _stream(
             else:
                 f = upcast(tl.load(forget + at, mask=at < forget_body, other=0.0), COMPUTE)
                 r = upcast(tl.load(retain + at, mask=at < retain_body, other=0.0), COMPUTE)
+            u = uniform(key, position + at, COMPUTE) if DRAWN else f
             if SUMS == 15:
                 valid = (at < body).to(COMPUTE)
                 p0, p1, p2, s3, s4, s5, p6, p7, p8, p9, p10, p11, s12, s13, s14 = accumulate_classes(
-                    f, r, valid, p0, p1, p2, s3, s4, s5, p6, p7, p8, p9, p10, p11, s12, s13, s14, GATE, VECTOR
+                    f, r, u, valid, p0, p1, p2, s3, s4, s5, p6, p7, p8, p9, p10, p11, s12, s13, s14,
+                    GATE, DRAWN, VECTOR,
                 )  # fmt: skip
             else:
                 p0, p1, p2, s3, s4, s5, p6, p7, p8 = accumulate(
                     f, r, p0, p1, p2, s3, s4, s5, p6, p7, p8, SUMS, VECTOR
                 )  # fmt: skip
             if OUT is not None:
-                store(out + at, at < body, f, r, coefficients, OUT, GATED, GATE, PROPAGATE)
+                store(out + at, at < body, f, r, u, coefficients, OUT, GATED, GATE, DRAWN, PROPAGATE)
         s0, s1, s2, s6, s7, s8 = s0 + p0, s1 + p1, s2 + p2, s6 + p6, s7 + p7, s8 + p8
         s9, s10, s11 = s9 + p9, s10 + p10, s11 + p11
     if VECTOR:
@@ -281,17 +328,18 @@ def _stream(
         at = body + tl.arange(0, THREADS)
         f = upcast(tl.load(forget + at, mask=at < forget_size, other=0.0), COMPUTE)
         r = upcast(tl.load(retain + at, mask=at < retain_size, other=0.0), COMPUTE)
+        u = uniform(key, position + at, COMPUTE) if DRAWN else f
         if SUMS == 15:
             t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14 = accumulate_classes(
-                f, r, (at < size).to(COMPUTE), t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13,
-                t14, GATE, VECTOR,
+                f, r, u, (at < size).to(COMPUTE), t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13,
+                t14, GATE, DRAWN, VECTOR,
             )  # fmt: skip
         else:
             t0, t1, t2, t3, t4, t5, t6, t7, t8 = accumulate(
                 f, r, t0, t1, t2, t3, t4, t5, t6, t7, t8, SUMS, VECTOR
             )  # fmt: skip
         if OUT is not None:
-            store(out + at, at < size, f, r, coefficients, OUT, GATED, GATE, PROPAGATE)
+            store(out + at, at < size, f, r, u, coefficients, OUT, GATED, GATE, DRAWN, PROPAGATE)
     return (
         lanes(s0, t0), lanes(s1, t1), lanes(s2, t2), lanes(s3, t3), lanes(s4, t4),
         lanes(s5, t5), lanes(s6, t6), lanes(s7, t7), lanes(s8, t8), lanes(s9, t9),
@@ -312,22 +360,22 @@ def pairs(x, i, body, BLOCK: tl.constexpr):
 
 @triton.jit
 def store(
-    at, mask, f, r, coefficients, OUT: tl.constexpr, GATED: tl.constexpr, GATE: tl.constexpr,
-    PROPAGATE: tl.constexpr,
+    at, mask, f, r, u, coefficients, OUT: tl.constexpr, GATED: tl.constexpr, GATE: tl.constexpr,
+    DRAWN: tl.constexpr, PROPAGATE: tl.constexpr,
 ):  # fmt: skip
     a_c, b_c, a, b, a_2, b_2 = coefficients
     if GATE is not None:
-        k = GATE(f, r)
-        u = tl.where(k == 0.0, weighted(a_c, f, b_c, r), weighted(a_2, f, b_2, r))
-        u = tl.where(k == 1.0, weighted(a, f, b, r), u)
+        k = class_of(f, r, u, GATE, DRAWN)
+        update = tl.where(k == 0.0, weighted(a_c, f, b_c, r), weighted(a_2, f, b_2, r))
+        update = tl.where(k == 1.0, weighted(a, f, b, r), update)
     elif GATED:
-        u = tl.where(in_conflict(f, r), weighted(a_c, f, b_c, r), weighted(a, f, b, r))
+        update = tl.where(in_conflict(f, r), weighted(a_c, f, b_c, r), weighted(a, f, b, r))
     else:
-        u = weighted(a, f, b, r)
+        update = weighted(a, f, b, r)
     if PROPAGATE:
-        # x - x is 0 for finite x, else NaN: no mask. u - 0 is u; u + 0 would turn -0 into 0.
-        u = (u - (f - f)) - (r - r)
-    tl.store(at, downcast(u, OUT), mask=mask)
+        # x - x is 0 for finite x, else NaN: no mask. y - 0 is y; y + 0 would turn -0 into 0.
+        update = (update - (f - f)) - (r - r)
+    tl.store(at, downcast(update, OUT), mask=mask)
 
 
 @triton.jit

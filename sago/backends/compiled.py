@@ -29,6 +29,7 @@ from torch import Tensor
 from sago.backends.protocol import Batch
 from sago.backends.sums import Sums, insert_nonfinite, without_nonfinite
 from sago.rules import Coefficients, Gate, Rule, Term, evaluate
+from sago.rules.draws import Drawn, of_pair
 
 # Which coefficients are zero, the gate of the rule, and whether NaN and inf propagate.
 Known = tuple[tuple[Term, ...], Gate | None, bool]
@@ -54,17 +55,17 @@ _EXAMPLE = 1 << 21  # elements of the tensors that a graph is compiled with
 _log = logging.getLogger("sago")
 
 
-def gram(batch: Batch, sums: int, gate: Gate | None = None) -> Tensor:
+def gram(batch: Batch, sums: int, gate: Gate | None = None, draw: Tensor | None = None) -> Tensor:
     """The table of these sums, fp64 `[rows, sums]`."""
-    return _table(batch, sums, gate)
+    return _table(batch, sums, gate, draw)
 
 
-def _table(batch: Batch, sums: int, gate: Gate | None) -> Tensor:
-    wanted = sums, gate if sums == Sums.CLASSES else None
+def _table(batch: Batch, sums: int, gate: Gate | None, draw: Tensor | None) -> Tensor:
+    gate = gate if sums == Sums.CLASSES else None
     pairs = [_flat_pair(f, r) for f, r in zip(batch.forget, batch.retain, strict=True)]
     by_row: list[list[Tensor]] = [[] for _ in range(batch.row_count)]
-    for pair, row in zip(pairs, batch.rows, strict=True):
-        by_row[row].append(_pair_sums(*pair, wanted))
+    for i, (pair, row) in enumerate(zip(pairs, batch.rows, strict=True)):
+        by_row[row].append(_pair_sums(*pair, (sums, of_pair(gate, draw, batch.origins, i))))
     zero = torch.zeros(without_nonfinite(sums), dtype=torch.float64, device=batch.device)
     table = torch.stack([_total(found) if found else zero for found in by_row])
     if sums == Sums.PRODUCTS:
@@ -92,15 +93,18 @@ def combine(
     sums: int,
     coefficients: Coefficients | None = None,
     propagate: bool = False,
+    draw: Tensor | None = None,
 ) -> Tensor | None:
     """Writes the update of every pair to `out`; see `sago.backends.protocol`. The sums need another pass."""
-    table = _table(batch, sums, rule.gate) if sums else None
+    table = _table(batch, sums, rule.gate, draw) if sums else None
     values, terms, _ = coefficients or evaluate(rule, gram, gamma, alpha, eps, batch.device)
     rows = {t: values.to(t).expand(batch.row_count, -1).unbind(0) for t in (torch.float32, torch.float64)}
     graph = _gated_combine if rule.classes > 1 else _combine
-    for f, r, out, row in zip(batch.forget, batch.retain, batch.out, batch.rows, strict=True):
+    pairs = zip(batch.forget, batch.retain, batch.out, batch.rows, strict=True)
+    for i, (f, r, out, row) in enumerate(pairs):
         f, r = _flat_pair(f, r)
-        _update(graph, (terms, rule.gate, propagate), (f, r, _flat(out)), rows[_compute_dtype(f, r)][row])
+        known = terms, of_pair(rule.gate, draw, batch.origins, i), propagate
+        _update(graph, known, (f, r, _flat(out)), rows[_compute_dtype(f, r)][row])
     return table
 
 
@@ -244,9 +248,12 @@ def _pair_sums(f: Tensor, r: Tensor, wanted: Wanted) -> Tensor:
         ]
     total = _total([_tree(p) for p in partials])
     gate = wanted[1]
-    if gate is not None:  # the padding was counted in the class of two zeros
-        zeros = torch.zeros(1, dtype=_compute_dtype(f, r))
-        total[int(gate(zeros, zeros).item()) - 3] -= -f.numel() % block
+    if gate is not None:  # the padding was counted in the classes of pairs of zeros
+        if isinstance(gate, Drawn):
+            gate.at -= -f.numel() % block
+        zeros = torch.zeros(-f.numel() % block, dtype=_compute_dtype(f, r))
+        classes = gate(zeros, zeros)
+        total[-3:] -= torch.stack([(classes == k).sum() for k in range(3)])
     return total
 
 
@@ -282,6 +289,8 @@ def _found(graph: Any, constant: Any, tensors: Sequence[Tensor]) -> Callable[...
     """The compiled code for these tensors; None where they are processed uncompiled."""
     numel = tensors[0].numel()
     if numel < COMPILE_FROM or not all(t.is_contiguous() for t in tensors):
+        return None
+    if any(isinstance(x, Drawn) for x in constant):  # random gates are not compiled
         return None
     key = graph, constant, *(t.dtype for t in tensors)
     if key in _compiled:

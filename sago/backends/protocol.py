@@ -22,6 +22,7 @@ class Batch(NamedTuple):
         out: The tensors that `combine` writes. They may be those of forget or retain.
         rows: The row of the table of sums that each pair belongs to.
         row_count: The number of rows of the table. A row without elements is zero.
+        origins: For each pair, the position of its first element in the list, for random gates.
     """
 
     device: torch.device
@@ -30,6 +31,7 @@ class Batch(NamedTuple):
     out: Sequence[Tensor]
     rows: Sequence[int]
     row_count: int
+    origins: Sequence[int] = ()
 
     def release(self) -> bool:
         """Drops the references to the tensors if addresses are enough. Returns whether it did."""
@@ -47,11 +49,15 @@ class Backend(Protocol):
         out: Sequence[Tensor],
         rows: Sequence[int],
         row_count: int,
+        origins: Sequence[int] = (),
     ) -> Any:
         """Lays the pairs out for `gram` and `combine`; see `Batch` above."""
 
-    def gram(self, batch: Any, sums: Sums, gate: Gate | None = None) -> Tensor:
-        """The table of these sums, fp64 `[rows, sums]`; see `sago.backends.sums`. `gate` is for CLASSES."""
+    def gram(self, batch: Any, sums: Sums, gate: Gate | None = None, draw: Tensor | None = None) -> Tensor:
+        """The table of these sums, fp64 `[rows, sums]`; see `sago.backends.sums`.
+
+        `gate` is for CLASSES. `draw` is the seed and the step of a random gate, int64 `[2]`.
+        """
 
     def combine(
         self,
@@ -64,6 +70,7 @@ class Backend(Protocol):
         sums: Sums,
         coefficients: Coefficients | None = None,
         propagate: bool = False,
+        draw: Tensor | None = None,
     ) -> Tensor | None:
         """Writes the update of every pair to `out`. Returns the table of `sums`, or None if `sums` is 0.
 
@@ -77,4 +84,5 @@ class Backend(Protocol):
             sums: The sums of the gradients to compute in the same call.
             coefficients: Used instead of the rule's function of `gram`, `gamma`, `alpha` and `eps`.
             propagate: Whether NaN or inf in either gradient makes the element of the update NaN.
+            draw: As in `gram`.
         """

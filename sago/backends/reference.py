@@ -16,6 +16,7 @@ from torch import Tensor
 from sago.backends.protocol import Batch
 from sago.backends.sums import Sums, merge
 from sago.rules import Coefficients, Gate, Rule, evaluate
+from sago.rules.draws import of_pair
 
 __all__ = [
     "Batch",
@@ -113,17 +114,18 @@ def _products(f: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def gram(batch: Batch, sums: int, gate: Gate | None = None) -> Tensor:
+def gram(batch: Batch, sums: int, gate: Gate | None = None, draw: Tensor | None = None) -> Tensor:
     """The table of these sums, fp64 `[rows, sums]`."""
-    return _table(batch, sums, gate)
+    return _table(batch, sums, gate, draw)
 
 
-def _table(batch: Batch, sums: int, gate: Gate | None) -> Tensor:
+def _table(batch: Batch, sums: int, gate: Gate | None, draw: Tensor | None) -> Tensor:
     width = Sums.SPLIT if gate is None else Sums.CLASSES
     table = torch.zeros(batch.row_count, width, dtype=torch.float64, device=batch.device)
-    for f, r, row in zip(batch.forget, batch.retain, batch.rows, strict=True):
+    for i, (f, r, row) in enumerate(zip(batch.forget, batch.retain, batch.rows, strict=True)):
         pair = with_zeros(f, r)
-        table[row] += sums_of(*pair) if gate is None else class_sums_of(*pair, gate)
+        own = of_pair(gate, draw, batch.origins, i)
+        table[row] += sums_of(*pair) if own is None else class_sums_of(*pair, own)
     return merge(table, Sums(sums))
 
 
@@ -138,15 +140,17 @@ def combine(
     sums: int,
     coefficients: Coefficients | None = None,
     propagate: bool = False,
+    draw: Tensor | None = None,
 ) -> Tensor | None:
     """Writes the update of every pair to `out`; see `sago.backends.protocol`."""
-    table = _table(batch, sums, rule.gate) if sums else None
+    table = _table(batch, sums, rule.gate, draw) if sums else None
     values, *_ = coefficients or evaluate(rule, gram, gamma, alpha, eps, batch.device)
     all_classes = values if rule.classes > 1 else values.repeat(1, 2)
     rows = all_classes.expand(batch.row_count, -1).tolist()
-    for f, r, out, row in zip(batch.forget, batch.retain, batch.out, batch.rows, strict=True):
+    pairs = zip(batch.forget, batch.retain, batch.out, batch.rows, strict=True)
+    for i, (f, r, out, row) in enumerate(pairs):
         f, r = with_zeros(f, r)
-        u = update(f, r, rows[row], rule.gate)
+        u = update(f, r, rows[row], of_pair(rule.gate, draw, batch.origins, i))
         if propagate:
             u = u.where(f.isfinite() & r.isfinite(), torch.nan)
         write(u, out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from sago.backends.choose import check_backend, choose_backend
 from sago.backends.streams import Cache, is_capturing
+from sago.backends.upload import upload
 from sago.capture.flat import Flat, flatten
 from sago.capture.opening import find_engine, open_host
 from sago.capture.others import Others
@@ -174,6 +176,9 @@ class GradientBuckets:
         self._positions = {b: [i for i, o in enumerate(owner) if b is None or o == b] for b in everything}
         self._pipelines = {b: Cache(_PATTERNS) for b in everything}
         self._states: dict[str, Tensor] = {}  # of rules that keep numbers, by name
+        self._draws: dict[str, Tensor] = {}  # of rules with a random gate
+        sizes = [p.numel() for p in self._params] if self._shards is None else self._shards.numel
+        self._before = [0, *itertools.accumulate(sizes)]
         if self._ranks is not None:
             self._ranks.start()
 
@@ -247,12 +252,15 @@ class GradientBuckets:
             _policy(nonfinite),
             self._scales(self._retain.captures),
             self._state(rule),
+            self._draw(rule),
         )
         self._check_unscaled(call)
         self._meet()
         pipeline = self._pipeline(call)
         try:
             found = pipeline.synthesize(call, self._window.begin)
+            if call.draw is not None:
+                call.draw[1] += 1
             self._publish()
         except BaseException as error:
             self._window.abandon(error)
@@ -298,6 +306,7 @@ class GradientBuckets:
             nonfinite="propagate",
             scales=self._scales(retain.captures + 1),
             state=self._state(rule),
+            draw=self._draw(rule),
         )
         rows, keys = self._rows(call.rule)
         check_exact(call, rows, keys, retain.owner, list(self._backends))
@@ -315,6 +324,8 @@ class GradientBuckets:
             with window.capture(retain, step.arrived):
                 yield step
             step.finish()
+            if call.draw is not None:
+                call.draw[1] += 1
             self._publish()
 
     def unscale_(self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
@@ -390,17 +401,18 @@ class GradientBuckets:
 
         Returns:
             A dict with "retain_mean", the accumulator of each parameter by its name; "retain_weight", the
-            number by which they are divided; and "rules", the numbers that rules keep, fp64 `[groups, n]`, by
-            the name of the rule. Without `retain_decay` and without such rules it holds nothing of the size
-            of a gradient. The tensors are those that the buckets use, not copies, and DTensors if the
-            parameters are DTensors.
+            number by which they are divided; "rules", the numbers that rules keep, fp64 `[groups, n]`, by the
+            name of the rule; and "draws", the seed and the step of rules with a random gate. Without
+            `retain_decay` it holds nothing of the size of a gradient. The tensors are those that the buckets
+            use, not copies, and DTensors if the parameters are DTensors.
 
         Raises:
             ValueError: If a window has begun and was not synthesized.
         """
         self._window.check_between("state_dict")
         retain = self._retain
-        found: dict[str, Any] = {"retain_mean": {}, "retain_weight": 0.0, "rules": dict(self._states)}
+        kept = {"rules": dict(self._states), "draws": dict(self._draws)}
+        found: dict[str, Any] = {"retain_mean": {}, "retain_weight": 0.0, **kept}
         if isinstance(retain, RunningMean):
             retain.clear()  # the mean as the next window finds it
             named = zip(self._window.names, retain.grads, retain.kept, strict=True)
@@ -417,7 +429,7 @@ class GradientBuckets:
                 Nothing is changed then.
         """
         self._window.check_between("load_state_dict")
-        wanted = {"retain_mean", "retain_weight", "rules"}
+        wanted = {"retain_mean", "retain_weight", "rules", "draws"}
         if set(state) != wanted:
             raise ValueError(
                 f"Parameter `state` should have the keys {sorted(wanted)}. Found {sorted(state)}."
@@ -448,10 +460,11 @@ class GradientBuckets:
                 )
         device = next(iter(self._backends))
         states = {name: rows.to(device, torch.float64, copy=True) for name, rows in state["rules"].items()}
+        draws = {name: key.to(device, torch.int64, copy=True) for name, key in state["draws"].items()}
         if isinstance(self._retain, RunningMean):
             shards = [dtensor.local(mean[name]) if name in mean else None for name in names]
             self._retain.restore(shards, float(state["retain_weight"]))
-        self._states = states
+        self._states, self._draws = states, draws
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
@@ -528,6 +541,15 @@ class GradientBuckets:
             self._states[rule.name] = found
         return found
 
+    def _draw(self, rule: str | Rule) -> Tensor | None:
+        """The seed and the step of a random gate, int64 `[2]`, on the device."""
+        rule = resolve(rule)
+        if rule.seed is None:
+            return None
+        if rule.name not in self._draws:
+            self._draws[rule.name] = upload([rule.seed, 0], torch.int64, next(iter(self._backends)))
+        return self._draws[rule.name]
+
     def _rows(self, rule: Rule) -> tuple[list[int], list[Hashable]]:
         grouped = self._grouped or rule.scope != "global"
         return check_groups(self._keys if grouped else None, len(self._keys), rule)
@@ -542,7 +564,8 @@ class GradientBuckets:
         no_rows = call.rule.scope == "element" and call.sums == 0
         # If parameters need no rows of their own, their whole buffer is synthesized as one tensor.
         whole = (one_row or no_rows) and self._in_place and all(forget) and all(retain)
-        whole = whole and not call.rule.by_class  # the zeros between parameters would count as elements
+        # The zeros between parameters would count as elements, and shift the positions of the others.
+        whole = whole and not call.rule.by_class and call.draw is None
         if self._shards is not None and not no_rows:
             whole = whole and all(self._shards.counted)
         key = one_row, whole, tuple(forget), tuple(retain)
@@ -567,6 +590,7 @@ class GradientBuckets:
             keys=keys,
             backends={d: b for d, b in self._backends.items() if d in devices},
             spread=self._shards,
+            before=[self._before[i] for i in positions],
         )
         numel, own = pairs.numel(), pairs.numel(everywhere=False)
         if whole:
@@ -574,8 +598,10 @@ class GradientBuckets:
             pairs.forget = [self._forget.buffers[b] for b in owners]
             pairs.retain = [self._retain.buffers[b] for b in owners]
             pairs.out, pairs.rows = [self._written.buffers[b] for b in owners], [0] * len(owners)
+            pairs.before = [0] * len(owners)
             if self._shards is not None:
-                pairs.spread = self._shards._replace(counted=[True] * len(owners))
+                counted, offsets = [True] * len(owners), [0] * len(owners)
+                pairs.spread = self._shards._replace(counted=counted, offsets=offsets)
         return Pipeline(pairs, numel, own)
 
     def _check_unscaled(self, call: Call) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sago.backends.choose import check_backend, choose_backend
+from sago.backends.upload import upload
 from sago.core.overlap import check_overlap
 from sago.core.pairs import Call, Pairs, Placement, Weight
 from sago.rules import Rule, resolve
@@ -90,6 +91,7 @@ def check_call(
     nonfinite: str | None = None,
     scales: tuple[float, float] = (1.0, 1.0),
     state: Tensor | None = None,
+    draw: Tensor | None = None,
 ) -> Call:
     if reduce_gram is not None and not callable(reduce_gram):
         raise TypeError(f"Parameter `reduce_gram` should be a callable. Found {type(reduce_gram).__name__}.")
@@ -103,6 +105,14 @@ def check_call(
             "Parameter `rule` should keep no numbers from step to step, because nothing holds them between "
             f"two calls. Found {found.name!r}. Use `synthesize_` of sago.GradientBuckets, which holds them."
         )
+    if found.seed is not None and reduce_gram is not None:
+        raise ValueError(
+            "Parameter `reduce_gram` should be None for a rule with a random gate, which needs the positions "
+            f"of the elements in the whole list. Found {found.name!r}. Pass DTensors, or use another rule."
+        )
+    if found.seed is not None and draw is None:
+        device = next(iter(devices), torch.device("cpu"))
+        draw = upload([found.seed, 0], torch.int64, device)
     if not found.by_sign and scales[0] != scales[1]:
         raise ValueError(
             "Parameter `rule` should have a gate that only reads signs where the accumulators are divided by "
@@ -121,6 +131,7 @@ def check_call(
         nonfinite=nonfinite,
         scales=scales,
         state=state,
+        draw=draw,
     )
 
 

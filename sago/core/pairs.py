@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -31,6 +32,8 @@ class Spread(Protocol):
     Attributes:
         counted: For each pair, whether the sums of this rank's shard are counted.
         numel: The number of elements of each whole gradient.
+        offsets: For each gradient, the number of elements in front of this rank's shard. None if the shard is
+            not contiguous.
         over: The ranks.
         layout: A description of the list that is the same on every rank.
     """
@@ -39,6 +42,8 @@ class Spread(Protocol):
     def counted(self) -> Sequence[bool]: ...
     @property
     def numel(self) -> Sequence[int]: ...
+    @property
+    def offsets(self) -> Sequence[int | None]: ...
     @property
     def over(self) -> Over: ...
     @property
@@ -73,6 +78,7 @@ class Pairs:
         backends: For each device in the list, the backend that runs there.
         spread: How the gradients are distributed over ranks. None if they are not, or if `reduce_gram` adds
             the sums up.
+        before: The number of elements in front of each whole gradient. None if `out` is the whole list.
     """
 
     forget: list[Tensor | None]
@@ -83,6 +89,17 @@ class Pairs:
     keys: list[Hashable]
     backends: dict[torch.device, str]
     spread: Spread | None = None
+    before: Sequence[int] | None = None
+
+    def origins(self) -> list[int] | None:
+        """The position of the first element of each pair. None if a shard is not contiguous in its tensor."""
+        s = self.spread
+        sizes = [0 if o is None else o.numel() for o in self.out] if s is None else s.numel
+        before = self.before or [0, *accumulate(sizes)]
+        offsets = [0] * len(self.out) if s is None else s.offsets
+        if any(x is None for x in offsets):
+            return None
+        return [b + x for b, x in zip(before, offsets, strict=False) if x is not None]
 
     def numel(self, everywhere: bool = True) -> list[int]:
         """The number of elements of each row: on all ranks, or only the elements that this rank counts."""
@@ -105,6 +122,7 @@ class Call(NamedTuple):
             the element of the update NaN, "zero_update" makes the whole update 0.
         scales: Factors that forget and retain are multiplied by before the rule sees them.
         state: The numbers that the rule keeps, fp64 `[rows, n]`. The synthesis replaces them in place.
+        draw: The seed and the step of a random gate, int64 `[2]`. None for other rules.
     """
 
     rule: Rule
@@ -117,6 +135,7 @@ class Call(NamedTuple):
     nonfinite: str | None = None
     scales: tuple[float, float] = (1.0, 1.0)
     state: Tensor | None = None
+    draw: Tensor | None = None
 
     @property
     def sums(self) -> Sums:

@@ -54,8 +54,10 @@ class Pipeline:
         rows, report_rows = pairs.rows, list(range(len(self.keys)))
         if self._spread is not None:
             rows = _with_scratch_rows(rows, self._spread.counted, report_rows)
+        origins = pairs.origins()
+        self._located = origins is not None
         self.devices = [
-            _on_device(pairs, rows, len(report_rows), device, backend)
+            _on_device(pairs, rows, origins or [0] * len(rows), len(report_rows), device, backend)
             for device, backend in pairs.backends.items()
         ]
         self._report_rows = report_rows
@@ -79,6 +81,11 @@ class Pipeline:
         `begin` is called before the first write. An earlier error leaves all gradients as they are.
         """
         rule, wanted = call.rule, call.sums
+        if call.draw is not None and not self._located:
+            raise ValueError(
+                "Gradients should be sharded along their first dimension for a rule with a random gate, "
+                f"whose numbers depend on the positions of elements. Found {rule.name!r} and other shards."
+            )
         for there in self.devices:
             if there.before or there.after:
                 copies = [copy for copy, _ in there.before] + [copy for _, copy in there.after]
@@ -92,7 +99,11 @@ class Pipeline:
             self._spread.over.check_same(self._spread.layout, self.devices[0].device)
         if ahead:
             taken = self._reduced(
-                [there.backend.gram(there.batch, wanted, rule.gate) for there in self.devices], call
+                [
+                    there.backend.gram(there.batch, wanted, rule.gate, _to(call.draw, there.device))
+                    for there in self.devices
+                ],
+                call,
             )
             taken.wait()
             taken = taken._replace(wait=nothing)
@@ -118,6 +129,7 @@ class Pipeline:
                 Sums.NONE if ahead else wanted,
                 coefficients and coefficients._replace(values=_to(coefficients.values, there.device)),
                 call.nonfinite == "propagate",
+                _to(call.draw, there.device),
             )
             if table is not None:
                 tables.append(table)
@@ -172,13 +184,18 @@ def _with_scratch_rows(rows: Sequence[int], counted: Sequence[bool], report_rows
 
 
 def _on_device(
-    pairs: Pairs, row_of: Sequence[int], row_count: int, device: torch.device, backend: str
+    pairs: Pairs,
+    row_of: Sequence[int],
+    origin_of: Sequence[int],
+    row_count: int,
+    device: torch.device,
+    backend: str,
 ) -> OnDevice:
     module = choose.load(backend)
-    forget, retain, out, rows = [], [], [], []
+    forget, retain, out, rows, origins = [], [], [], [], []
     before: list[tuple[Tensor, Tensor]] = []
     after: list[tuple[Tensor, Tensor]] = []
-    for f, r, o, row in zip(pairs.forget, pairs.retain, pairs.out, row_of, strict=True):
+    for f, r, o, row, origin in zip(pairs.forget, pairs.retain, pairs.out, row_of, origin_of, strict=True):
         if o is None or o.device != device or o.numel() == 0:
             continue
         tensors = [t for t in (f, r, o) if t is not None]
@@ -190,7 +207,8 @@ def _on_device(
         retain.append(r)
         out.append(o)
         rows.append(row)
-    batch = module.Batch(device, forget, retain, out, rows, row_count)
+        origins.append(origin)
+    batch = module.Batch(device, forget, retain, out, rows, row_count, origins)
     return OnDevice(module, batch, device, before, after, Streams(device))
 
 

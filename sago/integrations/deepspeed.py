@@ -270,7 +270,8 @@ class Zero3Host:
         layout = [(row, tuple(p.ds_shape)) for row, p in zip(rows, params, strict=True)]
         everything = [True] * len(params)
         self.padded = sum(numel) < buffer.numel()
-        self.shards = Shards(everything, [p.ds_numel for p in params], SumOver(group), layout)
+        offsets = [rank * own.numel() for own in self._own]
+        self.shards = Shards(everything, [p.ds_numel for p in params], offsets, SumOver(group), layout)
 
     @property
     def _table(self) -> dict[int, Tensor]:

@@ -18,12 +18,15 @@ class Shards(NamedTuple):
         counted: For each gradient, whether the sums of this rank's shard are counted. Among the ranks that
             hold the same shard, the first one counts it.
         numel: The number of elements of each whole gradient.
+        offsets: For each gradient, the number of elements in front of this rank's shard. None if the shard is
+            not contiguous in the whole gradient.
         over: All ranks of the mesh.
         layout: A description of the list that is the same on every rank.
     """
 
     counted: list[bool]
     numel: list[int]
+    offsets: Sequence[int | None]
     over: SumOver
     layout: Sequence[object]
 
@@ -118,7 +121,22 @@ def read(gradients: Sequence[Any], rows: Sequence[int]) -> Shards | None:
             counted.append(origin == dist.get_rank())
         numel.append(0 if t is None else t.numel())
         layout.append((row, None if t is None else (tuple(t.shape), str(t.dtype), placements)))
-    return Shards(counted, numel, SumOver(largest), layout)
+    return Shards(counted, numel, [_offset(t) for t in gradients], SumOver(largest), layout)
+
+
+def _offset(t: Any) -> int | None:
+    """The number of elements in front of this rank's shard, if it is a part of the first dimension only."""
+    if not is_dtensor(t):
+        return 0
+    dims = [i for i, p in enumerate(t.placements) if not _is_replicate(p)]
+    if not dims:
+        return 0
+    if len(dims) > 1 or not t.placements[dims[0]].is_shard(0):
+        return None
+    rows, ranks = t.shape[0], t.device_mesh.size(dims[0])
+    # The ranks hold parts as `torch.chunk` makes them.
+    first = min(-(-rows // ranks) * t.device_mesh.get_coordinate()[dims[0]], rows)
+    return first * (t.numel() // rows) if rows else 0
 
 
 def _is_first(t: Any) -> bool:

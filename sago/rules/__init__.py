@@ -11,6 +11,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from sago.rules.cagrad import cagrad  # these functions make rules, and take the place of their files here
+from sago.rules.graddrop import graddrop
 from sago.rules.gradvac import gradvac
 from sago.rules.gru import gru
 from sago.rules.language import abs, agreed, maximum, minimum, opposed, ratio, scaled, sqrt, where
@@ -28,6 +29,7 @@ __all__ = [
     "agreed",
     "cagrad",
     "evaluate",
+    "graddrop",
     "gradvac",
     "gru",
     "list_rules",
@@ -41,7 +43,7 @@ __all__ = [
     "where",
 ]
 
-_SHARED = {"language", "reads", "rule", "shared"}
+_SHARED = {"draws", "language", "reads", "rule", "shared"}
 # The rules of the paper and of its released code come first.
 _FIRST = ("sum", "sago", "sago_prefer_retain", "pcgrad", "pcgrad_global", "blur")
 

@@ -30,7 +30,7 @@ from sago.rules.reads import CASES, PRODUCTS, Names, Reads, reads
 
 Scope = Literal["element", "tensor", "global"]
 Term = Literal["zero", "nonzero", "any"]
-Gate = Callable[[Any, Any], Any]
+Gate = Callable[..., Any]
 
 
 class Guarantees(NamedTuple):
@@ -70,6 +70,9 @@ class Rule:
             1.0 or 2.0. It is computed in the precision of the update, and must be written in the language of
             `sago.rules`, because it is compiled into the kernels. It should return the same class if both
             gradients are multiplied by one positive number.
+        seed: For a random gate, a number of 64 bits. The gate takes a third argument `u`, a number from 0 to
+            1 (exclusive) for each element, which is a hash of the seed, the step and the position of the
+            element in the list. `sago.GradientBuckets` counts the steps. Other calls are at step 0.
         by_class: Whether `coefficients` takes a sixth argument: for each class the sums over its elements
             `(n, ff, fr, rr)`, where `n` is their number. It needs a `gate`. It is not compiled into the
             kernel.
@@ -105,6 +108,7 @@ class Rule:
     gate: Gate | None = None
     by_class: bool = False
     state: tuple[float, ...] = ()
+    seed: int | None = None
     guarantees: Guarantees = field(default=Guarantees(), compare=False)
     source: str = field(default="", compare=False)
     reads: Reads = field(init=False, repr=False, compare=False)
@@ -127,6 +131,10 @@ class Rule:
         object.__setattr__(self, "by_sign", by_sign)
         if self.by_class and self.gate is None:
             raise ValueError("Parameter `by_class` should be False for a rule without a `gate`. Found True.")
+        if self.seed is not None and not (isinstance(self.seed, int) and -(2**63) <= self.seed < 2**63):
+            raise ValueError(f"Parameter `seed` should be None or an int of 64 bits. Found {self.seed!r}.")
+        if self.seed is not None and self.gate is None:
+            raise ValueError("Parameter `seed` should be None for a rule without a `gate`. Found a number.")
         ones = torch.ones(2, dtype=torch.float64, device="cpu")
         object.__setattr__(self, "state", self._initial())
         more: list[Any] = [[(ones,) * 4] * classes] if self.by_class else []
@@ -172,13 +180,14 @@ class Rule:
             raise ValueError("Parameter `gate` should be None for a rule with gated=True. Found a function.")
         sizes = torch.tensor([0.0, 2.0**-40, 1.0, 2.0, 2.0**40])
         numbers = torch.cat([sizes, -sizes])
-        f, r = torch.cartesian_prod(numbers, numbers).unbind(1)
+        drawn = [] if self.seed is None else [torch.linspace(0.0, 1.0 - 2.0**-24, 9)]
+        f, r, *u = torch.cartesian_prod(numbers, numbers, *drawn).unbind(1)
         try:
-            found = self.gate(f, r)  # type: ignore[misc]
+            found = self.gate(f, r, *u)  # type: ignore[misc]
         except (RuntimeError, TypeError) as error:
             raise ValueError(
-                "Parameter `gate` should take `(f, r)` as tensors, with `sago.rules.where` instead of `if`. "
-                f"Found that it raises {error!r}."
+                f"Parameter `gate` should take `(f, r{', u' if u else ''})` as tensors, with "
+                f"`sago.rules.where` instead of `if`. Found that it raises {error!r}."
             ) from error
         if not isinstance(found, Tensor) or found.shape != f.shape or not set(found.tolist()) <= {0, 1, 2}:
             raise ValueError(

@@ -24,10 +24,10 @@ from .program import parse
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 NAMES = {
-    "gram": ("addresses", "shapes", "owner", "rows", "partials", "counters", "table"),
+    "gram": ("addresses", "shapes", "owner", "rows", "partials", "counters", "table", "draws"),
     "combine": (
-        *("addresses", "shapes", "owner", "rows", "partials", "counters", "table", "coefficients", "gram"),
-        *("gamma", "alpha", "eps", "gram_stride"),
+        *("addresses", "shapes", "owner", "rows", "partials", "counters", "table", "draws"),
+        *("coefficients", "gram", "gamma", "alpha", "eps", "gram_stride"),
     ),
 }
 UNWRITTEN = ("partials", "table")

@@ -310,6 +310,7 @@ def _convert(t: Translator, one: Instruction, types: list[str]) -> Written:
         return one.operands[:1], f"to_{to}({values[0]})"
     narrows = bits(to) < bits(source)
     floats = to in ("f32", "f64") and source[0] in "fb" and not (narrows and "rn" not in one.opcode)
+    floats |= to == "f32" and source in ("s32", "u32") and "rn" in one.opcode
     if floats or (to[0] in "su" and source[0] in "su"):
         value = f"{values[0]}.astype('{view(to)}')"
         return one.operands[:1], _raw(value, to)

@@ -90,6 +90,12 @@ def test_comparisons_with_nan(name, expected):
     assert found[:4].tolist() == [bool(e) for e in expected]
 
 
+def test_integers_become_floats_with_one_rounding():
+    x = np.full(THREADS, 0xFFFFFF7F, np.uint32)
+    found = {s: execute(f"cvt.rn.f32.{s} %r0, %r1;", r1=x).view(np.float32)[0] for s in ("u32", "s32")}
+    assert found == {"u32": 2.0**32 - 256.0, "s32": -129.0}
+
+
 def test_fields_of_bits():
     x = np.full(THREADS, 0xABCD1234, np.uint32)
     assert execute("bfe.u32 %r0, %r1, 8, 12;", r1=x)[0] == 0xD12

@@ -305,4 +305,4 @@ def test_states_that_do_not_fit():
     buckets.zero_()
     after = buckets.state_dict()["retain_mean"]
     assert_equal_bits(list(after.values()), list(before.values()))
-    assert made()[1].state_dict() == {"retain_mean": {}, "retain_weight": 0.0, "rules": {}}
+    assert made()[1].state_dict() == {"retain_mean": {}, "retain_weight": 0.0, "rules": {}, "draws": {}}

@@ -160,7 +160,7 @@ def gates(run):
     for family in (inputs.tails, inputs.unaligned):
         for dtypes in ((BF16, BF16), (BF16, FP32)):
             forget, retain = family(*dtypes)
-            for rule in ("ties", "mudman", "cautious"):
+            for rule in ("ties", "mudman", "cautious", "graddrop"):
                 updates, found = run(forget, retain, rule, **WEIGHTS)
                 expected, report = sago.reference.synthesize(forget, retain, rule, **WEIGHTS)
                 if rule != "cautious":

@@ -1,10 +1,13 @@
-"""A running mean of the retain gradient, on several ranks: as the published code on one process."""
+"""Rules that keep numbers, and random gates, on several ranks: as on one process."""
 
 import pytest
+import torch
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import sago
-from tests.support.ranks import FSDP2_ON_CPU, NO_FSDP2
+from tests.support.properties import assert_equal_bits
+from tests.support.ranks import FSDP2_ON_CPU, NO_FSDP2, error_of
 from tests.support.running_mean import DECAY, assert_as_by_hand, by_hand, trained
 from tests.support.training import (
     Run,
@@ -15,6 +18,7 @@ from tests.support.training import (
     sharded,
     share,
     transformer,
+    whole,
     window,
 )
 
@@ -61,7 +65,38 @@ def continued():
     return found
 
 
+def drawn_on_shards():
+    """The updates of sharded gradients, whole, and of gradients that are sharded along other dimensions."""
+    mesh = mesh_of(shard=2)
+    forget, retain = gradients()
+    placements = [[Shard(0)], [Replicate()], [Shard(0)]]
+    sides = [
+        [distribute_tensor(t, mesh, p) for t, p in zip(side, placements, strict=True)]
+        for side in (forget, retain)
+    ]
+    updates, report = sago.synthesize(*sides, sago.rules.graddrop(3))
+    columns = [[distribute_tensor(side[0], mesh, [Shard(1)])] for side in (forget, retain)]
+    return (
+        [whole(u) for u in updates],
+        report.to_dict()["uu"],
+        error_of(sago.synthesize, *columns, "graddrop"),
+    )
+
+
+def gradients():
+    shapes = (7, 5), (3,), (1, 4)  # of the last one, a rank has no rows
+    return [[torch.randn(s, generator=torch.manual_seed(i)) for s in shapes] for i in range(2)]
+
+
+def test_shards_draw_the_numbers_of_the_whole(ranks2):
+    expected, report = sago.synthesize(*gradients(), sago.rules.graddrop(3))
+    for updates, uu, error in ranks2(drawn_on_shards):
+        assert_equal_bits(updates, expected)
+        torch.testing.assert_close(torch.tensor(uu), report.uu.cpu(), rtol=1e-5, atol=0.0, check_dtype=False)
+        assert "sharded along their first dimension" in error
+
+
 @pytest.mark.skipif(not FSDP2_ON_CPU, reason=NO_FSDP2)
 def test_a_sharded_mean_is_restored(ranks2):
-    for whole, restored in ranks2(continued):
-        assert_equal_tensors(restored, whole)
+    for expected, restored in ranks2(continued):
+        assert_equal_tensors(restored, expected)
