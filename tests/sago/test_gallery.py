@@ -14,13 +14,15 @@ from sago.rules.cagrad import cagrad
 from sago.rules.cagrad import reference as cagrad_reference
 from sago.rules.gradvac import gradvac
 from sago.rules.gradvac import reference as gradvac_reference
+from sago.rules.gru import gru
+from sago.rules.gru import reference as gru_reference
 from tests.conftest import needs_triton
 from tests.support import inputs
 
 DOUBLE = torch.float64
 GRAM = (
     *("a_gem", "orthograd", "blur_forget_upper", "pcgrad_symmetric", "upgrad", "dualproj", "mgda"),
-    *("cosine_gate", "ngdiff", "imtl_g", "nash_mtl", "config", "aligned_mtl", "cagrad", "gradvac"),
+    *("cosine_gate", "ngdiff", "imtl_g", "nash_mtl", "config", "aligned_mtl", "cagrad", "gradvac", "gru"),
 )
 GALLERY = ("and_mask", *GRAM)
 CLOSURES = ("cagrad", "gradvac")  # their parameter makes them closures, which torch evaluates
@@ -107,6 +109,15 @@ def test_a_gem_keeps_forget_or_makes_it_orthogonal_to_retain(f, r):
     else:
         assert abs(found @ r) < 1e-12
         close(found, 2.0 * (f - (f @ r) / (r @ r) * r))
+
+
+@pairs
+def test_gru_removes_what_opposes_retain_up_to_a_cosine(f, r):
+    close(update("gru", f, r, gamma=2.0), update("a_gem", f, r, gamma=2.0))
+    found = update(gru(-0.5), f, r, gamma=2.0)
+    cosine = unit(f) @ unit(r)
+    removed = np.linalg.norm(f) * min(0.0, max(cosine, -0.5))
+    close(found, 2.0 * (f - removed * unit(r)))
 
 
 @pairs
@@ -259,6 +270,18 @@ def test_a_radius_that_is_none(radius):
         cagrad(radius)
 
 
+@pytest.mark.parametrize("lowest", [0.1, -1.1, nan])
+def test_a_lowest_cosine_that_is_none(lowest):
+    with pytest.raises(ValueError, match=r"`lowest_cosine`.*Found"):
+        gru(lowest)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.1, nan])
+def test_a_decay_that_is_none(decay):
+    with pytest.raises(ValueError, match=r"`decay`.*Found"):
+        gradvac(decay=decay)
+
+
 @pytest.mark.parametrize("target", [-1.0, 1, nan, torch.zeros(2)], ids=str)
 def test_a_target_that_is_none(target):
     with pytest.raises(ValueError, match=r"`target`.*Found"):
@@ -303,6 +326,7 @@ def test_parameters_against_the_reference(parameter):
         (cagrad(parameter), cagrad_reference),
         (gradvac(parameter), gradvac_reference),
         (gradvac(-parameter), lambda *row: gradvac_reference(*row[:5], -row[5])),
+        (gru(-parameter), lambda *row: gru_reference(*row[:5], -row[5])),
     ):
         expected = np.array([reference(*row, 2.0, 3.0, parameter) for row in gram.tolist()])
         np.testing.assert_allclose(four(rule, gram, 2.0, 3.0), expected, rtol=3e-8, atol=1e-14)
@@ -464,6 +488,7 @@ def along(rule, first, second):
 # The updates that the docstrings state, of e and e, 2e and e, -e and e, 0 and e, and 2e and 0.
 ON_A_LINE = {
     "a_gem": (1, 2, 0, 0, 2),
+    "gru": (1, 2, 0, 0, 2),
     "orthograd": (0, 0, 0, 0, 2),
     "blur_forget_upper": (1, 1, 1, 1, 2),
     "pcgrad_symmetric": (2, 3, 0, 1, 2),
