@@ -283,15 +283,17 @@ def main_loop(sass: str) -> tuple[int, int]:
 
 
 def _amd_usage(assembly: str) -> tuple[int, int]:
-    """Returns the vector registers, and the bytes of scratch memory or of spilled registers."""
+    """Returns the vector registers, and the bytes of scratch memory or of spilled vector registers.
+
+    Scalar registers are spilled to lanes of vector registers. Where that is not enough, scratch memory is used.
+    """
     usage = {
         key: int(value)
         for key, value in re.findall(
-            r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size):\s+(\d+)", assembly
+            r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", assembly
         )
     }
-    spilled = 4 * (usage["vgpr_spill_count"] + usage["sgpr_spill_count"])
-    return usage["vgpr_count"], max(spilled, usage["private_segment_fixed_size"])
+    return usage["vgpr_count"], max(4 * usage["vgpr_spill_count"], usage["private_segment_fixed_size"])
 
 
 def _inspect(task: tuple[int, str, bool, Configuration]) -> dict[str, Any]:
