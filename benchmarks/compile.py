@@ -285,7 +285,7 @@ def main_loop(sass: str) -> tuple[int, int]:
 def _amd_usage(assembly: str) -> tuple[int, int]:
     """Returns the vector registers, and the bytes of scratch memory or of spilled vector registers.
 
-    Scalar registers are spilled to lanes of vector registers, and to scratch memory where those do not suffice.
+    Scalar registers are spilled to lanes of vector registers, or else to scratch memory.
     """
     usage = {
         key: int(value)
