@@ -265,17 +265,17 @@ def test_rules_are_values():
 def test_what_is_known_of_coefficients():
     """The CPU path leaves out what a literal or a weight says is zero."""
     cpu = torch.device("cpu")
-    _, terms = evaluate(RULES["sago"], None, 2.0, 0.0, 0.0, cpu)
+    _, terms, _ = evaluate(RULES["sago"], None, 2.0, 0.0, 0.0, cpu)
     assert terms == ("zero", "zero", "nonzero", "zero")
-    _, terms = evaluate(RULES["sago"], None, torch.tensor(2.0), 1.0, 0.0, cpu)
+    _, terms, _ = evaluate(RULES["sago"], None, torch.tensor(2.0), 1.0, 0.0, cpu)
     assert terms == ("zero", "nonzero", "any", "zero")
-    _, terms = evaluate(RULES["sum"], None, 1e-50, 1.0, 0.0, cpu)  # 0 in fp32
+    _, terms, _ = evaluate(RULES["sum"], None, 1e-50, 1.0, 0.0, cpu)  # 0 in fp32
     assert terms == ("any", "nonzero")
     gram = torch.ones(1, 3, dtype=DOUBLE)
-    _, terms = evaluate(RULES["pcgrad"], gram, 2.0, 1.0, 0.0, cpu)  # a is a weight, b reads sums
+    _, terms, _ = evaluate(RULES["pcgrad"], gram, 2.0, 1.0, 0.0, cpu)  # a is a weight, b reads sums
     assert terms == ("nonzero", "any")
     by_item = sago.Rule("mine", lambda *x: (0.0 if x[1][0].item() < 0.0 else 1.0, x[4]), "tensor")
-    _, terms = evaluate(by_item, gram, 2.0, 1.0, 0.0, cpu)
+    _, terms, _ = evaluate(by_item, gram, 2.0, 1.0, 0.0, cpu)
     assert terms == ("any", "any")
 
 
