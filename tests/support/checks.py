@@ -157,22 +157,21 @@ def range_(run):
 
 def gates(run):
     """Rules with a gate of their own: bits of elementwise ones, and the sums of the classes."""
-    for family in (inputs.tails, inputs.unaligned):
-        for dtypes in ((BF16, BF16), (BF16, FP32)):
-            forget, retain = family(*dtypes)
-            for rule in ("ties", "mudman", "cautious", "graddrop"):
-                updates, found = run(forget, retain, rule, **WEIGHTS)
-                expected, report = sago.reference.synthesize(forget, retain, rule, **WEIGHTS)
-                if rule != "cautious":
-                    properties.assert_equal_bits(updates, expected)
-                # The count of a class is exact, so only the last rounding can differ.
-                for u, e in zip(updates, expected, strict=True):
-                    torch.testing.assert_close(u, e, rtol=2 * torch.finfo(e.dtype).eps, atol=0.0)
-                for name in ("ff", "fr", "rr", "uu", "uf", "ur"):
-                    x, y = getattr(found, name), getattr(report, name)
-                    slack = oracle.PROMISED * torch.sqrt(report.ff * report.rr)
-                    assert ((x - y).abs() <= 4 * slack + 4 * oracle.PROMISED * (report.ff + report.rr)).all()
-                assert torch.equal(found.conflict_fraction, report.conflict_fraction)
+    for family, dtypes in ((inputs.tails, (BF16, BF16)), (inputs.unaligned, (BF16, FP32))):
+        forget, retain = family(*dtypes)
+        for rule in ("ties", "cautious", "graddrop"):  # three classes, two with their numbers, a random gate
+            updates, found = run(forget, retain, rule, **WEIGHTS)
+            expected, report = sago.reference.synthesize(forget, retain, rule, **WEIGHTS)
+            if rule != "cautious":
+                properties.assert_equal_bits(updates, expected)
+            # The count of a class is exact, so only the last rounding can differ.
+            for u, e in zip(updates, expected, strict=True):
+                torch.testing.assert_close(u, e, rtol=2 * torch.finfo(e.dtype).eps, atol=0.0)
+            for name in ("ff", "fr", "rr", "uu", "uf", "ur"):
+                x, y = getattr(found, name), getattr(report, name)
+                slack = oracle.PROMISED * torch.sqrt(report.ff * report.rr)
+                assert ((x - y).abs() <= 4 * slack + 4 * oracle.PROMISED * (report.ff + report.rr)).all()
+            assert torch.equal(found.conflict_fraction, report.conflict_fraction)
 
 
 def groups(run):
