@@ -83,6 +83,16 @@ def test_the_probability_of_each_gradient():
         assert ((update == forget) | (update == retain)).all()
 
 
+def test_against_torchjd_with_the_same_numbers(monkeypatch):
+    torchjd = pytest.importorskip("torchjd.aggregation", reason="needs TorchJD")
+    f, r = inputs.pair(5000)
+    f[:50], r[50:100] = 0.0, 0.0
+    u = uniform(torch.tensor([4, 0]), torch.arange(5000)).double()
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: u)
+    expected = torchjd.GradDrop()(torch.stack([f, r]))
+    assert_equal_bits([sago.synthesize(f, r, graddrop(4))[0]], [expected])
+
+
 @pytest.mark.parametrize("family", ["tails", "unaligned", "missing", "mixed_strides", "transposed"])
 def test_every_backend_draws_alike(backend, family):
     forget, retain = inputs.FAMILIES[family](FP32, FP32)
