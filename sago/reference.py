@@ -113,6 +113,9 @@ def synthesize_(
                 f"Forget, retain and out of gradient {i} should be tensors of one shape. Found {found}."
             )
 
+    if rule.seed is not None:  # the numbers follow the order of the elements in memory
+        pairs = [pair and _laid_out(*pair, o) for pair, o in zip(pairs, targets, strict=True)]
+
     # A row has the values of `sums` or `class_sums_of`, and the number of elements. This file does not use
     # the functions of `sago.backends.sums` that read the columns, because the tests compare them with it.
     gate = rule.gate
@@ -145,6 +148,10 @@ def synthesize_(
         if u is not None:
             write(u, target)
     return _report(rule, rows, table, chosen, stats)
+
+
+def _laid_out(f: Tensor, r: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    return (f, r) if f.stride() == r.stride() == out.stride() else (f.contiguous(), r.contiguous())
 
 
 def _listed(tensors: Any) -> list[Any]:

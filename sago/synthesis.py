@@ -146,6 +146,11 @@ class Plan:
         rule = resolve(rule)
         self._pairs = check_pairs(forget, retain, rule, out, groups, reduce_gram, backend, dtensor)
         self._call = check_call(rule, 1.0, 1.0, eps, stats, reduce_gram, self._pairs.backends)
+        if rule.seed is not None:
+            raise ValueError(
+                "Parameter `rule` should have no random gate for a plan, whose calls would all draw the same "
+                f"numbers. Found {rule.name!r}. Use sago.GradientBuckets, which counts the steps."
+            )
         if is_capturing(self._pairs.backends):
             raise ValueError(
                 "A plan should be made before the capture of a CUDA graph. Found that a capture has begun. "

@@ -89,7 +89,7 @@ def check_rule(rule: str | Rule, reference: Definition | None = None, cases: int
 
 
 def _at_first_step(rule: Rule) -> Rule:
-    """The rule with its initial state, which it does not change."""
+    """Returns the rule with its state fixed to the initial one."""
 
     def coefficients(*numbers: Any) -> tuple[Any, ...]:
         state = tuple(torch.full_like(numbers[0], x) for x in rule.state)

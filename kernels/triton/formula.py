@@ -101,12 +101,13 @@ def gate_on_device(gate: rules.Gate | None) -> Any:
         raise ValueError(
             "The gate of a rule should be a function from a file, without annotations, default values and "
             "variables of an outer function, that uses only + - *, comparisons and the functions of "
-            "sago.rules but ratio and sqrt, because fp32 division and roots are not rounded correctly in a "
-            f"kernel. Found {name}, which is another one."
+            "sago.rules except ratio and sqrt, because kernels do not round division and roots correctly in "
+            f"fp32. Found {name}, which does not have this form."
         )
     return found
 
 
+@lru_cache(maxsize=256)
 def _is_exact(function: Any) -> bool:
     """Whether the function neither divides nor takes a root, and calls only functions that do not."""
     if function is rules.where or function is rules.sqrt:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from sago.backends.choose import check_backend, choose_backend
 from sago.backends.streams import Cache, is_capturing
-from sago.backends.upload import upload
-from sago.capture.flat import Flat, flatten
+from sago.capture.flat import flatten
+from sago.capture.mean import RunningMean, shards_of
+from sago.capture.memory import RuleMemory, check_memory
 from sago.capture.opening import find_engine, open_host
 from sago.capture.others import Others
 from sago.capture.parameters import choose
-from sago.capture.side import RunningMean, Side
 from sago.capture.streamed import InBackward, check_exact
 from sago.capture.window import Action, Window
 from sago.core.checks import ReduceGram, check_call, check_groups, non_negative
@@ -27,6 +27,7 @@ from sago.core.report import SynthesisReport
 from sago.private import require
 from sago.ranks import ddp, dtensor
 from sago.ranks.dtensor import Shards
+from sago.ranks.sum_over import SumOver
 from sago.rules import Rule, resolve
 
 _PATTERNS = 8  # pipelines that are kept: one for each set of parameters without a gradient
@@ -48,8 +49,8 @@ class GradientBuckets:
     it. Outside of them `p.grad` is None, until `synthesize_` writes the update over the retain gradient and
     makes it `p.grad`. The accumulators are two flat copies of the gradients, which are allocated when the
     buckets are made. No other memory of that size is allocated. The accumulators are zero after `zero_`, so a
-    checkpoint does not need them. The buckets must be kept alive for a CUDA graph that has captured a
-    synthesis.
+    checkpoint does not need them. With `retain_decay` and rules that keep numbers, it needs `state_dict`. The
+    buckets must be kept alive for a CUDA graph that has captured a synthesis.
 
     A window is the time between two updates. It holds captures of both sides in any order and number, nested
     or not, each with any number of backwards. If no backward of a side reaches a parameter, the parameter has
@@ -75,9 +76,11 @@ class GradientBuckets:
         retain_decay: Between 0 and 1. The retain gradient is then a running mean over windows, in which the
             window `k` steps ago weighs `retain_decay ** k`. GRU and MUDMAN work on such a mean. It is divided
             by the sum of the weights, like the first moment of Adam. The mean lives in the retain
-            accumulator, which is multiplied by `retain_decay` where it is cleared otherwise, and the update
-            is written over the forget gradient, so no memory is added. Save it with `state_dict`. An element
-            that is NaN or inf counts as 0 in later windows.
+            accumulator, which `zero_` multiplies by `retain_decay` instead of clearing it. The update is
+            written over the forget gradient, so no memory is added. Save the mean with `state_dict`. An
+            element that is NaN or inf counts as 0 in later windows. The weighted sum is up to `1 / (1 -
+            retain_decay)` times as large as a gradient: use `accumulate_dtype` for fp16, and for long means
+            in bf16. Losses must not be scaled, which the buckets cannot notice.
         bucket_cap_mb: The largest size of a flat buffer in MiB. A larger tensor has a buffer of its own.
         backend: As in `sago.synthesize_`.
 
@@ -152,7 +155,12 @@ class GradientBuckets:
         self._grouped = groups is not None
         self._forget, self._retain = opened.forget, opened.retain
         if retain_decay is not None:
-            self._retain = _running_mean(self._retain, self._params, retain_decay)
+            if engine is not None and engine.scaled:
+                raise ValueError(
+                    "Parameter `retain_decay` should be None where DeepSpeed scales losses, because the mean "
+                    f"would have gradients of several scales. Found {retain_decay}. Train in bfloat16."
+                )
+            self._retain = RunningMean(self._retain, self._params, retain_decay)
         self._forget.mean = self._retain.mean = accumulation == "mean"
         self._window = Window(chosen.names, self._params, opened.host, self._forget, self._retain)
         self._ranks, self._shards = opened.ranks, opened.shards
@@ -175,8 +183,7 @@ class GradientBuckets:
         owner = self._retain.owner
         self._positions = {b: [i for i, o in enumerate(owner) if b is None or o == b] for b in everything}
         self._pipelines = {b: Cache(_PATTERNS) for b in everything}
-        self._states: dict[str, Tensor] = {}  # of rules that keep numbers, by name
-        self._draws: dict[str, Tensor] = {}  # of rules with a random gate
+        self._memory = RuleMemory(next(iter(self._backends)))
         sizes = [p.numel() for p in self._params] if self._shards is None else self._shards.numel
         self._before = [0, *itertools.accumulate(sizes)]
         if self._ranks is not None:
@@ -199,7 +206,10 @@ class GradientBuckets:
 
     @property
     def retain_grads(self) -> list[Tensor | None]:
-        """The retain gradients of the closed captures, one for each parameter; None if it was not reached."""
+        """The retain gradients of the closed captures, one for each parameter; None if it was not reached.
+
+        With `retain_decay` they are weighted sums over windows. The mean is such a sum, divided by a number.
+        """
         return self._retain.present(self._retain.grads)
 
     def synthesize_(
@@ -240,6 +250,8 @@ class GradientBuckets:
                 closed and no backward ran outside of them.
         """
         self._window.check_ready(self._forget, self._retain)
+        rule = resolve(rule)
+        self._check_mean(rule)
         call = check_call(
             rule,
             gamma,
@@ -251,16 +263,15 @@ class GradientBuckets:
             max_norm,
             _policy(nonfinite),
             self._scales(self._retain.captures),
-            self._state(rule),
-            self._draw(rule),
+            self._memory.state(rule, len(self._rows(rule)[1])),
+            self._memory.draw(rule),
         )
         self._check_unscaled(call)
         self._meet()
         pipeline = self._pipeline(call)
         try:
             found = pipeline.synthesize(call, self._window.begin)
-            if call.draw is not None:
-                call.draw[1] += 1
+            self._memory.step(call)
             self._publish()
         except BaseException as error:
             self._window.abandon(error)
@@ -295,6 +306,10 @@ class GradientBuckets:
         """
         window, retain = self._window, self._retain
         window.check_ready(self._forget)
+        if retain.empty:
+            retain.clear()  # before its weight is read, as the capture would do
+        rule = resolve(rule)
+        self._check_mean(rule)
         call = check_call(
             rule,
             gamma,
@@ -305,8 +320,8 @@ class GradientBuckets:
             self._backends,
             nonfinite="propagate",
             scales=self._scales(retain.captures + 1),
-            state=self._state(rule),
-            draw=self._draw(rule),
+            state=self._memory.state(rule, len(self._rows(rule)[1])),
+            draw=self._memory.draw(rule),
         )
         rows, keys = self._rows(call.rule)
         check_exact(call, rows, keys, retain.owner, list(self._backends))
@@ -324,8 +339,7 @@ class GradientBuckets:
             with window.capture(retain, step.arrived):
                 yield step
             step.finish()
-            if call.draw is not None:
-                call.draw[1] += 1
+            self._memory.step(call)
             self._publish()
 
     def unscale_(self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
@@ -390,6 +404,10 @@ class GradientBuckets:
     def zero_(self) -> None:
         """Drops both gradients and the update: sets `p.grad` to None and the accumulators to zero.
 
+        With `retain_decay`, a complete retain gradient stays a part of the mean, because it cannot be taken
+        out again. If its window was not synthesized, a RuntimeWarning says so. An incomplete one ends the
+        mean, which begins again.
+
         It also ends a window whose backward failed. After `optimizer.zero_grad(set_to_none=True)` instead,
         the next captures clear the accumulators. `zero_` does not warn about a window that was not
         synthesized, because the caller may have needed only its gradients.
@@ -397,7 +415,7 @@ class GradientBuckets:
         self._window.zero_()
 
     def state_dict(self) -> dict[str, Any]:
-        """What the buckets keep from one window to the next, for a checkpoint.
+        """Returns the mean, and the memory of rules, for a checkpoint.
 
         Returns:
             A dict with "retain_mean", the accumulator of each parameter by its name; "retain_weight", the
@@ -407,64 +425,37 @@ class GradientBuckets:
             use, not copies, and DTensors if the parameters are DTensors.
 
         Raises:
-            ValueError: If a window has begun and was not synthesized.
+            ValueError: If a window has begun and was not synthesized, or if two parameters have one name.
         """
         self._window.check_between("state_dict")
-        retain = self._retain
-        kept = {"rules": dict(self._states), "draws": dict(self._draws)}
-        found: dict[str, Any] = {"retain_mean": {}, "retain_weight": 0.0, **kept}
-        if isinstance(retain, RunningMean):
-            retain.clear()  # the mean as the next window finds it
-            named = zip(self._window.names, retain.grads, retain.kept, strict=True)
-            found.update(retain_mean={n: g for n, g, kept in named if kept}, retain_weight=retain.past)
+        found: dict[str, Any] = {"retain_mean": {}, "retain_weight": 0.0, **self._memory.state_dict()}
+        if isinstance(self._retain, RunningMean):
+            found.update(self._retain.saved(self._window.names))
         return found
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what `state_dict` returned, also for other buckets of the same parameters.
+        """Restores the result of `state_dict`, also in other buckets of the same parameters.
 
-        The mean is copied into the accumulators, and converted to their dtype.
+        The mean is copied into the accumulators, and converted to their dtype. On several ranks, every rank
+        should load its state.
 
         Raises:
-            ValueError, TypeError: If the state is not one of these parameters, or if a window has begun.
-                Nothing is changed then.
+            ValueError, TypeError: If the state does not fit the parameters, or if a window has begun. Nothing
+                is changed then.
         """
         self._window.check_between("load_state_dict")
-        wanted = {"retain_mean", "retain_weight", "rules", "draws"}
-        if set(state) != wanted:
+        keys = {"retain_mean", "retain_weight", "rules", "draws"}
+        if not isinstance(state, Mapping) or set(state) != keys:
+            found = sorted(state) if isinstance(state, Mapping) else type(state).__name__
             raise ValueError(
-                f"Parameter `state` should have the keys {sorted(wanted)}. Found {sorted(state)}."
+                f"Parameter `state` should be a dict with the keys {sorted(keys)}. Found {found}."
             )
-        mean, names = state["retain_mean"], self._window.names
-        if mean and not isinstance(self._retain, RunningMean):
-            raise ValueError(
-                "Parameter `state` should have no mean of retain for buckets without `retain_decay`. Found "
-                f"{len(mean)} gradients. Make the buckets with `retain_decay`."
-            )
-        unknown = sorted(set(mean) - set(names))
-        if unknown:
-            raise ValueError(
-                f"Parameter `state` should have gradients of {len(names)} parameters of these "
-                f"buckets. Found one of `{unknown[0]}`, which they do not have."
-            )
-        for name, like in zip(names, self._retain.grads, strict=True):
-            g = mean.get(name, like)
-            if not isinstance(g, Tensor) or dtensor.is_dtensor(g) != dtensor.is_dtensor(like):
-                raise TypeError(
-                    f"The gradient of `{name}` in `state` should be a {type(like).__name__}. "
-                    f"Found {type(g).__name__}."
-                )
-            if dtensor.local(g).shape != dtensor.local(like).shape:
-                raise ValueError(
-                    f"The gradient of `{name}` in `state` should have shape "
-                    f"{tuple(dtensor.local(like).shape)} on this rank. Found {tuple(dtensor.local(g).shape)}."
-                )
-        device = next(iter(self._backends))
-        states = {name: rows.to(device, torch.float64, copy=True) for name, rows in state["rules"].items()}
-        draws = {name: key.to(device, torch.int64, copy=True) for name, key in state["draws"].items()}
+        check_memory(state)
+        mean, weight = state["retain_mean"], state["retain_weight"]
+        shards = shards_of(mean, weight, self._window.names, self._retain)
         if isinstance(self._retain, RunningMean):
-            shards = [dtensor.local(mean[name]) if name in mean else None for name in names]
-            self._retain.restore(shards, float(state["retain_weight"]))
-        self._states, self._draws = states, draws
+            self._retain.restore(shards, float(weight))
+        self._memory.load_state_dict(state["rules"], state["draws"])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
@@ -492,6 +483,11 @@ class GradientBuckets:
 
     def _meet(self) -> None:
         """Compares and averages the gradients over the ranks, once a window, before the synthesis."""
+        if isinstance(self._retain, RunningMean):
+            if self._shards is not None:
+                self._retain.check_same(self._shards.over)
+            elif self._ranks is not None:
+                self._retain.check_same(SumOver(self._ranks.group))
         if self._shards is not None and self._engine is None:
             self._check_agreed(self._shards)
         self._average()
@@ -528,27 +524,20 @@ class GradientBuckets:
     def _scales(self, retain_captures: int) -> tuple[float, float]:
         return 1 / self._forget.weight(self._forget.captures), 1 / self._retain.weight(retain_captures)
 
-    def _state(self, rule: str | Rule) -> Tensor | None:
-        """The numbers that a rule keeps. Rules of one name share them."""
-        rule = resolve(rule)
-        if not rule.state:
-            return None
-        rows, columns = len(self._rows(rule)[1]), len(rule.state)
-        found = self._states.get(rule.name)
-        if found is None or found.shape != (rows, columns):
-            device = next(iter(self._backends))
-            found = torch.tensor([rule.state], dtype=torch.float64).repeat(rows, 1).to(device)
-            self._states[rule.name] = found
-        return found
-
-    def _draw(self, rule: str | Rule) -> Tensor | None:
-        """The seed and the step of a random gate, int64 `[2]`, on the device."""
-        rule = resolve(rule)
-        if rule.seed is None:
-            return None
-        if rule.name not in self._draws:
-            self._draws[rule.name] = upload([rule.seed, 0], torch.int64, next(iter(self._backends)))
-        return self._draws[rule.name]
+    def _check_mean(self, rule: Rule) -> None:
+        """Raises if a rule or a capture of a CUDA graph does not go with a running mean."""
+        if not isinstance(self._retain, RunningMean):
+            return
+        if not rule.by_sign:
+            raise ValueError(
+                "Parameter `rule` should have a gate that only reads signs for buckets with `retain_decay`, "
+                f"whose accumulators are weighted sums. Found {rule.name!r}."
+            )
+        if is_capturing(self._backends):
+            raise ValueError(
+                "`retain_decay` should be None where a CUDA graph captures a synthesis, because the host "
+                "counts the weights of the mean. Found a capture."
+            )
 
     def _rows(self, rule: Rule) -> tuple[list[int], list[Hashable]]:
         grouped = self._grouped or rule.scope != "global"
@@ -566,6 +555,7 @@ class GradientBuckets:
         whole = (one_row or no_rows) and self._in_place and all(forget) and all(retain)
         # The zeros between parameters would count as elements, and shift the positions of the others.
         whole = whole and not call.rule.by_class and call.draw is None
+        whole = whole and (one_row or call.state is None)
         if self._shards is not None and not no_rows:
             whole = whole and all(self._shards.counted)
         key = one_row, whole, tuple(forget), tuple(retain)
@@ -628,15 +618,6 @@ class GradientBuckets:
         count_versions([u for u, w in zip(self._updates, written, strict=True) if w])
         grads = zip(self._update_grads, written, strict=True)
         self._window.publish([u if w else None for u, w in grads])
-
-
-def _running_mean(side: Side, params: Sequence[Tensor], decay: float) -> RunningMean:
-    if type(side) is not Side:
-        raise ValueError(
-            "Parameter `retain_decay` should be None for a DeepSpeed engine at ZeRO stage 3, whose step "
-            f"reads the accumulator that would hold the mean. Found {decay}."
-        )
-    return RunningMean(side.name, Flat(side.views, side.owner, side.buffers), params, decay)
 
 
 def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -116,6 +116,8 @@ class GradHost:
             if self._wider[i]:
                 hook = partial(self._widen, capture, i)
                 capture.handles.append(p.register_post_accumulate_grad_hook(hook))
+            if capture.side.keeps and not self._wider[i]:
+                capture.handles.append(p.register_hook(partial(self._put_back, capture, i)))
             if arrived is not None:
                 hook = partial(self._arrive, capture, arrived, i)
                 capture.handles.append(p.register_post_accumulate_grad_hook(hook))
@@ -130,8 +132,9 @@ class GradHost:
             own = g is side.grads[i]
             kept |= side.touched[i] and (own or self._wider[i] or (g is not None and g.requires_grad))
             if g is None and not self._wider[i]:  # zero_grad(set_to_none=True) without a later backward
-                side.check_replaceable(self._names[i])
-                if side.touched[i] or side.version(i) != capture.versions[i]:
+                if side.keeps:
+                    self._check_begun(capture, i)
+                elif side.touched[i] or side.version(i) != capture.versions[i]:
                     clear([view])
                 side.touched[i] = False
                 continue
@@ -197,8 +200,8 @@ class GradHost:
         if g is None or g is side.grads[i]:
             return
         _refuse_sparse(self._names[i], g)
-        if not self._wider[i] and not g.requires_grad:
-            side.check_replaceable(self._names[i])
+        if side.keeps and not self._wider[i] and is_dtensor(self._params[i]):
+            self._refuse_zero_grad(i)  # no hook has put the accumulator back
         g = local_as(g, self._params[i])
         view.add_(g) if self._wider[i] else view.copy_(g)
 
@@ -211,6 +214,24 @@ class GradHost:
                 torch.cuda.current_stream().synchronize()  # FSDP2, before torch 2.13, may still be copying
             capture.side.views[i].add_(shard)
             p.grad = None
+
+    def _put_back(self, capture: Capture, i: int, g: Tensor) -> None:
+        """Mounts a running mean again that zero_grad(set_to_none=True) took away."""
+        if self._params[i].grad is None:
+            self._check_begun(capture, i)
+            self._params[i].grad = capture.side.grads[i]
+
+    def _check_begun(self, capture: Capture, i: int) -> None:
+        """Raises if the window has a gradient already, which zero_grad would have to take out of the mean."""
+        if capture.side.touched[i] or capture.side.version(i) != capture.versions[i]:
+            self._refuse_zero_grad(i)
+
+    def _refuse_zero_grad(self, i: int) -> None:
+        raise ValueError(
+            "zero_grad(set_to_none=True) should not be called after a backward of the window where a running "
+            f"mean is kept, because a gradient cannot be taken out again. Found that `{self._names[i]}.grad` "
+            "was replaced. Call buckets.zero_() between windows."
+        )
 
     def _arrive(self, capture: Capture, arrived: Arrived, i: int, p: Tensor) -> None:
         self._settle(capture.side, i)

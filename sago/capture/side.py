@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,9 +24,11 @@ class Side:
         written: Whether the accumulators were written since they were cleared.
         probed: For each parameter, whether its gradient was found to be dense.
         mean: Whether the captures of a window are averaged.
+        keeps: Whether the accumulators hold gradients of earlier windows.
     """
 
     mean = False
+    keeps = False
 
     def __init__(self, name: str, flat: Flat, params: Sequence[Tensor]) -> None:
         self.name = name
@@ -79,74 +80,8 @@ class Side:
         """Clears accumulators with an incomplete gradient."""
         self.clear()
 
-    def check_replaceable(self, name: str) -> None:
-        """Raises if the gradient of parameter `name` may not begin again within a capture."""
-
-
-class RunningMean(Side):
-    """A gradient that is averaged over windows: a past window weighs `decay` for each window since then.
-
-    The accumulators hold the weighted sum. They are multiplied by `decay` where those of a `Side` are
-    cleared, and NaN and inf become 0 then. A gradient of the mean is that sum, divided by the sum of the
-    weights, as in the bias correction of Adam.
-
-    Attributes:
-        decay: Between 0 and 1.
-        kept: For each parameter, whether a backward of an earlier window reached it.
-        past: The sum of the weights of earlier windows, or of their captures if captures are averaged.
-    """
-
-    def __init__(self, name: str, flat: Flat, params: Sequence[Tensor], decay: float) -> None:
-        super().__init__(name, flat, params)
-        self.decay = decay
-        self.kept = [False] * len(params)
-        self.past = 0.0
-
-    @property
-    def reached(self) -> list[bool]:
-        return [t or k for t, k in zip(self.touched, self.kept, strict=True)]
-
-    def weight(self, captures: int) -> float:
-        return self.past + (captures if self.mean else min(captures, 1))
-
-    def discard(self) -> None:
-        self.past = self.weight(self.captures)
-        self.kept = self.reached
-        super().discard()
-
-    @torch.no_grad()
-    def clear(self) -> None:
-        if self.written:
-            for buffer in self.buffers:
-                buffer.mul_(self.decay).nan_to_num_(0.0, 0.0, 0.0)
-            self.past *= self.decay
-        self.written = False
-
-    def drop(self) -> None:
-        if self.past:
-            warnings.warn(
-                f"The running mean of the {self.name} gradient begins again, because a gradient of the last "
-                "window was not complete.",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-        self.past, self.kept = 0.0, [False] * len(self.kept)
-        super().clear()
-
-    def check_replaceable(self, name: str) -> None:
-        raise ValueError(
-            f"zero_grad(set_to_none=True) should not be called within {self.name}(), because it would drop "
-            f"the running mean. Found that it dropped `{name}.grad`. Call buckets.zero_() between windows."
-        )
-
-    @torch.no_grad()
-    def restore(self, shards: Sequence[Tensor | None], past: float) -> None:
-        """Replaces the accumulators by those that another object had."""
-        clear(self.buffers)
-        for view, shard in zip(self.views, shards, strict=True):
-            if shard is not None:
-                view.copy_(shard)
-        self.kept, self.past, self.written = [shard is not None for shard in shards], past, False
+    def warn_unused(self) -> None:
+        """Warns if `clear` has kept the gradient of a window that was not synthesized."""
 
 
 class Capture:

@@ -263,19 +263,22 @@ class Window:
             raise
 
     def zero_(self) -> None:
-        """Ends the window in any state. No update is published, and all accumulators are zero."""
+        """Ends the window in any state. No update is published, and all accumulators are cleared."""
         if self._open:
             raise ValueError(
                 f"Captures should be closed before zero_. Found an open {self._open[-1].side.name}()."
             )
         self._host.clear()
+        incomplete, self._incomplete = self._incomplete, set()
+        unused = [side for side in (self.forget, self.retain) if side.captures and side not in incomplete]
         self._end(Action.CLEAR)
         for side in (self.forget, self.retain):
-            if side in self._incomplete:
-                side.drop()
-            else:
+            if side not in incomplete:
                 side.clear()
-        self._incomplete = set()
+        for side in incomplete:
+            side.drop()
+        for side in unused:
+            side.warn_unused()
 
     def _check(self, action: Action) -> None:
         """Raises if the action is not allowed now, with the way out."""

@@ -97,9 +97,8 @@ class Pairs:
         sizes = [0 if o is None else o.numel() for o in self.out] if s is None else s.numel
         before = self.before or [0, *accumulate(sizes)]
         offsets = [0] * len(self.out) if s is None else s.offsets
-        if any(x is None for x in offsets):
-            return None
-        return [b + x for b, x in zip(before, offsets, strict=False) if x is not None]
+        known = [b + x for b, x in zip(before, offsets, strict=False) if x is not None]
+        return known if len(known) == len(offsets) else None
 
     def numel(self, everywhere: bool = True) -> list[int]:
         """The number of elements of each row: on all ranks, or only the elements that this rank counts."""

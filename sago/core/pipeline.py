@@ -116,8 +116,6 @@ class Pipeline:
             inner = self._all_rows(inner)
         tables = []
         begin()
-        if call.state is not None and coefficients is not None and coefficients.state is not None:
-            call.state.copy_(coefficients.state)
         for there in self.devices:
             table = there.backend.combine(
                 there.batch,
@@ -135,6 +133,8 @@ class Pipeline:
                 tables.append(table)
             if there.after:
                 _copy(there.after)
+        if call.state is not None and coefficients is not None and coefficients.state is not None:
+            call.state.copy_(coefficients.state)
         if tables:
             taken = self._reduced(tables, call)  # an error here leaves the update already written
         return taken

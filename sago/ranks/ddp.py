@@ -43,7 +43,7 @@ class DataParallel:
     """
 
     def __init__(self, group: ProcessGroup, partial: bool, modules: Sequence[Any] = ()) -> None:
-        self._group, self._partial, self._modules = group, partial, modules
+        self.group, self._partial, self._modules = group, partial, modules
 
     def start(self) -> None:
         """Switches the modules' own reduction off."""
@@ -84,15 +84,15 @@ class DataParallel:
             wait()
 
     def _begin(self, buffer: Tensor) -> Any:
-        size = dist.get_world_size(self._group)
-        if dist.get_backend(self._group) == "nccl":
-            return all_reduce(buffer, self._group, dist.ReduceOp.AVG)
-        return all_reduce(buffer.div_(size), self._group, dist.ReduceOp.SUM)
+        size = dist.get_world_size(self.group)
+        if dist.get_backend(self.group) == "nccl":
+            return all_reduce(buffer, self.group, dist.ReduceOp.AVG)
+        return all_reduce(buffer.div_(size), self.group, dist.ReduceOp.SUM)
 
     def _share(self, sides: Sequence[Accumulators]) -> None:
         buffer = sides[0].buffers[0]
         reached = torch.tensor([side.touched for side in sides], dtype=torch.uint8).to(buffer.device)
-        all_reduce(reached, self._group, dist.ReduceOp.MAX)()
+        all_reduce(reached, self.group, dist.ReduceOp.MAX)()
         for side, touched in zip(sides, reached.bool().tolist(), strict=True):
             side.touched = touched
 

@@ -131,7 +131,7 @@ def _offset(t: Any) -> int | None:
     dims = [i for i, p in enumerate(t.placements) if not _is_replicate(p)]
     if not dims:
         return 0
-    if len(dims) > 1 or not t.placements[dims[0]].is_shard(0):
+    if len(dims) > 1 or not t.placements[dims[0]].is_shard(0) or not t.is_contiguous():
         return None
     rows, ranks = t.shape[0], t.device_mesh.size(dims[0])
     # The ranks hold parts as `torch.chunk` makes them.

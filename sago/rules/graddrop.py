@@ -42,7 +42,7 @@ def coefficients(ff, fr, rr, gamma, alpha):
 
 
 def reference(ff: float, fr: float, rr: float, gamma: float, alpha: float) -> tuple[float, ...]:
-    """Of both, of forget, of retain"""
+    """The weights of both gradients, of forget alone and of retain alone"""
     return gamma, alpha, gamma, 0.0, 0.0, alpha
 
 

@@ -226,7 +226,7 @@ def evaluate(
     rule with `by_class`. None is one row of zeros. `state` has the numbers that the rule kept, fp64
     `[rows, n]`.
     """
-    zero = torch.zeros(1, dtype=torch.float64, device=device)
+    zero = torch.zeros(1 if state is None else len(state), dtype=torch.float64, device=device)
     ff, fr, rr = (zero, zero, zero) if gram is None else gram.unbind(1)[:3]
     weights = [_as_double(w, device).view(()) for w in (gamma, alpha)]
     products = dict(zip(PRODUCTS, (ff + eps, fr, rr + eps), strict=True))

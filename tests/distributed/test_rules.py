@@ -1,4 +1,4 @@
-"""Rules that keep numbers, and random gates, on several ranks: as on one process."""
+"""Rules with a memory and random gates give the same results on several ranks as on one process."""
 
 import pytest
 import torch
@@ -63,6 +63,31 @@ def continued():
             buckets.zero_()
         found.append(parameters(model)[0])
     return found
+
+
+def loaded_on_one_rank(form):
+    model = (
+        DistributedDataParallel(transformer()) if form == "ddp" else sharded(transformer(), mesh_of(shard=2))
+    )
+    buckets = sago.GradientBuckets(model, retain_decay=DECAY)
+    for step in range(2):
+        window(model, buckets, Run("gru"), batches(step, 0, *share()))
+        if step == 0:
+            buckets.synthesize_("gru")
+            state = buckets.state_dict()
+            buckets.zero_()
+            if share()[0] == 0:
+                buckets.load_state_dict({**state, "retain_weight": 2.0})
+    return error_of(buckets.synthesize_, "gru")
+
+
+@pytest.mark.parametrize(
+    "form", ["ddp", pytest.param("fsdp2", marks=pytest.mark.skipif(not FSDP2_ON_CPU, reason=NO_FSDP2))]
+)
+def test_means_that_differ_between_ranks(ranks2, form):
+    for kind, text in ranks2(loaded_on_one_rank, form):
+        assert kind is ValueError
+        assert "same weight and the same parameters on every rank" in text
 
 
 def drawn_on_shards():

@@ -103,6 +103,15 @@ def test_every_backend_draws_alike(backend, family):
         assert_equal_bits(found, expected)
 
 
+def test_another_layout_of_the_update(backend):
+    """Gradients and updates of different strides are processed in their logical order."""
+    f, r = (t.float().view(6, 50).t() for t in inputs.pair(300))
+    out, expected = torch.empty(50, 6), torch.empty(50, 6)
+    sago.synthesize_([f], [r], "graddrop", out=[out], backend=backend.name)
+    sago.reference.synthesize_([f], [r], "graddrop", out=[expected])
+    assert_equal_bits([out], [expected])
+
+
 def test_the_position_counts_and_not_the_tensor(backend):
     """The list in other pieces, over several chunks, and on more than one row."""
     f, r = (t.float() for t in inputs.pair(inputs.CHUNK + 100))
