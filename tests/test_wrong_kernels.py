@@ -15,7 +15,7 @@ import torch
 from sago import synthesis
 from sago.backends import compiled, sums
 from sago.backends.streams import Cache
-from sago.capture import buckets
+from sago.capture import buckets, side
 from sago.core import coefficients, pipeline, seen, statistics
 from tests.support import repeats
 from tests.support.backends import INTERPRETED, Backend, import_with_triton
@@ -87,9 +87,9 @@ SIGNS = "is_negative(f * r) & (smaller > 0)"
 GUARDS = " and seen.guards.hold(tensors)"
 ROW = "row = tl.load(shape + 3)"
 FORGET = "f = upcast(tl.load(forget + at, mask=at < forget_body, other=0.0), COMPUTE)"
-OF_BODY = "store(out + at, at < body, f, r, coefficients, OUT, GATED, GATE, PROPAGATE)"
-NO_TAIL = "at < size, f, r, coefficients, OUT, GATED, GATE, False", propagated
-NO_BODY = "at < body, f, r, coefficients, OUT, GATED, GATE, False", propagated
+OF_BODY = "store(out + at, at < body, f, r, u, coefficients, OUT, GATED, GATE, DRAWN, PROPAGATE)"
+NO_TAIL = "at < size, f, r, u, coefficients, OUT, GATED, GATE, DRAWN, False", propagated
+NO_BODY = "at < body, f, r, u, coefficients, OUT, GATED, GATE, DRAWN, False", propagated
 FACTOR = "values * torch.where(norm.isfinite(), clip, torch.nan)"
 KERNELS = {
     (stream, "in_conflict"): {
@@ -106,23 +106,42 @@ KERNELS = {
             "(in_conflict(f, r), weighted(a, f",
             tails,
         ),
-        "swapped gradients": ("u = weighted(a, f, b, r)", "u = weighted(a, r, b, f)", specials),
+        "swapped gradients": (
+            "    update = weighted(a, f, b, r)",
+            "    update = weighted(a, r, b, f)",
+            specials,
+        ),
         "rounded twice": (
-            "u = weighted(a, f, b, r)",
-            "u = upcast(downcast(a * f, OUT), a.dtype) + b * r",
+            "    update = weighted(a, f, b, r)",
+            "    update = upcast(downcast(a * f, OUT), a.dtype) + b * r",
             rounding,
         ),
-        "only forget propagates": ("(u - (f - f)) - (r - r)", "u - (f - f)", propagated),
-        "only retain propagates": ("(u - (f - f)) - (r - r)", "u - (r - r)", propagated),
-        "-0 becomes 0": ("(u - (f - f)) - (r - r)", "u + ((f - f) + (r - r))", propagated),
+        "only forget propagates": ("(update - (f - f)) - (r - r)", "update - (f - f)", propagated),
+        "only retain propagates": ("(update - (f - f)) - (r - r)", "update - (r - r)", propagated),
+        "-0 becomes 0": ("(update - (f - f)) - (r - r)", "update + ((f - f) + (r - r))", propagated),
         "inf does not propagate": (
-            "(u - (f - f)) - (r - r)",
-            "tl.where((f == f) & (r == r), u, 0 * f + 0 * r)",
+            "(update - (f - f)) - (r - r)",
+            "tl.where((f == f) & (r == r), update, 0 * f + 0 * r)",
             propagated,
         ),
         "the third class as the second": ("weighted(a_2, f, b_2, r)", "weighted(a, f, b, r)", gates),
-        "-0 becomes 0 on its way": ("(u - (f - f)) - (r - r)", "(u + (f - f)) - (r - r)", propagated),
-        "propagates what the rule takes": ("(u - (f - f)) - (r - r)", "u - (u - u)", propagated),
+        "-0 becomes 0 on its way": (
+            "(update - (f - f)) - (r - r)",
+            "(update + (f - f)) - (r - r)",
+            propagated,
+        ),
+        "propagates what the rule takes": (
+            "(update - (f - f)) - (r - r)",
+            "update - (update - update)",
+            propagated,
+        ),
+    },
+    (stream, "uniform"): {
+        "one hash instead of two": ("mix(first ^ low(positions)) + second", "first ^ low(positions)", gates),
+    },
+    (stream, "start_draws"): {
+        "the step is left out": ("tl.static_range(2)", "tl.static_range(1)", gates),
+        "every chunk begins at the first": ("draws + 2 + slot", "draws + 2", gates),
     },
     (combine, "_combine_kernel"): {
         "swapped weights": ("        a, b = FORMULA", "        b, a = FORMULA", missing),
@@ -185,8 +204,14 @@ KERNELS = {
         "read without a mask": ("mask=at < retain_body, other=0.0", "", traffic),
         "written twice": (OF_BODY, f"{OF_BODY}; {OF_BODY}", traffic),
         "the last vector once more": ("at = body + tl", "at = tl.maximum(size - 16, 0) + tl", traffic),
-        "tail does not propagate": ("at < size, f, r, coefficients, OUT, GATED, GATE, PROPAGATE", *NO_TAIL),
-        "body does not propagate": ("at < body, f, r, coefficients, OUT, GATED, GATE, PROPAGATE", *NO_BODY),
+        "tail does not propagate": (
+            "at < size, f, r, u, coefficients, OUT, GATED, GATE, DRAWN, PROPAGATE",
+            *NO_TAIL,
+        ),
+        "body does not propagate": (
+            "at < body, f, r, u, coefficients, OUT, GATED, GATE, DRAWN, PROPAGATE",
+            *NO_BODY,
+        ),
     },
     (stream, "locate"): {
         "offsets that wrap": ("start = index * CHUNK", "start = index * CHUNK & 0x7FFF", chunks),
@@ -388,8 +413,10 @@ ON_BOTH = {
         "scales swapped": ("*call.scales", "*call.scales[::-1]", means),
     },
     (buckets, "GradientBuckets._scales"): {
-        "captures of forget for both": ("1 / retain_captures", "1 / self._forget.captures", means),
-        "the sum for the mean": ("if self._mean", "if False", means),
+        "captures of forget for both": ("weight(retain_captures)", "weight(self._forget.captures)", means),
+    },
+    (side, "Side.weight"): {
+        "the sum for the mean": ("if self.mean", "if False", means),
     },
     (statistics, "_columns"): {
         "counts of conflicts for inf": ("counts.unbind(1)", "counts[:, :1].expand(-1, 3).unbind(1)", counts),

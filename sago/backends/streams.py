@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -101,11 +102,18 @@ class Streams:
 
 def is_capturing(devices: Collection[torch.device]) -> bool:
     """Whether a CUDA graph is being captured on the current stream of one of the devices."""
-    return any(device.type == "cuda" and _captures(device) for device in devices)
+    for device in devices:
+        # Switching the device costs more than the question.
+        if device.type == "cuda" and (_has_one_gpu() or device.index == torch.cuda.current_device()):
+            if torch.cuda.is_current_stream_capturing():
+                return True
+        elif device.type == "cuda":
+            with torch.cuda.device(device):
+                if torch.cuda.is_current_stream_capturing():
+                    return True
+    return False
 
 
-def _captures(device: torch.device) -> bool:
-    if device.index == torch.cuda.current_device():  # switching the device costs more than the question
-        return torch.cuda.is_current_stream_capturing()
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
+@lru_cache(maxsize=1)
+def _has_one_gpu() -> bool:
+    return torch.cuda.device_count() <= 1

@@ -251,7 +251,9 @@ class GradientBuckets:
         """
         self._window.check_ready(self._forget, self._retain)
         rule = resolve(rule)
-        self._check_mean(rule)
+        if self._retain.keeps:
+            self._check_mean(rule)
+        state, draw = self._remembered(rule) if rule.state or rule.seed is not None else (None, None)
         call = check_call(
             rule,
             gamma,
@@ -263,15 +265,16 @@ class GradientBuckets:
             max_norm,
             _policy(nonfinite),
             self._scales(self._retain.captures),
-            self._memory.state(rule, len(self._rows(rule)[1])),
-            self._memory.draw(rule),
+            state,
+            draw,
         )
         self._check_unscaled(call)
         self._meet()
         pipeline = self._pipeline(call)
         try:
             found = pipeline.synthesize(call, self._window.begin)
-            self._memory.step(call)
+            if call.draw is not None:
+                call.draw[1] += 1
             self._publish()
         except BaseException as error:
             self._window.abandon(error)
@@ -309,7 +312,9 @@ class GradientBuckets:
         if retain.empty:
             retain.clear()  # before its weight is read, as the capture would do
         rule = resolve(rule)
-        self._check_mean(rule)
+        if self._retain.keeps:
+            self._check_mean(rule)
+        state, draw = self._remembered(rule) if rule.state or rule.seed is not None else (None, None)
         call = check_call(
             rule,
             gamma,
@@ -320,8 +325,8 @@ class GradientBuckets:
             self._backends,
             nonfinite="propagate",
             scales=self._scales(retain.captures + 1),
-            state=self._memory.state(rule, len(self._rows(rule)[1])),
-            draw=self._memory.draw(rule),
+            state=state,
+            draw=draw,
         )
         rows, keys = self._rows(call.rule)
         check_exact(call, rows, keys, retain.owner, list(self._backends))
@@ -339,7 +344,8 @@ class GradientBuckets:
             with window.capture(retain, step.arrived):
                 yield step
             step.finish()
-            self._memory.step(call)
+            if call.draw is not None:
+                call.draw[1] += 1
             self._publish()
 
     def unscale_(self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
@@ -483,7 +489,7 @@ class GradientBuckets:
 
     def _meet(self) -> None:
         """Compares and averages the gradients over the ranks, once a window, before the synthesis."""
-        if isinstance(self._retain, RunningMean):
+        if self._retain.keeps and isinstance(self._retain, RunningMean):
             if self._shards is not None:
                 self._retain.check_same(self._shards.over)
             elif self._ranks is not None:
@@ -522,12 +528,12 @@ class GradientBuckets:
             self._ranks.average(sides, trained)
 
     def _scales(self, retain_captures: int) -> tuple[float, float]:
+        if not self._forget.mean and not self._retain.keeps:
+            return 1.0, 1.0
         return 1 / self._forget.weight(self._forget.captures), 1 / self._retain.weight(retain_captures)
 
     def _check_mean(self, rule: Rule) -> None:
         """Raises if a rule or a capture of a CUDA graph does not go with a running mean."""
-        if not isinstance(self._retain, RunningMean):
-            return
         if not rule.by_sign:
             raise ValueError(
                 "Parameter `rule` should have a gate that only reads signs for buckets with `retain_decay`, "
@@ -539,6 +545,10 @@ class GradientBuckets:
                 "counts the weights of the mean. Found a capture."
             )
 
+    def _remembered(self, rule: Rule) -> tuple[Tensor | None, Tensor | None]:
+        """The numbers that the rule keeps, and the seed and the step of its random gate."""
+        return self._memory.state(rule, self._rows(rule)[1]), self._memory.draw(rule)
+
     def _rows(self, rule: Rule) -> tuple[list[int], list[Hashable]]:
         grouped = self._grouped or rule.scope != "global"
         return check_groups(self._keys if grouped else None, len(self._keys), rule)
@@ -546,7 +556,8 @@ class GradientBuckets:
     def _pipeline(self, call: Call, bucket: int | None = None) -> Pipeline:
         """The pipeline of one buffer or of all, for the gradients that are present in this window."""
         positions = self._positions[bucket]
-        forget, retain = self._forget.reached, self._retain.reached
+        forget = self._forget.touched
+        retain = self._retain.reached if self._retain.keeps else self._retain.touched
         if bucket is not None:
             forget, retain = [forget[i] for i in positions], [retain[i] for i in positions]
         one_row = call.rule.scope == "global" and not self._grouped
@@ -614,7 +625,8 @@ class GradientBuckets:
 
     def _publish(self) -> None:
         """Makes the updates `p.grad`, and ends the window."""
-        written = [f or r for f, r in zip(self._forget.reached, self._retain.reached, strict=True)]
+        retain = self._retain.reached if self._retain.keeps else self._retain.touched
+        written = [f or r for f, r in zip(self._forget.touched, retain, strict=True)]
         count_versions([u for u, w in zip(self._updates, written, strict=True) if w])
         grads = zip(self._update_grads, written, strict=True)
         self._window.publish([u if w else None for u, w in grads])

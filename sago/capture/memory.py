@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from sago.backends.streams import is_capturing
 from sago.backends.upload import upload
-from sago.core.pairs import Call
 from sago.rules import Rule
 
 
@@ -28,10 +27,11 @@ class RuleMemory:
         self._seeds: dict[str, int] = {}
         self._initial: dict[str, tuple[float, ...]] = {}
 
-    def state(self, rule: Rule, groups: int) -> Tensor | None:
-        """The numbers of a rule, fp64 `[groups, n]`. None if the rule keeps none."""
+    def state(self, rule: Rule, keys: Sequence[object]) -> Tensor | None:
+        """The numbers of a rule, fp64 `[groups, n]`, or None. `keys` are the groups."""
         if not rule.state:
             return None
+        groups = len(keys)
         if self._initial.setdefault(rule.name, rule.state) != rule.state:
             raise ValueError(
                 f"Rules named {rule.name!r} should have the same initial `state`, because they share their "
@@ -62,11 +62,6 @@ class RuleMemory:
             self._check_not_capturing(rule)
             self._draws[rule.name] = upload([rule.seed, 0], torch.int64, self._device)
         return self._draws[rule.name]
-
-    def step(self, call: Call) -> None:
-        """Counts a step of the random gate, after its update."""
-        if call.draw is not None:
-            call.draw[1] += 1
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         return {"rules": dict(self._states), "draws": dict(self._draws)}

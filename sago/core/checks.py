@@ -99,7 +99,7 @@ def check_call(
         raise ValueError(
             f"Parameter `nonfinite` should be 'propagate' or 'zero_update'. Found {nonfinite!r}."
         )
-    found = resolve(rule)
+    found = rule if isinstance(rule, Rule) else resolve(rule)
     if found.state and state is None:
         raise ValueError(
             "Parameter `rule` should keep no numbers from step to step, because nothing holds them between "

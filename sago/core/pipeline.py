@@ -81,6 +81,9 @@ class Pipeline:
         `begin` is called before the first write. An earlier error leaves all gradients as they are.
         """
         rule, wanted = call.rule, call.sums
+        draws: list[Tensor | None] = [None] * len(self.devices)
+        if call.draw is not None:
+            draws = [call.draw.to(there.device) for there in self.devices]
         if call.draw is not None and not self._located:
             raise ValueError(
                 "Gradients should be sharded along their first dimension for a rule with a random gate, "
@@ -98,13 +101,11 @@ class Pipeline:
         if wanted and self._spread is not None:
             self._spread.over.check_same(self._spread.layout, self.devices[0].device)
         if ahead:
-            taken = self._reduced(
-                [
-                    there.backend.gram(there.batch, wanted, rule.gate, _to(call.draw, there.device))
-                    for there in self.devices
-                ],
-                call,
-            )
+            grams = [
+                there.backend.gram(there.batch, wanted, rule.gate, draw)
+                for there, draw in zip(self.devices, draws, strict=True)
+            ]
+            taken = self._reduced(grams, call)
             taken.wait()
             taken = taken._replace(wait=nothing)
             inner = gram(rule, taken.table)
@@ -116,7 +117,7 @@ class Pipeline:
             inner = self._all_rows(inner)
         tables = []
         begin()
-        for there in self.devices:
+        for there, draw in zip(self.devices, draws, strict=True):
             table = there.backend.combine(
                 there.batch,
                 rule,
@@ -127,7 +128,7 @@ class Pipeline:
                 Sums.NONE if ahead else wanted,
                 coefficients and coefficients._replace(values=_to(coefficients.values, there.device)),
                 call.nonfinite == "propagate",
-                _to(call.draw, there.device),
+                draw,
             )
             if table is not None:
                 tables.append(table)

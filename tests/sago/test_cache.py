@@ -169,6 +169,7 @@ def test_a_capture_is_found_on_the_stream_of_each_device(monkeypatch):
         yield
         current.pop()
 
+    monkeypatch.setattr(cache_module, "_has_one_gpu", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1] in capturing)

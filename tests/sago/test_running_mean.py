@@ -386,7 +386,7 @@ def test_a_state_is_loaded_where_it_comes_from():
 
 
 def find(memory, rule):
-    return memory.state(rule, 1) if rule.state else memory.draw(rule)
+    return memory.state(rule, [0]) if rule.state else memory.draw(rule)
 
 
 def test_memory_of_rules_is_not_mixed_up(monkeypatch):
@@ -473,7 +473,7 @@ def test_states_that_do_not_fit():
     _, other = made(retain_decay=DECAY)
     other.load_state_dict({**state, "rules": {"gradvac": torch.zeros(7, 1, dtype=torch.float64)}})
     with pytest.raises(ValueError, match=r"should have shape \(1, 1\). Found \(7, 1\)"):
-        other._memory.state(gradvac(decay=0.5), 1)
+        other._memory.state(gradvac(decay=0.5), [0])
     layers = [nn.Linear(2, 2) for _ in range(2)]
     twice = sago.GradientBuckets(
         [*layers[0].named_parameters(), *layers[1].named_parameters()], retain_decay=0.5
