@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from sago.backends.choose import check_backend, choose_backend
 from sago.backends.streams import Cache, is_capturing
 from sago.capture.flat import flatten
+from sago.capture.fresh import FreshGradients
 from sago.capture.mean import RunningMean, shards_of
 from sago.capture.memory import RuleMemory, check_memory
 from sago.capture.opening import find_engine, open_host
@@ -81,6 +83,9 @@ class GradientBuckets:
             element that is NaN or inf counts as 0 in later windows. The weighted sum is up to `1 / (1 -
             retain_decay)` times as large as a gradient: use `accumulate_dtype` for fp16, and for long means
             in bf16. Losses must not be scaled, which the buckets cannot notice.
+        one_copy: Whether the retain side has no accumulators, which halves the memory. The only retain
+            backward of a window then runs in `synthesize_in_backward`, after all forget backwards. The update
+            is written over the forget gradient. It works on one process and with FSDP2.
         bucket_cap_mb: The largest size of a flat buffer in MiB. A larger tensor has a buffer of its own.
         backend: As in `sago.synthesize_`.
 
@@ -132,6 +137,7 @@ class GradientBuckets:
         bucket_cap_mb: float = 256.0,
         backend: str | None = None,
         retain_decay: float | None = None,
+        one_copy: bool = False,
     ) -> None:
         check_backend(backend)
         if retain_decay is not None and not 0.0 < non_negative("retain_decay", retain_decay) < 1.0:
@@ -150,10 +156,15 @@ class GradientBuckets:
         source = params if engine is None else engine.module
         chosen = choose(source, groups, None if engine is None else engine.wanted)
         capacity = bucket_cap_mb * 2**20
-        opened = open_host(engine, source, chosen, accumulate_dtype, capacity)
+        opened = open_host(engine, source, chosen, accumulate_dtype, capacity, one_copy)
         self._params, self._keys = chosen.tensors, chosen.keys
         self._grouped = groups is not None
         self._forget, self._retain = opened.forget, opened.retain
+        if one_copy and retain_decay is not None:
+            raise ValueError(
+                "Parameter `retain_decay` should be None with `one_copy`, because there are no retain "
+                f"accumulators. Found {retain_decay}."
+            )
         if retain_decay is not None:
             if engine is not None and engine.scaled:
                 raise ValueError(
@@ -167,8 +178,8 @@ class GradientBuckets:
         self._looked = engine is not None  # whether `_check_around` has searched
         self._sharded = opened.sharded
         self._engine = engine
-        # A running mean is kept, so its update is written over the forget gradient.
-        self._written = self._retain if retain_decay is None else self._forget
+        # A running mean is kept, and fresh gradients are not. The update is written over forget then.
+        self._written = self._forget if self._retain.keeps or self._retain.fresh else self._retain
         self._updates, self._update_grads = list(self._written.views), list(self._written.grads)
         self._backends = {v.device: choose_backend(backend, v.device) for v in self._retain.views}
         apart = [i for i, v in enumerate(self._retain.views) if v.dtype != opened.dtypes[i]]
@@ -179,13 +190,15 @@ class GradientBuckets:
         self._in_place = not apart and not opened.padded
         buffers = [*self._forget.buffers, *self._retain.buffers, *updates.buffers]
         self.nbytes: int = sum(buffer.nbytes for buffer in buffers)
-        everything: list[int | None] = [None, *range(len(self._retain.buffers))]
-        owner = self._retain.owner
+        everything: list[int | None] = [None, *range(len(self._forget.buffers))]
+        owner = self._forget.owner
         self._positions = {b: [i for i, o in enumerate(owner) if b is None or o == b] for b in everything}
         self._pipelines = {b: Cache(_PATTERNS) for b in everything}
         self._memory = RuleMemory(next(iter(self._backends)))
         sizes = [p.numel() for p in self._params] if self._shards is None else self._shards.numel
         self._before = [0, *itertools.accumulate(sizes)]
+        # Of whole gradients, so that all ranks synthesize the same ones together.
+        self._sizes = [n * v.element_size() for n, v in zip(sizes, self._forget.views, strict=True)]
         if self._ranks is not None:
             self._ranks.start()
 
@@ -196,6 +209,7 @@ class GradientBuckets:
 
     def retain(self) -> AbstractContextManager[None]:
         """Backwards inside `with buckets.retain():` accumulate the retain gradient."""
+        self._check_accumulates("retain")
         self._check_around()
         return self._window.capture(self._retain)
 
@@ -249,6 +263,7 @@ class GradientBuckets:
             ValueError, TypeError: For invalid arguments, and unless both sides are captured, all captures are
                 closed and no backward ran outside of them.
         """
+        self._check_accumulates("synthesize_")
         self._window.check_ready(self._forget, self._retain)
         rule = resolve(rule)
         if self._retain.keeps:
@@ -296,10 +311,11 @@ class GradientBuckets:
                 retain_loss.backward()
             step.report.summary()
 
-        A hook writes the update of a flat buffer as soon as all of its retain gradients are complete. The
-        result has the bits of `synthesize_`. The block must contain one backward, the last one of the window,
-        and the forget gradient must be complete before it. Non-finite gradients propagate. Clipping and
-        "zero_update" need the whole gradient first, so only `synthesize_` has them.
+        A hook writes the update of a flat buffer as soon as all of its retain gradients are complete. With
+        `one_copy`, it does so for each gradient, or for some small ones together, and drops the retain
+        gradient. The result has the bits of `synthesize_`. The block must contain one backward, the last one
+        of the window, and the forget gradient must be complete before it. Non-finite gradients propagate.
+        Clipping and "zero_update" need the whole gradient first, so only `synthesize_` has them.
 
         Raises:
             ValueError: If the result would not be exact: for rules of global scope, for groups that lie in
@@ -329,17 +345,23 @@ class GradientBuckets:
             draw=draw,
         )
         rows, keys = self._rows(call.rule)
-        check_exact(call, rows, keys, retain.owner, list(self._backends))
         expected = [p.requires_grad for p in self._params]
-        step = InBackward(
-            call,
-            keys,
-            window.names,
-            retain.owner,
-            expected,
-            lambda bucket: self._pipeline(call, bucket),
-            window.begin,
-        )
+        if isinstance(retain, FreshGradients):
+            unit, sizes = rows if call.rule.scope == "tensor" else list(range(len(rows))), self._sizes
+            members: dict[int, list[int]] = {}
+            for i, u in enumerate(unit):
+                members.setdefault(u, []).append(i)
+            # The largest gradient has to fit beside the accumulators anyway.
+            limit, pipeline_of = max(sizes), partial(self._fresh_pipeline, call.rule, retain, members)
+        else:
+            unit, sizes, limit = retain.owner, [0] * len(rows), 0
+            pipeline_of = partial(self._pipeline_of_buffer, call)
+        sharded = retain.fresh and self._shards is not None
+        check_exact(call, rows, keys, unit, list(self._backends), sharded)
+        if self._shards is not None:
+            self._check_agreed(self._shards)
+        arguments = unit, expected, sizes, limit, pipeline_of, window.begin
+        step = InBackward(call, keys, window.names, *arguments)
         with window.updating():
             with window.capture(retain, step.arrived):
                 yield step
@@ -364,6 +386,7 @@ class GradientBuckets:
         Raises:
             ValueError: If the gradients are already unscaled, or if `synthesize_` could not be called now.
         """
+        self._check_accumulates("unscale_")
         self._window.check_ready(self._forget, self._retain)
         if isinstance(self._retain, RunningMean):
             raise ValueError(
@@ -532,6 +555,13 @@ class GradientBuckets:
             return 1.0, 1.0
         return 1 / self._forget.weight(self._forget.captures), 1 / self._retain.weight(retain_captures)
 
+    def _check_accumulates(self, method: str) -> None:
+        if self._retain.fresh:
+            raise ValueError(
+                f"{method} should not be called with `one_copy`, because there are no retain accumulators. "
+                "Run the retain backward within synthesize_in_backward, or make the buckets without it."
+            )
+
     def _check_mean(self, rule: Rule) -> None:
         """Raises if a rule or a capture of a CUDA graph does not go with a running mean."""
         if not rule.by_sign:
@@ -573,6 +603,35 @@ class GradientBuckets:
         return self._pipelines[bucket].get(
             key, self._backends, lambda: self._new_pipeline(call.rule, positions, whole)
         )
+
+    def _pipeline_of_buffer(self, call: Call, buffers: Sequence[int]) -> Pipeline:
+        (bucket,) = buffers
+        return self._pipeline(call, bucket)
+
+    def _fresh_pipeline(
+        self, rule: Rule, retain: FreshGradients, members: Mapping[int, list[int]], units: Sequence[int]
+    ) -> Pipeline:
+        """The pipeline of the gradients that a backward has just made."""
+        positions = [i for u in units for i in members[u]]
+        rows, keys = self._rows(rule)
+        own = {row: k for k, row in enumerate(dict.fromkeys(rows[i] for i in positions))}
+        views = self._forget.present(self._forget.views)
+        forget, fresh = [views[i] for i in positions], retain.take(positions)
+        neither = [f is None and r is None for f, r in zip(forget, fresh, strict=True)]
+        updates = [None if n else self._updates[i] for i, n in zip(positions, neither, strict=True)]
+        spread = self._shards
+        pairs = Pairs(
+            forget,
+            fresh,
+            updates,
+            updates,
+            rows=[own[rows[i]] for i in positions],
+            keys=[keys[row] for row in own],
+            backends=self._backends,
+            spread=None if spread is None else spread.of(positions),
+            before=[self._before[i] for i in positions],
+        )
+        return Pipeline(pairs, pairs.numel(), pairs.numel(everywhere=False))
 
     def _new_pipeline(self, rule: Rule, positions: Sequence[int], whole: bool) -> Pipeline:
         rows, keys = self._rows(rule)

@@ -88,7 +88,7 @@ class GradHost:
     def mount(self, capture: Capture) -> None:
         side = capture.side
         for p, grad, wider in zip(self._params, side.grads, self._wider, strict=True):
-            p.grad = None if wider else grad
+            p.grad = None if wider or side.fresh else grad
         capture.versions = side.versions()
         self._mounted = capture
 
@@ -234,8 +234,13 @@ class GradHost:
         )
 
     def _arrive(self, capture: Capture, arrived: Arrived, i: int, p: Tensor) -> None:
-        self._settle(capture.side, i)
-        p.grad = None if self._wider[i] else capture.side.grads[i]
+        if capture.side.fresh and p.grad is not None:
+            _refuse_sparse(self._names[i], p.grad)
+            capture.side.add(i, local_as(p.grad, p))
+            p.grad = None
+        else:
+            self._settle(capture.side, i)
+            p.grad = None if self._wider[i] else capture.side.grads[i]
         capture.side.touched[i] = capture.reached = capture.side.written = True
         arrived(i, p.device)
 

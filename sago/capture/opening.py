@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from sago.capture.flat import flatten
+from sago.capture.fresh import FreshGradients
 from sago.capture.host import GradHost, Host
 from sago.capture.parameters import Parameters
 from sago.capture.side import Side
@@ -86,6 +87,7 @@ def open_host(
     chosen: Parameters,
     accumulate_dtype: torch.dtype | None,
     capacity: float,
+    one_copy: bool = False,
 ) -> Opened:
     """Allocates the accumulators.
 
@@ -95,9 +97,17 @@ def open_host(
         chosen: The parameters.
         accumulate_dtype: The dtype of the accumulators, if it is wider than that of the parameters.
         capacity: The size of a buffer in bytes.
+        one_copy: Whether the retain side has no accumulators.
     """
+    if one_copy and accumulate_dtype is not None:
+        raise ValueError(
+            "Parameter `accumulate_dtype` should be None with `one_copy`, because there are no retain "
+            f"accumulators. Found {accumulate_dtype}."
+        )
     rows, _ = check_groups(chosen.keys, len(chosen.tensors), resolve("pcgrad"))  # ranks compare them as well
     if engine is not None:
+        if one_copy:
+            raise ValueError(_reduced_late("DeepSpeed"))
         return engine.open(chosen, rows, accumulate_dtype, capacity)
     for package, (_, module) in ENGINES.items():
         if package in sys.modules:
@@ -110,7 +120,9 @@ def open_host(
             "nothing else reduces its gradient over the ranks. Found that it is neither."
         )
     averaged = ddp.take_over(source, chosen.tensors, chosen.names)
-    return open_grads(chosen, rows, accumulate_dtype, capacity, averaged, sharded)
+    if one_copy and (averaged is not None or (world_size() > 1 and not sharded)):
+        raise ValueError(_reduced_late("DistributedDataParallel and several ranks without FSDP2"))
+    return open_grads(chosen, rows, accumulate_dtype, capacity, averaged, sharded, one_copy)
 
 
 def open_grads(
@@ -120,6 +132,7 @@ def open_grads(
     capacity: float,
     averaged: DataParallel | None,
     sharded: Sequence[torch.nn.Module] = (),
+    one_copy: bool = False,
 ) -> Opened:
     """Allocates accumulators that are mounted under `p.grad`.
 
@@ -128,6 +141,7 @@ def open_grads(
         rows: For each parameter, its row in the table of sums.
         averaged: Averages the gradients over ranks; None if nothing is averaged.
         sharded: The FSDP2 modules that hold the parameters.
+        one_copy: Whether the retain side has no accumulators.
     """
     params = chosen.tensors
     if accumulate_dtype is not None and world_size() > 1 and averaged is None and not sharded:
@@ -140,6 +154,18 @@ def open_grads(
     local = [dtensor.local(p.detach()) for p in params]
     narrow = [p.dtype for p in params]
     wide = [d if accumulate_dtype is None else torch.promote_types(d, accumulate_dtype) for d in narrow]
-    forget, retain = (Side(name, flatten(local, wide, capacity), params) for name in ("forget", "retain"))
+    forget = Side("forget", flatten(local, wide, capacity), params)
+    retain: Side
+    if one_copy:
+        retain = FreshGradients(forget, params)
+    else:
+        retain = Side("retain", flatten(local, wide, capacity), params)
     host = GradHost(chosen.names, params, chosen.frozen, chosen.module, sharded, retain)
     return Opened(host, forget, retain, averaged, spread, sharded, narrow, padded=False)
+
+
+def _reduced_late(engine: str) -> str:
+    return (
+        f"Parameter `one_copy` should be False for {engine}, where gradients are reduced over ranks after "
+        "the hook that would use them. Found True."
+    )

@@ -25,10 +25,12 @@ class Side:
         probed: For each parameter, whether its gradient was found to be dense.
         mean: Whether the captures of a window are averaged.
         keeps: Whether the accumulators hold gradients of earlier windows.
+        fresh: Whether there are no accumulators; see `sago.capture.fresh`.
     """
 
     mean = False
     keeps = False
+    fresh = False
 
     def __init__(self, name: str, flat: Flat, params: Sequence[Tensor]) -> None:
         self.name = name
@@ -75,6 +77,9 @@ class Side:
         if self.written:
             clear(self.buffers)
         self.written = False
+
+    def add(self, i: int, shard: Tensor) -> None:
+        """Keeps gradient `i`, which is not in its accumulator, if there is none."""
 
     def drop(self) -> None:
         """Clears accumulators with an incomplete gradient."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
+from sago.backends.upload import upload
 from sago.core.pairs import Call
 from sago.core.pipeline import Pipeline
 from sago.core.report import SynthesisReport
@@ -20,10 +21,12 @@ class InBackward:
         call: The checked arguments.
         keys: The groups of the report.
         names: The names of the parameters.
-        owner: For each parameter, the index of its buffer.
+        unit: For each parameter, the unit that is synthesized as soon as it is complete, such as its buffer.
         expected: For each parameter, whether the backward may give it a gradient.
-        pipeline_of: Returns the pipeline of a buffer, for the gradients that are present in it.
-        begin: Is called before the updates of a buffer are written.
+        sizes: The bytes of each gradient that waits for its synthesis.
+        limit: Complete units wait until they have so many bytes, so that fewer kernels are launched.
+        pipeline_of: Returns the pipeline of some units, for the gradients that are present in them.
+        begin: Is called before updates are written.
 
     Attributes:
         report: The report, once the block of `synthesize_in_backward` has ended.
@@ -34,65 +37,83 @@ class InBackward:
         call: Call,
         keys: Sequence[Hashable],
         names: Sequence[str],
-        owner: Sequence[int],
+        unit: Sequence[int],
         expected: Sequence[bool],
-        pipeline_of: Callable[[int], Pipeline],
+        sizes: Sequence[int],
+        limit: int,
+        pipeline_of: Callable[[Sequence[int]], Pipeline],
         begin: Callable[[], None],
     ) -> None:
         self.report: SynthesisReport | None = None
-        self._begin = begin
-        self._call, self._keys, self._names, self._owner, self._pipeline_of = (
-            call,
-            keys,
-            names,
-            owner,
-            pipeline_of,
-        )
-        self._waiting: dict[int, set[int]] = {bucket: set() for bucket in owner}
-        for i, bucket in enumerate(owner):
+        self._call, self._keys, self._names, self._unit = call, keys, names, unit
+        self._sizes, self._limit, self._pipeline_of, self._begin = sizes, limit, pipeline_of, begin
+        self._waiting: dict[int, set[int]] = {u: set() for u in unit}
+        for i, u in enumerate(unit):
             if expected[i]:
-                self._waiting[bucket].add(i)
-        self._streams: dict[int, set[torch.cuda.Stream]] = {bucket: set() for bucket in owner}
-        self._taken: list[tuple[Statistics | None, Sequence[int]]] = []
+                self._waiting[u].add(i)
+        self._complete: list[int] = []
+        self._held = 0  # bytes of the complete units
+        self._streams: set[torch.cuda.Stream] = set()
+        # The groups of each run, their numbers of elements and their sums.
+        self._taken: list[tuple[Sequence[Hashable], Sequence[int], Statistics | None]] = []
 
     def arrived(self, i: int, device: torch.device) -> None:
         """Records that gradient `i` is complete. The backward calls it on the stream of that gradient."""
-        bucket = self._owner[i]
-        if bucket not in self._waiting:
+        u = self._unit[i]
+        if u not in self._waiting:
             raise ValueError(
                 "Each gradient should arrive once in synthesize_in_backward. Found a second gradient of "
                 f"`{self._names[i]}` after its update was written: use retain() and synthesize_ for several "
                 "backwards and for reentrant checkpointing."
             )
         if device.type == "cuda":
-            self._streams[bucket].add(torch.cuda.current_stream(device))
-        self._waiting[bucket].discard(i)
-        if not self._waiting[bucket]:
-            for stream in self._streams[bucket]:
-                torch.cuda.current_stream(device).wait_stream(stream)
-            self._run(bucket)
+            self._streams.add(torch.cuda.current_stream(device))
+        if i in self._waiting[u]:
+            self._waiting[u].discard(i)
+            self._held += self._sizes[i]
+        if not self._waiting[u]:
+            del self._waiting[u]
+            self._complete.append(u)
+            if self._held >= self._limit:
+                for stream in self._streams:
+                    torch.cuda.current_stream(device).wait_stream(stream)
+                self._run(self._complete)
 
     def finish(self) -> None:
-        """Synthesizes the buffers that still wait for a gradient, and reports on all buffers."""
-        for bucket in list(self._waiting):
-            self._run(bucket)
-        numel = [sum(row) for row in zip(*(numel for _, numel in self._taken), strict=True)]
-        tables = [taken.table for taken, _ in self._taken if taken is not None]
-        total = Statistics(torch.stack(tables).sum(0), numel) if tables else None
-        self.report = report(self._call, self._keys, numel, total)
+        """Synthesizes the units that still wait for a gradient, and reports on all units."""
+        if self._complete:
+            self._run(self._complete)
+        for u in list(self._waiting):
+            self._run([u])
+        index = {key: row for row, key in enumerate(self._keys)}
+        numel, total = [0] * len(index), None
+        for keys, numels, taken in self._taken:
+            rows = [index[key] for key in keys]
+            for row, n in zip(rows, numels, strict=True):
+                numel[row] += n
+            if taken is not None:
+                taken.wait()
+                if total is None:
+                    total = taken.table.new_zeros(len(index), taken.table.shape[1])
+                # The rows of one table differ, so the order of the additions is fixed.
+                total.index_add_(0, upload(rows, torch.int64, total.device), taken.table)
+        found = None if total is None else Statistics(total, numel)
+        self.report = report(self._call, self._keys, numel, found)
 
-    def _run(self, bucket: int) -> None:
-        del self._waiting[bucket]
-        pipeline = self._pipeline_of(bucket)
-        self._taken.append((pipeline.update(self._call, self._begin), pipeline.numel))
+    def _run(self, units: Sequence[int]) -> None:
+        pipeline = self._pipeline_of(units)
+        self._complete, self._held = [], 0
+        taken = pipeline.update(self._call, self._begin)
+        self._taken.append((pipeline.keys, pipeline.numel, taken))
 
 
 def check_exact(
     call: Call,
     rows: Sequence[int],
     keys: Sequence[Hashable],
-    owner: Sequence[int],
+    unit: Sequence[int],
     devices: Sequence[torch.device],
+    sharded: bool,
 ) -> None:
     """Raises ValueError if an update that is written during the backward would not be exact."""
     instead = "Use retain() and synthesize_ in place of synthesize_in_backward."
@@ -106,7 +127,7 @@ def check_exact(
             f"Rule `{call.rule.name}` needs inner products over all gradients, which are complete only after "
             f"the backward. {instead}"
         )
-    if world_size() > 1:
+    if world_size() > 1 and not sharded:
         raise ValueError(
             "synthesize_in_backward should be used on one rank, because gradients are reduced over ranks "
             f"after the hook. Found {world_size()} ranks. {instead}"
@@ -118,7 +139,7 @@ def check_exact(
         )
     if call.rule.scope == "tensor":
         buffer_of: dict[int, int] = {}
-        for row, buffer in zip(rows, owner, strict=True):
+        for row, buffer in zip(rows, unit, strict=True):
             if buffer_of.setdefault(row, buffer) != buffer:
                 raise ValueError(
                     f"Group {keys[row]!r} should lie in one buffer for synthesize_in_backward. Found it in "

@@ -30,6 +30,14 @@ class Shards(NamedTuple):
     over: SumOver
     layout: Sequence[object]
 
+    def of(self, positions: Sequence[int]) -> Shards:
+        """The same for a part of the list."""
+        return self._replace(
+            counted=[self.counted[i] for i in positions],
+            numel=[self.numel[i] for i in positions],
+            offsets=[self.offsets[i] for i in positions],
+        )
+
 
 def is_dtensor(t: Any) -> bool:
     return type(t) is not Tensor and hasattr(t, "placements") and hasattr(t, "to_local")

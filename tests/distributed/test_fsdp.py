@@ -107,6 +107,39 @@ def test_as_on_one_process(ranks_of, layout, world, replicas, order):
     assert_as_single(ranks_of(world)(trained, layout, chosen), replicas)
 
 
+def with_one_copy():
+    """The parameters and the last reports, with and without retain accumulators."""
+    found = []
+    for rule in ("sago", "pcgrad"):
+        for one_copy in (False, True):
+            model, _, part = laid_out("fsdp")
+            buckets = sago.GradientBuckets(model, one_copy=one_copy)
+            optimizer = optimizer_of(model, Run(rule))
+            for step in range(STEPS):
+                forget, retain = losses_of(model, Run(rule), batches(step, 0, *part))
+                with buckets.forget():
+                    forget().backward()
+                if one_copy:
+                    with buckets.synthesize_in_backward(rule, **WEIGHTS) as block:
+                        retain().backward()
+                    report = block.report
+                else:
+                    with buckets.retain():
+                        retain().backward()
+                    report = buckets.synthesize_(rule, **WEIGHTS)
+                optimizer.step()
+                buckets.zero_()
+            found.append((parameters(model)[0], fields(report)))
+    return found
+
+
+def test_one_copy_has_the_updates_of_two(ranks2):
+    for two_sago, one_sago, two_pcgrad, one_pcgrad in ranks2(with_one_copy):
+        for two, one in ((two_sago, one_sago), (two_pcgrad, one_pcgrad)):
+            assert_equal_tensors(one[0], two[0])
+            assert_equal_reports(one[1], two[1])
+
+
 def trained_in_other_ways():
     """Where parameters come from, which optimizer steps, and when FSDP2 gathers, makes no difference."""
     run, found = Run("pcgrad", accumulation=3, order=FORWARDS_FIRST), []

@@ -4,6 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sago
@@ -47,8 +48,10 @@ def test_updates_written_in_backward_are_those_written_after_it(backend, rule):
         (FP64, "transposed", ALONE, False),
     )
     for dtype, family, made, stats in thin(backend, cases, rule):
-        args, options = (backend, *small(dtype, family), rule, made), {"stats": stats, **WEIGHTS}
-        assert_equal_results(bucketed(*args, True, **options), bucketed(*args, False, **options))
+        pairs, options = small(dtype, family), {"stats": stats, **WEIGHTS}
+        expected = bucketed(backend, *pairs, rule, made, False, **options)
+        for form in (made, {"one_copy": True, **made}):
+            assert_equal_results(bucketed(backend, *pairs, rule, form, True, **options), expected)
 
 
 @pytest.mark.parametrize("rule", ["sago", "pcgrad"])
@@ -63,8 +66,10 @@ def test_updates_written_in_backward_of_buckets_of_all_kinds(backend, rule):
     for made, dtypes in thin(backend, cases, rule):
         forget = [inputs.normal(20 + i, i).to(d) for i, d in enumerate(dtypes)]
         retain = [inputs.normal(20 + i, 9 + i).to(d) for i, d in enumerate(dtypes)]
-        args = backend, forget, retain, rule, made
-        assert_equal_results(bucketed(*args, True, **WEIGHTS), bucketed(*args, False, **WEIGHTS))
+        expected = bucketed(backend, forget, retain, rule, made, False, **WEIGHTS)
+        forms = [made] if "accumulate_dtype" in made else [made, {"one_copy": True, **made}]
+        for form in forms:
+            assert_equal_results(bucketed(backend, forget, retain, rule, form, True, **WEIGHTS), expected)
 
 
 @pytest.mark.parametrize("accumulation", ["sum", "mean"])
@@ -88,12 +93,16 @@ def test_the_last_retain_capture_may_follow_others(fast_backend, accumulation):
 def test_parameters_that_the_backward_does_not_reach_or_that_are_frozen():
     """They are synthesized when the block ends: forget alone, retain of an earlier capture alone, neither."""
     f, r = (t.float() for t in inputs.pair(12))
-    for made in ({}, ALONE):
+    for made in ({}, ALONE, {"one_copy": True}):
         params, buckets = fresh(ANY, [f] * 5, [r] * 5, **made)
-        window(buckets, params, [f, f, None, f, None], [None, None, r, None, None])
+        if made == {"one_copy": True}:
+            with buckets.forget():
+                backward(params, [f, f, None, f, None])
+        else:
+            window(buckets, params, [f, f, None, f, None], [None, None, r, None, None])
         params[3].requires_grad_(False)
         with buckets.synthesize_in_backward("sum") as step:
-            backward(params, [r, None, None, None, None])
+            backward(params, [r, None, r if "one_copy" in made else None, None, None])
         expected, _ = sago.reference.synthesize([f, f, None, f, None], [r, None, r, None, None], "sum")
         properties.assert_equal_bits(grads(params), expected)
         assert step.report.numel.tolist() == [12, 12, 12, 12, 0]
@@ -187,18 +196,72 @@ def test_what_would_not_be_exact_in_backward_is_refused_on_entry(options, made, 
 def assert_lost(buckets, params):
     """`p.grad` is as it is outside of a capture; nothing but zero_ helps, and that does."""
     assert grads(params) == [None] * len(params)
-    for method in (buckets.synthesize_, lambda: buckets.forget().__enter__()):
+    synthesize = buckets.synthesize_in_backward().__enter__
+    for method in (synthesize, lambda: buckets.forget().__enter__()):
         with pytest.raises(ValueError, match=r"gradients of this window should be whole.*zero_"):
             method()
     buckets.zero_()
     ones = [torch.ones(p.shape, dtype=p.dtype) for p in params]
-    window(buckets, params, ones, [3 * t for t in ones])
-    buckets.synthesize_("sum")
+    window(buckets, params, ones, [3 * t for t in ones], {"rule": "sum"})
     assert all((p.grad == 4.0).all() for p in params)
     buckets.zero_()
 
 
-@pytest.mark.parametrize("made", [{}, ALONE], ids=["one buffer", "one a tensor"])
+def test_one_copy_has_no_retain_accumulators():
+    params, buckets = fresh(ANY, *small(), one_copy=True)
+    assert 2 * buckets.nbytes == fresh(ANY, *small())[1].nbytes
+    assert buckets.retain_grads == [None, None]
+    calls = {
+        "retain": buckets.retain,
+        "synthesize_": buckets.synthesize_,
+        "unscale_": lambda: buckets.unscale_(torch.amp.GradScaler("cpu"), torch.optim.SGD(params, 1.0)),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=f"{name} should not be called with `one_copy`"):
+            call()
+    for given in ({"accumulate_dtype": FP32}, {"retain_decay": 0.5}):
+        with pytest.raises(ValueError, match="should be None with `one_copy`"):
+            sago.GradientBuckets(params, one_copy=True, **given)
+    with ranks(2), pytest.raises(ValueError, match="`one_copy` should be False for Distributed"):
+        sago.GradientBuckets(params, one_copy=True)
+
+
+def test_one_copy_of_a_model_with_tied_weights_and_checkpoints():
+    """Several windows in a row; a tied weight has one gradient, and a checkpointed layer one."""
+    found = []
+    for one_copy in (False, True):
+        model = model_of(FP32, "cpu")
+        first, _, last = model
+        last.bias = nn.Parameter(first.bias.detach()[: last.out_features].clone())
+        tied = nn.Parameter(first.weight.detach().clone())
+        first.weight = tied
+        buckets = sago.GradientBuckets(model, one_copy=one_copy)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+        def loss(seed, model=model, tied=tied):
+            x = inputs.normal(20, seed).view(4, 5).float()
+            hidden = checkpoint(model, x, use_reentrant=False)
+            return (hidden**2).mean() + (x @ tied.t()).square().mean()
+
+        for seed in range(3):
+            with buckets.forget():
+                (-loss(seed)).backward()
+            if one_copy:
+                with buckets.synthesize_in_backward("pcgrad"):
+                    loss(seed + 10).backward()
+            else:
+                with buckets.retain():
+                    loss(seed + 10).backward()
+                buckets.synthesize_("pcgrad")
+            optimizer.step()
+            buckets.zero_()
+        found.append([p.detach().clone() for p in model.parameters()])
+    properties.assert_equal_bits(*found)
+
+
+@pytest.mark.parametrize(
+    "made", [{}, ALONE, {"one_copy": True}], ids=["one buffer", "one a tensor", "one copy"]
+)
 def test_a_second_backward_is_refused(made):
     forget, retain = small()
     params, buckets = fresh(ANY, forget, retain, **made)
@@ -261,7 +324,7 @@ def test_an_exception_before_the_backward_loses_nothing():
     properties.assert_equal_bits(grads(params), bucketed(ANY, forget, retain, "sago")[0])
 
 
-@pytest.mark.parametrize("made", [{}, ALONE, {"accumulate_dtype": FP64}], ids=str)
+@pytest.mark.parametrize("made", [{}, ALONE, {"accumulate_dtype": FP64}, {"one_copy": True}], ids=str)
 def test_an_exception_in_or_after_the_backward_loses_the_window(made):
     model = model_of(FP32, "cpu")
     buckets = sago.GradientBuckets(model, **made)
