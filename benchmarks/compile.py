@@ -103,9 +103,9 @@ def record(
 def launches(arch: str, quick: bool = False, configuration: Configuration = SHIPPED) -> list[Launch]:
     """Returns every launch of both kernels on `arch` that differs in its code.
 
-    For every pair of dtypes the quick set has the longest gram, `sago` without statistics and the longest
-    combine. For the first pair it also has all other rules of up to two classes, without statistics. All
-    tensors are aligned, except those of the longest combine.
+    For every pair of dtypes the quick set has the longest gram and the longest combine. For the first pair it
+    also has `sago` without statistics, and on sm_90 all other rules of up to two classes. All tensors are
+    aligned, except those of the longest combine.
     """
     published = (RULES[name] for name in released.RULES)
     rules = [(rule, False) for rule in (*published, _FROM_TABLE, _GATE, _GATE_FROM_TABLE)]
@@ -142,7 +142,8 @@ def launches(arch: str, quick: bool = False, configuration: Configuration = SHIP
             statistics = 15 if rule.gate else 9 if rule.gated else 6
             for sums in (0, statistics) if elementwise else (0,):
                 longest = name == "sago (propagate)" and sums > 0 and not aligned
-                plain = sums == 0 and aligned and (name == "sago" or (pair == PAIRS[0] and not rule.gate))
+                every = arch == "sm_90" and not rule.gate
+                plain = sums == 0 and aligned and pair == PAIRS[0] and (every or name == "sago")
                 if not quick or plain or longest:
                     arguments = rule, 1.0, 1.0, 0.0, gram, sums, None, propagate
                     add("combine", name, sums, pair, aligned, *arguments)

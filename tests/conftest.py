@@ -25,7 +25,7 @@ from sago.backends import compiled
 from tests.support.backends import INTERPRETED, Backend, has_triton
 
 settings.register_profile("default", deadline=None, max_examples=40)
-settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True)
+settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 needs_triton = pytest.mark.skipif(not has_triton(), reason="needs Triton")
