@@ -209,7 +209,8 @@ class GradientBuckets:
 
     def retain(self) -> AbstractContextManager[None]:
         """Backwards inside `with buckets.retain():` accumulate the retain gradient."""
-        self._check_accumulates("retain")
+        if self._retain.fresh:
+            raise _no_accumulators("retain")
         self._check_around()
         return self._window.capture(self._retain)
 
@@ -263,7 +264,8 @@ class GradientBuckets:
             ValueError, TypeError: For invalid arguments, and unless both sides are captured, all captures are
                 closed and no backward ran outside of them.
         """
-        self._check_accumulates("synthesize_")
+        if self._retain.fresh:
+            raise _no_accumulators("synthesize_")
         self._window.check_ready(self._forget, self._retain)
         rule = resolve(rule)
         if self._retain.keeps:
@@ -386,7 +388,8 @@ class GradientBuckets:
         Raises:
             ValueError: If the gradients are already unscaled, or if `synthesize_` could not be called now.
         """
-        self._check_accumulates("unscale_")
+        if self._retain.fresh:
+            raise _no_accumulators("unscale_")
         self._window.check_ready(self._forget, self._retain)
         if isinstance(self._retain, RunningMean):
             raise ValueError(
@@ -555,13 +558,6 @@ class GradientBuckets:
             return 1.0, 1.0
         return 1 / self._forget.weight(self._forget.captures), 1 / self._retain.weight(retain_captures)
 
-    def _check_accumulates(self, method: str) -> None:
-        if self._retain.fresh:
-            raise ValueError(
-                f"{method} should not be called with `one_copy`, because there are no retain accumulators. "
-                "Run the retain backward within synthesize_in_backward, or make the buckets without it."
-            )
-
     def _check_mean(self, rule: Rule) -> None:
         """Raises if a rule or a capture of a CUDA graph does not go with a running mean."""
         if not rule.by_sign:
@@ -689,6 +685,13 @@ class GradientBuckets:
         count_versions([u for u, w in zip(self._updates, written, strict=True) if w])
         grads = zip(self._update_grads, written, strict=True)
         self._window.publish([u if w else None for u, w in grads])
+
+
+def _no_accumulators(method: str) -> ValueError:
+    return ValueError(
+        f"{method} should not be called with `one_copy`, because there are no retain accumulators. Run the "
+        "retain backward within synthesize_in_backward, or make the buckets without `one_copy`."
+    )
 
 
 def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -61,6 +61,7 @@ class Pipeline:
             for device, backend in pairs.backends.items()
         ]
         self._report_rows = report_rows
+        self._no_draws: list[Tensor | None] = [None] * len(self.devices)
 
     def release(self) -> bool:
         """Drops the references to the tensors, which the caller then keeps alive.
@@ -81,7 +82,7 @@ class Pipeline:
         `begin` is called before the first write. An earlier error leaves all gradients as they are.
         """
         rule, wanted = call.rule, call.sums
-        draws: list[Tensor | None] = [None] * len(self.devices)
+        draws = self._no_draws
         if call.draw is not None:
             draws = [call.draw.to(there.device) for there in self.devices]
         if call.draw is not None and not self._located:
