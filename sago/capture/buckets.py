@@ -32,6 +32,7 @@ from sago.ranks.dtensor import Shards
 from sago.ranks.sum_over import SumOver
 from sago.rules import Rule, resolve
 
+_WAITING = 32 * 2**20  # bytes of complete gradients that may wait for others, with `one_copy`
 _PATTERNS = 8  # pipelines that are kept: one for each set of parameters without a gradient
 
 
@@ -49,10 +50,11 @@ class GradientBuckets:
 
     Inside `forget()` and `retain()`, `p.grad` is the accumulator of that side, and autograd itself adds to
     it. Outside of them `p.grad` is None, until `synthesize_` writes the update over the retain gradient and
-    makes it `p.grad`. The accumulators are two flat copies of the gradients, which are allocated when the
-    buckets are made. No other memory of that size is allocated. The accumulators are zero after `zero_`, so a
-    checkpoint does not need them. With `retain_decay` and rules that keep numbers, it needs `state_dict`. The
-    buckets must be kept alive for a CUDA graph that has captured a synthesis.
+    makes it `p.grad`. The accumulators are two flat copies of the gradients, or one with `one_copy`, which
+    are allocated when the buckets are made. No other memory of that size is allocated. The accumulators are
+    zero after `zero_`, so a checkpoint does not need them. `retain_decay` and rules with a memory are the
+    exceptions, for which a checkpoint needs `state_dict`. The buckets must be kept alive for a CUDA graph
+    that has captured a synthesis.
 
     A window is the time between two updates. It holds captures of both sides in any order and number, nested
     or not, each with any number of backwards. If no backward of a side reaches a parameter, the parameter has
@@ -85,7 +87,8 @@ class GradientBuckets:
             in bf16. Losses must not be scaled, which the buckets cannot notice.
         one_copy: Whether the retain side has no accumulators, which halves the memory. The only retain
             backward of a window then runs in `synthesize_in_backward`, after all forget backwards. The update
-            is written over the forget gradient. It works on one process and with FSDP2.
+            is written over the forget gradient. Besides the accumulators, the largest gradient is held, or
+            that of the largest group for a rule of tensor scope. It works on one process and with FSDP2.
         bucket_cap_mb: The largest size of a flat buffer in MiB. A larger tensor has a buffer of its own.
         backend: As in `sago.synthesize_`.
 
@@ -197,7 +200,7 @@ class GradientBuckets:
         self._memory = RuleMemory(next(iter(self._backends)))
         sizes = [p.numel() for p in self._params] if self._shards is None else self._shards.numel
         self._before = [0, *itertools.accumulate(sizes)]
-        # Of whole gradients, so that all ranks synthesize the same ones together.
+        # The sizes of whole gradients, so that all ranks synthesize the same gradients together.
         self._sizes = [n * v.element_size() for n, v in zip(sizes, self._forget.views, strict=True)]
         if self._ranks is not None:
             self._ranks.start()
@@ -315,15 +318,17 @@ class GradientBuckets:
 
         A hook writes the update of a flat buffer as soon as all of its retain gradients are complete. With
         `one_copy`, it does so for each gradient, or for some small ones together, and drops the retain
-        gradient. The result has the bits of `synthesize_`. The block must contain one backward, the last one
-        of the window, and the forget gradient must be complete before it. Non-finite gradients propagate.
-        Clipping and "zero_update" need the whole gradient first, so only `synthesize_` has them.
+        gradient. The result has the bits of `synthesize_`, except that on several ranks the last bits of sums
+        may differ. The block must contain one backward, the last one of the window, and the forget gradient
+        must be complete before it. Non-finite gradients propagate. "zero_update" needs the whole gradient
+        first, so only `synthesize_` has it. Clip after the block.
 
         Raises:
             ValueError: If the result would not be exact: for rules of global scope, for groups that lie in
-                several buffers, for parameters on several devices, and if torch.distributed has several
-                ranks, because gradients are reduced over them after the hook. If a gradient arrives a second
-                time, because of a second backward or of reentrant checkpointing, the window is lost.
+                several buffers, for parameters on several devices, and, except for `one_copy` with FSDP2, if
+                torch.distributed has several ranks, because gradients are reduced over them after the hook.
+                If a gradient arrives a second time, because of a second backward or of reentrant
+                checkpointing, the window is lost.
         """
         window, retain = self._window, self._retain
         window.check_ready(self._forget)
@@ -349,24 +354,33 @@ class GradientBuckets:
         rows, keys = self._rows(call.rule)
         expected = [p.requires_grad for p in self._params]
         if isinstance(retain, FreshGradients):
-            unit, sizes = rows if call.rule.scope == "tensor" else list(range(len(rows))), self._sizes
+            unit = rows if call.rule.scope == "tensor" else list(range(len(rows)))
             members: dict[int, list[int]] = {}
             for i, u in enumerate(unit):
                 members.setdefault(u, []).append(i)
-            # The largest gradient has to fit beside the accumulators anyway.
-            limit, pipeline_of = max(sizes), partial(self._fresh_pipeline, call.rule, retain, members)
+            sizes = {u: sum(self._sizes[i] for i in found) for u, found in members.items()}
+            # Little beside the largest gradient, which has to fit beside the accumulators.
+            limit = min(max(self._sizes) // 16, _WAITING)
+            pipeline_of = partial(self._fresh_pipeline, call.rule, retain, members)
         else:
-            unit, sizes, limit = retain.owner, [0] * len(rows), 0
+            unit, sizes, limit = retain.owner, dict.fromkeys(retain.owner, 0), 0
             pipeline_of = partial(self._pipeline_of_buffer, call)
         sharded = retain.fresh and self._shards is not None
         check_exact(call, rows, keys, unit, list(self._backends), sharded)
         if self._shards is not None:
             self._check_agreed(self._shards)
+            if draw is not None and None in self._shards.offsets:
+                raise ValueError(
+                    "Parameters should be sharded along their first dimension for a rule with a random gate, "
+                    f"whose numbers depend on the positions of elements. Found {rule.name!r}."
+                )
         arguments = unit, expected, sizes, limit, pipeline_of, window.begin
         step = InBackward(call, keys, window.names, *arguments)
         with window.updating():
             with window.capture(retain, step.arrived):
                 yield step
+            if self._shards is not None:
+                self._check_agreed(self._shards)
             step.finish()
             if call.draw is not None:
                 call.draw[1] += 1
@@ -498,7 +512,7 @@ class GradientBuckets:
 
     def __repr__(self) -> str:
         return (
-            f"GradientBuckets({len(self._params)} parameters, {len(self._retain.buffers)} buffers a side, "
+            f"GradientBuckets({len(self._params)} parameters, {len(self._forget.buffers)} buffers a side, "
             f"{self.nbytes / 2**20:.1f} MiB)"
         )
 

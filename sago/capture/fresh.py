@@ -31,7 +31,8 @@ class FreshGradients(Side):
     def add(self, i: int, shard: Tensor) -> None:
         """Keeps a gradient that a backward has made. A second one is added to it."""
         before = self.arrived[i]
-        self.arrived[i] = shard if before is None else before.add_(shard)
+        # Autograd may give two parameters gradients that share memory, so the sum is a new tensor.
+        self.arrived[i] = shard if before is None else before + shard
 
     def present(self, grads: Sequence[Tensor]) -> list[Tensor | None]:
         return [None] * len(grads)  # `grads` are those of the other side

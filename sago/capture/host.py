@@ -209,15 +209,12 @@ class GradHost:
     def _widen(self, capture: Capture, i: int, p: Tensor) -> None:
         """Adds `p.grad`, which autograd has written, to the wider accumulator."""
         if self._mounted is capture and p.grad is not None:
-            shard = local_as(p.grad, p)
-            if shard.device.type == "cpu" and torch.cuda.is_initialized() and shard.is_pinned():
-                torch.cuda.current_stream().synchronize()  # FSDP2, before torch 2.13, may still be copying
-            capture.side.views[i].add_(shard)
+            capture.side.views[i].add_(_arrived_shard(p))
             p.grad = None
 
     def _put_back(self, capture: Capture, i: int, g: Tensor) -> None:
         """Mounts a running mean again that zero_grad(set_to_none=True) took away."""
-        if self._params[i].grad is None:
+        if self._mounted is capture and self._params[i].grad is None:
             self._check_begun(capture, i)
             self._params[i].grad = capture.side.grads[i]
 
@@ -234,15 +231,28 @@ class GradHost:
         )
 
     def _arrive(self, capture: Capture, arrived: Arrived, i: int, p: Tensor) -> None:
-        if capture.side.fresh and p.grad is not None:
+        if capture.side.fresh:
+            if p.grad is None:
+                raise ValueError(
+                    f"`{self._names[i]}.grad` should be the gradient that the backward has just made. Found "
+                    "None: another hook has taken it. Make the buckets without `one_copy`."
+                )
             _refuse_sparse(self._names[i], p.grad)
-            capture.side.add(i, local_as(p.grad, p))
+            capture.side.add(i, _arrived_shard(p))
             p.grad = None
         else:
             self._settle(capture.side, i)
             p.grad = None if self._wider[i] else capture.side.grads[i]
         capture.side.touched[i] = capture.reached = capture.side.written = True
         arrived(i, p.device)
+
+
+def _arrived_shard(p: Tensor) -> Tensor:
+    """The gradient that a backward has just made, on this rank."""
+    shard: Tensor = local_as(p.grad, p)
+    if shard.device.type == "cpu" and torch.cuda.is_initialized() and shard.is_pinned():
+        torch.cuda.current_stream().synchronize()  # FSDP2, before torch 2.13, may still be copying
+    return shard
 
 
 def _refuse_sparse(name: str, g: Tensor) -> None:

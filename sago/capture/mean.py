@@ -72,6 +72,7 @@ class RunningMean(Side):
             self.written = self._interrupted = False
 
     def drop(self) -> None:
+        self._interrupted = True
         past, self.past, self.kept = self.past, 0.0, [False] * len(self.kept)
         clear(self.buffers)
         self.written = self._interrupted = False
@@ -93,13 +94,14 @@ class RunningMean(Side):
 
     @torch.no_grad()
     def restore(self, shards: Sequence[Tensor | None], past: float) -> None:
-        """Replaces the accumulators by those that other buckets had, or these."""
+        """Replaces the accumulators by saved ones, which may be these accumulators themselves."""
         for view, shard in zip(self.views, shards, strict=True):
             if shard is None:
                 clear([view])
             else:
                 view.copy_(shard)
-        self.kept, self.past, self.written = [shard is not None for shard in shards], past, False
+        self.kept, self.past = [shard is not None for shard in shards], past
+        self.written = self._interrupted = False
 
     def saved(self, names: Sequence[str]) -> dict[str, Any]:
         """The mean in the form that the next window begins with, for `GradientBuckets.state_dict`."""
@@ -113,7 +115,7 @@ class RunningMean(Side):
         return {"retain_mean": {n: g for n, g, kept in named if kept}, "retain_weight": self.past}
 
     def check_same(self, over: SumOver) -> None:
-        """Raises on every rank if the ranks have other weights or other parameters."""
+        """Raises on every rank if the weights or the parameters of the mean differ between the ranks."""
         weight = struct.unpack("<q", struct.pack("<d", self.past))[0]
         flags = [*self.kept, *(bool(weight >> i & 1) for i in range(64))]
         if not all(over.agree(flags, self.views[0].device)):

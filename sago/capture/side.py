@@ -79,7 +79,7 @@ class Side:
         self.written = False
 
     def add(self, i: int, shard: Tensor) -> None:
-        """Keeps gradient `i`, which is not in its accumulator, if there is none."""
+        """Keeps gradient `i` of a side that has no accumulators."""
 
     def drop(self) -> None:
         """Clears accumulators with an incomplete gradient."""

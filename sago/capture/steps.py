@@ -63,7 +63,7 @@ class StepWatch:
             return
         capture = window.current
         if capture is not None:
-            if not capture.alone:
+            if not capture.alone or capture.side.fresh:
                 name = capture.side.name
                 raise ValueError(
                     f"optimizer.step() should come after synthesize_. Found one within {name}(), where "

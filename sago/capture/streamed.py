@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 
@@ -23,7 +23,7 @@ class InBackward:
         names: The names of the parameters.
         unit: For each parameter, the unit that is synthesized as soon as it is complete, such as its buffer.
         expected: For each parameter, whether the backward may give it a gradient.
-        sizes: The bytes of each gradient that waits for its synthesis.
+        sizes: The bytes of each unit that waits for its synthesis.
         limit: Complete units wait until they have so many bytes, so that fewer kernels are launched.
         pipeline_of: Returns the pipeline of some units, for the gradients that are present in them.
         begin: Is called before updates are written.
@@ -39,7 +39,7 @@ class InBackward:
         names: Sequence[str],
         unit: Sequence[int],
         expected: Sequence[bool],
-        sizes: Sequence[int],
+        sizes: Mapping[int, int],
         limit: int,
         pipeline_of: Callable[[Sequence[int]], Pipeline],
         begin: Callable[[], None],
@@ -63,17 +63,16 @@ class InBackward:
         if u not in self._waiting:
             raise ValueError(
                 "Each gradient should arrive once in synthesize_in_backward. Found a second gradient of "
-                f"`{self._names[i]}` after its update was written: use retain() and synthesize_ for several "
-                "backwards and for reentrant checkpointing."
+                f"`{self._names[i]}` after its update was written: use retain() and synthesize_, without "
+                "`one_copy`, for several backwards and for reentrant checkpointing."
             )
         if device.type == "cuda":
             self._streams.add(torch.cuda.current_stream(device))
-        if i in self._waiting[u]:
-            self._waiting[u].discard(i)
-            self._held += self._sizes[i]
+        self._waiting[u].discard(i)
         if not self._waiting[u]:
             del self._waiting[u]
             self._complete.append(u)
+            self._held += self._sizes[u]
             if self._held >= self._limit:
                 for stream in self._streams:
                     torch.cuda.current_stream(device).wait_stream(stream)
@@ -116,7 +115,7 @@ def check_exact(
     sharded: bool,
 ) -> None:
     """Raises ValueError if an update that is written during the backward would not be exact."""
-    instead = "Use retain() and synthesize_ in place of synthesize_in_backward."
+    instead = "Use retain() and synthesize_ in place of synthesize_in_backward, without `one_copy`."
     if call.rule.state:
         raise ValueError(
             f"Rule `{call.rule.name}` keeps numbers of all groups from step to step, which a backward cannot "

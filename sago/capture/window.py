@@ -269,12 +269,13 @@ class Window:
                 f"Captures should be closed before zero_. Found an open {self._open[-1].side.name}()."
             )
         self._host.clear()
-        incomplete, self._incomplete = self._incomplete, set()
+        incomplete = self._incomplete
         unused = [side for side in (self.forget, self.retain) if side.captures and side not in incomplete]
         self._end(Action.CLEAR)
         for side in (self.forget, self.retain):
             if side not in incomplete:
                 side.clear()
+        self._incomplete = set()
         for side in incomplete:
             side.drop()
         for side in unused:

@@ -133,6 +133,34 @@ def with_one_copy():
     return found
 
 
+class Layers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, names):
+        return sum(getattr(self, name)(x) for name in names)
+
+
+def reached_other_layers():
+    model = fully_shard(Layers(), mesh=mesh_of(shard=2))
+    buckets = sago.GradientBuckets(model, one_copy=True)
+    with buckets.forget():
+        model(torch.ones(2, 4), "ab").sum().backward()
+
+    def backwards():
+        with buckets.synthesize_in_backward("sago", stats=False):
+            model(torch.ones(2, 4), "ab"[share()[0]]).square().sum().backward()
+
+    return error_of(backwards)
+
+
+def test_one_copy_where_ranks_reach_other_parameters(ranks2):
+    for kind, text in ranks2(reached_other_layers):
+        assert kind is ValueError
+        assert "should be reached by retain backwards on every rank or on none" in text
+
+
 def test_one_copy_has_the_updates_of_two(ranks2):
     for two_sago, one_sago, two_pcgrad, one_pcgrad in ranks2(with_one_copy):
         for two, one in ((two_sago, one_sago), (two_pcgrad, one_pcgrad)):

@@ -1,6 +1,7 @@
 """What captures run and allocate: nothing of a gradient's size, and no wait for the device."""
 
 import gc
+import itertools
 
 import numpy as np
 import pytest
@@ -160,6 +161,11 @@ def test_a_step_with_one_copy_holds_as_much_as_a_plain_step(chain, rule):
     step(chain[:1])  # compiles
     copy_size = sum(p.nbytes for p in chain.parameters())
     assert copy_size < peak(lambda: step(chain)) <= 1.02 * copy_size
+    widths = [256, 4096, *[256] * 60, 4096, 256]
+    layers = (nn.Linear(m, n, bias=False) for m, n in itertools.pairwise(widths))
+    unequal = nn.Sequential(*layers)
+    sizes = [p.nbytes for p in unequal.parameters()]
+    assert peak(lambda: step(unequal)) <= sum(sizes) + 1.1 * max(sizes)
 
 
 def test_a_third_copy_is_seen(chain):

@@ -226,6 +226,53 @@ def test_one_copy_has_no_retain_accumulators():
         sago.GradientBuckets(params, one_copy=True)
 
 
+def test_one_copy_of_gradients_that_share_memory():
+    """Autograd gives `p` and `q` views of one tensor. The second gradient of `p` is added to `p` alone."""
+    found = []
+    for one_copy in (False, True):
+        params = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((4,), (2, 2), (3,))]
+        p, q, last = params
+        buckets = sago.GradientBuckets(params, groups=["a"] * 3, one_copy=one_copy)
+        with buckets.forget():
+            backward(params, [torch.ones_like(t) for t in params])
+        weights = torch.tensor([2.0, 3.0, 4.0, 5.0])
+        with buckets.synthesize_in_backward("pcgrad"):
+            (weights * (p + q.view(4))).sum().backward()
+            (10 * p).sum().backward()
+            last.sum().backward()
+        found.append(grads(params))
+    properties.assert_equal_bits(*found)
+
+
+def test_a_gradient_that_another_hook_takes():
+    params, buckets = fresh(ANY, *small(), one_copy=True)
+    with buckets.forget():
+        backward(params, small()[0])
+    params[0].register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+
+    def taken():
+        with buckets.synthesize_in_backward("sago"):
+            backward(params, small()[1])
+
+    with pytest.raises(ValueError, match="another hook has taken it"):
+        taken()
+
+
+def test_an_optimizer_step_in_the_block_of_one_copy():
+    params, buckets = fresh(ANY, *small(), one_copy=True)
+    optimizer = torch.optim.SGD(params, 0.1)
+    with buckets.forget():
+        backward(params, small()[0])
+
+    def early():
+        with buckets.synthesize_in_backward("sago"):
+            backward(params, small()[1])
+            optimizer.step()
+
+    with pytest.raises(ValueError, match=r"optimizer.step\(\) should come after"):
+        early()
+
+
 def test_one_copy_of_a_model_with_tied_weights_and_checkpoints():
     """Several windows in a row; a tied weight has one gradient, and a checkpointed layer one."""
     found = []

@@ -314,6 +314,20 @@ def kept(ff, fr, rr, gamma, alpha, state):
     return gamma, alpha, count + 1.0, fr
 
 
+def test_zero_grad_in_a_nested_capture():
+    """It drops the forget gradient of that capture, and leaves the mean of the capture around it."""
+    updates = []
+    for zeroed in (False, True):
+        params, buckets = made(retain_decay=DECAY)
+        step(buckets, params, "sum", 0)
+        with buckets.retain():
+            torch.autograd.backward(params, gradients(150))
+            drop(buckets.forget, params, ["zero"] * zeroed + ["backward"])
+        buckets.synthesize_("sum")
+        updates.append([p.grad.clone() for p in params])
+    assert_equal_bits(*updates)
+
+
 def test_numbers_of_each_group_are_kept_unless_they_are_not_finite():
     rule = sago.Rule("kept", kept, "tensor", state=(2.0, 5.0))
     params, buckets = made()
