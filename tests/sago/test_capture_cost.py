@@ -165,7 +165,7 @@ def test_a_step_with_one_copy_holds_as_much_as_a_plain_step(chain, rule):
     layers = (nn.Linear(m, n, bias=False) for m, n in itertools.pairwise(widths))
     unequal = nn.Sequential(*layers)
     sizes = [p.nbytes for p in unequal.parameters()]
-    # Complete gradients wait until they have 1/16 of the largest. The sums have less than 1 MiB of partial sums.
+    # Complete gradients wait until they have 1/16 of the largest. Partial sums have less than 1 MiB.
     assert peak(lambda: step(unequal)) <= sum(sizes) + (1 + 1 / 16) * max(sizes) + 2**20
 
 
