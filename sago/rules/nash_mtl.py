@@ -8,21 +8,22 @@ length is `gamma*sqrt(2)`. It promises nothing: for unequal weights, `<u,r>` can
 
 The update is `(gamma + alpha)/sqrt(2) * r/|r|` for parallel and equal gradients. For antiparallel gradients
 the equation has no solution, and the update is 0. If one gradient is 0, the update is the unit vector of the
-other, weighted. Close to antiparallel the coefficients grow without bound, up to about 1e8 times those of
-`ngdiff`.
+other, weighted. Close to antiparallel the coefficients grow, up to 500 times those of `ngdiff`. A cosine
+below -1 + 4e-6 counts as -1, because the inner products have an error of 1e-6.
 
 Source: Nash-MTL, Navon et al. 2022, arXiv 2202.01017, in closed form.
 """
 
 import math
 
-from sago.rules.language import ratio, scaled, sqrt
+from sago.rules.language import ratio, scaled, sqrt, where
 from sago.rules.rule import Guarantees, Rule
 from sago.rules.shared import cosine
 
 
 def coefficients(ff, fr, rr, gamma, alpha):
-    scale = sqrt(1.0 + cosine(ff, fr, rr))
+    opening = 1.0 + cosine(ff, fr, rr)
+    scale = sqrt(where(opening <= 4e-6, 0.0, opening))
     return scaled(gamma, ratio(1.0, sqrt(ff) * scale)), scaled(alpha, ratio(1.0, sqrt(rr) * scale))
 
 
@@ -34,7 +35,7 @@ def reference(ff: float, fr: float, rr: float, gamma: float, alpha: float) -> tu
         return (math.nan,) * 4
     f, r = math.sqrt(ff), math.sqrt(rr)
     c = fr / f / r if ff > 0 and rr > 0 else 0.0
-    if c <= -1:
+    if 1 + c <= 4e-6:
         return (0.0,) * 4
     # For each p the second equation has one solution q > 0. The sign of the rest of the first is monotone.
     low, high = 0.0, 2.0**30
