@@ -94,7 +94,7 @@ def plus_product(total, x, y):
 
 @triton.jit
 def mix(x):
-    """As in `sago.rules.draws`, on 32-bit numbers."""
+    """Computes `sago.rules.draws.mix` on 32-bit numbers."""
     x = (x ^ (x >> 16)) * tl.full((), 0x21F0AAAD, tl.uint32)
     x = (x ^ (x >> 15)) * tl.full((), 0x735A2D97, tl.uint32)
     return x ^ (x >> 15)

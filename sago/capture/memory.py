@@ -32,7 +32,7 @@ class RuleMemory:
         if not rule.state:
             return None
         groups = len(keys)
-        if self._initial.setdefault(rule.name, rule.state) != rule.state:
+        if self._initial.get(rule.name, rule.state) != rule.state:
             raise ValueError(
                 f"Rules named {rule.name!r} should have the same initial `state`, because they share their "
                 f"numbers. Found {self._initial[rule.name]} and {rule.state}. Give one of them another name."
@@ -41,11 +41,12 @@ class RuleMemory:
             self._check_not_capturing(rule)
             table = torch.tensor([rule.state], dtype=torch.float64).repeat(groups, 1)
             self._states[rule.name] = upload(table, torch.float64, self._device)
+        self._initial[rule.name] = rule.state
         found = self._states[rule.name]
         if found.shape != (groups, len(rule.state)):
             raise ValueError(
                 f"The numbers of rule {rule.name!r} should have shape {(groups, len(rule.state))}. Found "
-                f"{tuple(found.shape)} in the state that was loaded, which is of other groups."
+                f"{tuple(found.shape)}, of a state that was loaded or of another rule with this name."
             )
         return found
 
@@ -53,7 +54,7 @@ class RuleMemory:
         """The seed and the step of a random gate, int64 `[2]`. None for other rules."""
         if rule.seed is None:
             return None
-        if self._seeds.setdefault(rule.name, rule.seed) != rule.seed:
+        if self._seeds.get(rule.name, rule.seed) != rule.seed:
             raise ValueError(
                 f"Rules named {rule.name!r} should have the same seed, because they share their steps. Found "
                 f"{self._seeds[rule.name]} and {rule.seed}. Give one of them another name."
@@ -61,6 +62,7 @@ class RuleMemory:
         if rule.name not in self._draws:
             self._check_not_capturing(rule)
             self._draws[rule.name] = upload([rule.seed, 0], torch.int64, self._device)
+        self._seeds[rule.name] = rule.seed
         return self._draws[rule.name]
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:

@@ -109,7 +109,7 @@ def drawn_on_shards():
 
 
 def gradients():
-    shapes = (7, 5), (3,), (1, 4)  # of the last one, a rank has no rows
+    shapes = (7, 5), (3,), (1, 4)  # one rank holds no row of the last tensor
     return [[torch.randn(s, generator=torch.manual_seed(i)) for s in shapes] for i in range(2)]
 
 
@@ -117,6 +117,7 @@ def test_shards_draw_the_numbers_of_the_whole(ranks2):
     expected, report = sago.synthesize(*gradients(), sago.rules.graddrop(3))
     for updates, uu, error in ranks2(drawn_on_shards):
         assert_equal_bits(updates, expected)
+        # All terms are positive. Each of the two sums has at most 4 times the error of a sum, 1e-6.
         torch.testing.assert_close(torch.tensor(uu), report.uu.cpu(), rtol=1e-5, atol=0.0, check_dtype=False)
         assert "sharded along their first dimension" in error[1]
 

@@ -135,7 +135,7 @@ def _serve() -> None:
             return
         try:
             answer: Compiled | BaseException = _compile(request)
-        except Exception as error:  # the asking process raises it
+        except Exception as error:  # any error of Triton goes to the asking process, which raises it
             answer = RuntimeError(f"{type(error).__name__}: {error}")
         pickle.dump(answer, answers)
         answers.flush()
