@@ -226,6 +226,29 @@ def test_one_copy_has_no_retain_accumulators():
         sago.GradientBuckets(params, one_copy=True)
 
 
+@pytest.mark.parametrize("rule", ["pcgrad", "graddrop"])
+def test_one_copy_of_small_gradients_that_are_synthesized_together(rule):
+    """Each has its row of the report and its positions. The second window is the next step of a random gate."""
+    found = []
+    for one_copy in (False, True):
+        params = [nn.Parameter(torch.zeros(n)) for n in (20, 30, 2000, 40, 50)]
+        buckets = sago.GradientBuckets(params, one_copy=one_copy)
+        for step in range(2):
+            forget, retain = (
+                [inputs.normal(p.numel(), 100 * step + 10 * side + i).float() for i, p in enumerate(params)]
+                for side in range(2)
+            )
+            if one_copy:
+                report = window(buckets, params, forget, retain, {"rule": rule})
+            else:
+                window(buckets, params, forget, retain)
+                report = buckets.synthesize_(rule)
+            found.append((grads(params), report))
+            buckets.zero_()
+    for two, one in zip(found[:2], found[2:], strict=True):
+        assert_equal_results(one, two)
+
+
 def test_one_copy_of_gradients_that_share_memory():
     """Autograd gives `p` and `q` views of one tensor. The second gradient of `p` is added to `p` alone."""
     found = []

@@ -449,8 +449,15 @@ def counted(ff, fr, rr, gamma, alpha, state):
 
 
 def test_numbers_of_an_elementwise_rule():
-    """The weight of forget is 0 in the first step."""
+    """The weight of forget is 0 in the first step. Each group has its own count."""
     rule = sago.Rule("warm-up", counted, "element", state=(0.0,))
+    for stats in (True, False):
+        params, buckets = made()
+        counts = {"rules": {"warm-up": torch.tensor([[0.0], [1.0]], dtype=torch.float64)}}
+        buckets.load_state_dict({**buckets.state_dict(), **counts})
+        first, second = step(buckets, params, rule, 0, stats=stats)
+        assert_equal_bits([first], gradients(50)[:1])
+        assert_equal_bits([second], [gradients(0)[1] + gradients(50)[1]])
     for stats in (True, False):
         params, buckets = made()
         first, second = (step(buckets, params, rule, 0, stats=stats) for _ in range(2))
