@@ -228,7 +228,7 @@ def test_one_copy_has_no_retain_accumulators():
 
 @pytest.mark.parametrize("rule", ["pcgrad", "graddrop"])
 def test_one_copy_of_small_gradients_that_are_synthesized_together(rule):
-    """Each has its row of the report and its positions. The second window is the next step of a random gate."""
+    """Each has its own row of the report and its own positions. A random gate is at step 1 in window 2."""
     found = []
     for one_copy in (False, True):
         params = [nn.Parameter(torch.zeros(n)) for n in (20, 30, 2000, 40, 50)]
