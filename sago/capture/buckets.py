@@ -147,6 +147,11 @@ class GradientBuckets:
             raise ValueError(
                 f"Parameter `retain_decay` should be None or between 0 and 1. Found {retain_decay}."
             )
+        if one_copy and retain_decay is not None:
+            raise ValueError(
+                "Parameter `retain_decay` should be None with `one_copy`, because there are no retain "
+                f"accumulators. Found {retain_decay}."
+            )
         if accumulation not in ("sum", "mean"):
             raise ValueError(f"Parameter `accumulation` should be 'sum' or 'mean'. Found {accumulation!r}.")
         if accumulate_dtype not in (None, torch.float32, torch.float64):
@@ -163,11 +168,6 @@ class GradientBuckets:
         self._params, self._keys = chosen.tensors, chosen.keys
         self._grouped = groups is not None
         self._forget, self._retain = opened.forget, opened.retain
-        if one_copy and retain_decay is not None:
-            raise ValueError(
-                "Parameter `retain_decay` should be None with `one_copy`, because there are no retain "
-                f"accumulators. Found {retain_decay}."
-            )
         if retain_decay is not None:
             if engine is not None and engine.scaled:
                 raise ValueError(
