@@ -70,9 +70,16 @@ def synthesize_(
     """
     rule = resolve(rule)
     check_backend(backend)
-    pipeline, updates = find(forget, retain, rule, out, groups, reduce_gram, backend, dtensor)
+    pipeline, updates, lists = find(forget, retain, rule, out, groups, reduce_gram, backend, dtensor)
     devices = [there.device for there in pipeline.devices]
-    report = pipeline.synthesize(check_call(rule, gamma, alpha, eps, stats, reduce_gram, devices))
+    call = check_call(rule, gamma, alpha, eps, stats, reduce_gram, devices)
+    if lists is not None:
+        pipeline.bind(*lists)
+    try:
+        report = pipeline.synthesize(call)
+    finally:
+        if lists is not None:
+            pipeline.release()
     count_versions(updates)
     return report
 

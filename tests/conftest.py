@@ -21,7 +21,7 @@ os.environ.setdefault(
     ),
 )
 
-from sago.backends import compiled
+from sago.backends import inductor
 from tests.support.backends import INTERPRETED, Backend, has_triton
 
 settings.register_profile("default", deadline=None, max_examples=40)
@@ -103,7 +103,7 @@ def device(request):
 @pytest.fixture
 def compiled_at_once(monkeypatch):
     """The CPU path compiles what it would otherwise run uncompiled until a compilation pays."""
-    monkeypatch.setattr(compiled, "COMPILE_AT_ONCE", compiled.COMPILE_FROM)
+    monkeypatch.setattr(inductor, "COMPILE_AT_ONCE", inductor.COMPILE_FROM)
 
 
 @pytest.fixture(scope="module")

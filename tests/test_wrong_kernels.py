@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sago import synthesis
-from sago.backends import compiled, sums
+from sago.backends import compiled, graphs, packs, sums
 from sago.backends.streams import Cache
 from sago.capture import buckets, side
 from sago.core import coefficients, pipeline, seen, statistics
@@ -39,12 +39,15 @@ from tests.support.checks import (
     products_over_blocks,
     products_over_chunks,
     propagated,
+    propagated_from_one,
     range_,
     report,
     rounding,
     signed_zeros,
+    small_tensors,
     specials,
     subnormals,
+    sums_beside_inf,
     sums_over_chunks,
     sums_over_spans,
     switched_off,
@@ -53,6 +56,7 @@ from tests.support.checks import (
     weights,
     weights_of_zero,
     zero_update,
+    zeros_of_some,
 )
 
 if not INTERPRETED:
@@ -299,28 +303,33 @@ KERNELS = {
     },
 }
 ON_THE_CPU = {
-    (compiled, "_conflict"): {
-        "product instead of signs": (
-            "torch.where(f > 0, r, torch.where(f < 0, -r, 0.0)) < 0",
-            "f * r < 0",
-            subnormals,
-        ),
-        "zeros conflict": ("f > 0", "f >= 0", specials),
-        "NaN conflicts": ("torch.where(f < 0, -r, 0.0)", "-r", specials),
+    (graphs, "_signed"): {
+        "product instead of signs": ("(f * large) * (r * large)", "f * r", subnormals),
+        "one side scaled": ("(r * large)", "r", subnormals),
     },
-    (compiled, "_gated_combine"): {
+    (graphs, "_conflict"): {
+        "zeros conflict": ("< 0", "<= 0", specials),
+    },
+    (graphs, "update_by_class"): {
         "swapped branches": ("where(_conflict(f, r)", "where(~_conflict(f, r)", tails),
-        "nothing propagates": ("if propagate else u", "if False else u", propagated),
     },
-    (compiled, "_combine"): {
+    (graphs, "update"): {
         "swapped gradients": (
             "_weighted(a, f, b, r, terms)",
             "_weighted(b, f, a, r, terms)",
             missing,
         ),
+    },
+    (graphs, "_write"): {
         "nothing propagates": ("if propagate else u", "if False else u", propagated),
     },
-    (compiled, "_propagated"): {
+    (graphs, "simplified"): {
+        "NaN of forget is not seen": ("f.sum() + r.sum()", "r.sum()", propagated_from_one),
+        "NaN of retain is not seen": ("f.sum() + r.sum()", "f.sum()", propagated_from_one),
+        "some zeros are all zeros": ('"zero" if every[k]', '"zero" if some[k]', zeros_of_some),
+        "some zeros are none": ('"any" if some[k]', '"nonzero" if some[k]', zeros_of_some),
+    },
+    (graphs, "_propagated"): {
         "only forget propagates": ("(f - f) + (r - r) == 0", "f - f == 0", propagated),
         "only retain propagates": ("(f - f) + (r - r) == 0", "r - r == 0", propagated),
         "inf does not propagate": ("(f - f) + (r - r) == 0", "(f == f) & (r == r)", propagated),
@@ -329,22 +338,37 @@ ON_THE_CPU = {
     (coefficients, "limited"): {
         "zeros hide the norm": ('"zero" if call.max_norm is None else None', '"zero"', clipping_of_inf),
     },
-    (compiled, "_weighted"): {
+    (graphs, "_weighted"): {
         "0 * NaN of retain": ('y = zero if terms[1] == "zero" else b * r', "y = b * r", weights_of_zero),
-        "0 * NaN of forget": ("torch.where(a == 0, y, u)", "u", weights_of_zero),
+        "0 * NaN of forget": ("torch.where(a == 0, y, u)", "u", zeros_of_some),
         "-0 becomes 0": ('if "zero" in terms', "if False", signed_zeros),
     },
-    (compiled, "_pair_sums"): {
-        "end left out of the sums": ("if whole < f.numel()", "if False", products_over_blocks),
+    (compiled, "_slice_sums"): {
+        "end left out of the sums": ("if padding:", "if padding and not whole:", products_over_chunks),
     },
-    (compiled, "_products"): {
+    (graphs, "_products"): {
         "products rounded to bf16": ("f * r,", "(f * r).bfloat16().to(f.dtype),", products_of_bf16),
     },
-    (compiled, "_summands"): {
-        "products of both branches": ("torch.where(conflict, 0.0, r)", "r", report),
+    (graphs, "_summands"): {
+        "products of both branches": ("(p - q for", "(p for", report),
     },
-    (compiled, "_count_nonfinite"): {
-        "inf not counted": ("~piece.isfinite()", "piece.isnan()", counts),
+    (graphs, "sums_of_any"): {
+        "inf not counted": ("~t.isfinite()", "t.isnan()", counts),
+        "products of both branches": (
+            "_part(f, r, ~inside)",
+            "_part(f, r, inside | ~inside)",
+            sums_beside_inf,
+        ),
+    },
+    (compiled, "_with_counts"): {
+        "inf not seen": ("not math.isfinite(", "math.isnan(", sums_beside_inf),
+    },
+    (packs, "Pack.fill"): {
+        "padding of another pack": ("if self._padded or", "if", small_tensors),
+        "a missing gradient of another pack": ("or len(pairs) < len(views)", "", small_tensors),
+    },
+    (compiled, "Batch.add_up"): {
+        "rows of other pairs": ("rows.argsort(stable=True)", "torch.arange(len(rows))", groups),
     },
     (compiled, "_tree"): {
         "the first block alone": (
@@ -448,7 +472,7 @@ def mutate(monkeypatch, tmp_path):
         exec(compile(path.read_text(), str(path), "exec"), vars(mutant.module), namespace)
         users = [
             m
-            for m in (stream, gram, combine, batch, formula, compiled, pipeline, seen, synthesis)
+            for m in (stream, gram, combine, batch, formula, compiled, graphs, pipeline, seen, synthesis)
             if vars(m).get(name) is original
         ]
         for user in users or [owner]:
@@ -457,6 +481,7 @@ def mutate(monkeypatch, tmp_path):
     # What was computed before must not be found again: tables, and sums in memory that is not initialised.
     monkeypatch.setattr(batch, "_layouts", Cache(64))
     monkeypatch.setattr(seen, "_seen", Cache(64))
+    monkeypatch.setattr(seen, "_seen_on_cpu", Cache(64))
     scratch = batch.Batch.scratch
 
     def poisoned(self, sums, stream):

@@ -34,8 +34,16 @@ class Batch(NamedTuple):
     origins: Sequence[int] = ()
 
     def release(self) -> bool:
-        """Drops the references to the tensors if addresses are enough. Returns whether it did."""
+        """Drops the references to the tensors if the layout works without them. Returns whether it did."""
         return False
+
+    def bind(
+        self, forget: Sequence[Tensor | None], retain: Sequence[Tensor | None], out: Sequence[Tensor]
+    ) -> None:
+        """After `release`, uses these tensors, which have the addresses and the metadata of the earlier ones.
+
+        A batch that works by addresses needs no call of it.
+        """
 
 
 class Backend(Protocol):

@@ -19,18 +19,21 @@ from sago.core.pairs import Call, Pairs
 from sago.core.report import SynthesisReport
 from sago.core.statistics import Statistics, nothing, report
 
+Tensors = Sequence[Tensor | None]
+
 
 class OnDevice(NamedTuple):
     """The pairs on one device, and the backend that runs there.
 
-    Tensors that are not dense in memory are processed as copies. `before` has pairs (copy, source): the
-    source is copied before the synthesis. `after` has pairs (target, copy): the copy is written back after
-    it. `streams` are those that use the copies.
+    `positions` are those of the pairs in the list. Tensors that are not dense in memory are processed as
+    copies. `before` has pairs (copy, source): the source is copied before the synthesis. `after` has pairs
+    (target, copy): the copy is written back after it. `streams` are those that use the copies.
     """
 
     backend: Backend
     batch: Any
     device: torch.device
+    positions: list[int]
     before: list[tuple[Tensor, Tensor]]
     after: list[tuple[Tensor, Tensor]]
     streams: Streams
@@ -69,6 +72,11 @@ class Pipeline:
         Returns False if a backend or a copy still needs the tensors.
         """
         return all(not (d.before or d.after) and d.batch.release() for d in self.devices)
+
+    def bind(self, forget: Tensors, retain: Tensors, out: Tensors) -> None:
+        """Uses these lists after a `release`. They have the memory and the metadata of the earlier ones."""
+        for there in self.devices:
+            there.batch.bind(*([side[i] for i in there.positions] for side in (forget, retain, out)))
 
     def synthesize(self, call: Call, begin: Callable[[], object] = nothing) -> SynthesisReport:
         """Writes the update of every pair, and reports on it. `begin` is called before the first write."""
@@ -194,10 +202,11 @@ def _on_device(
     backend: str,
 ) -> OnDevice:
     module = choose.load(backend)
-    forget, retain, out, rows, origins = [], [], [], [], []
+    forget, retain, out, rows, origins, positions = [], [], [], [], [], []
     before: list[tuple[Tensor, Tensor]] = []
     after: list[tuple[Tensor, Tensor]] = []
-    for f, r, o, row, origin in zip(pairs.forget, pairs.retain, pairs.out, row_of, origin_of, strict=True):
+    sides = pairs.forget, pairs.retain, pairs.out
+    for i, (f, r, o, row, origin) in enumerate(zip(*sides, row_of, origin_of, strict=True)):
         if o is None or o.device != device or o.numel() == 0:
             continue
         tensors = [t for t in (f, r, o) if t is not None]
@@ -210,8 +219,9 @@ def _on_device(
         out.append(o)
         rows.append(row)
         origins.append(origin)
+        positions.append(i)
     batch = module.Batch(device, forget, retain, out, rows, row_count, origins)
-    return OnDevice(module, batch, device, before, after, Streams(device))
+    return OnDevice(module, batch, device, positions, before, after, Streams(device))
 
 
 def count_versions(updates: Iterable[Tensor | None]) -> None:

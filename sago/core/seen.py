@@ -27,8 +27,22 @@ class Seen(NamedTuple):
     guards: Guards
 
 
+class Found(NamedTuple):
+    """A pipeline for the lists of a call.
+
+    Attributes:
+        updates: The tensors that the updates are written to.
+        lists: Forget, retain and out, if the pipeline has to be bound to them for the call.
+    """
+
+    pipeline: Pipeline
+    updates: Updates
+    lists: tuple[Updates, Updates, Updates] | None = None
+
+
 _PLAIN = (list, tuple)
 _seen = Cache(256)
+_seen_on_cpu = Cache(16)  # each has up to half a MiB for small tensors
 
 
 def find(
@@ -40,24 +54,30 @@ def find(
     reduce_gram: ReduceGram | None,
     backend: str | None,
     placement: Placement,
-) -> tuple[Pipeline, Updates]:
-    """The pipeline of a call of `sago.synthesize_`, and the tensors that its updates are written to.
+) -> Found:
+    """The pipeline of a call of `sago.synthesize_`.
 
     A list that has the addresses and the metadata of an earlier one is not checked again. Equal addresses are
     not enough, because another tensor may have the same address later. No tensor is kept alive.
     """
     tensors, key = _key(forget, retain, rule, out, groups, backend)
+    on_cpu = False
     if key is not None:
         devices = [tensors[0].device]
-        seen = _seen.find(key, devices)
+        on_cpu = devices[0].type == "cpu" and backend not in BY_ADDRESS
+        cache = _seen_on_cpu if on_cpu else _seen
+        seen = cache.find(key, devices)
         if seen is not None and seen.guards.hold(tensors):
-            return seen.pipeline, _written(forget, retain, out)
+            updates = _written(forget, retain, out)
+            lists = (_listed(forget), _listed(retain), updates) if on_cpu else None
+            return Found(seen.pipeline, updates, lists)
     pairs = check_pairs(forget, retain, rule, out, groups, reduce_gram, backend, placement)
     pipeline = Pipeline(pairs, pairs.numel())
     plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-    if key is not None and plain and len(pipeline.devices) == 1 and pipeline.release():
-        _seen.add(key, devices, Seen(pipeline, Guards(tensors)))
-    return pipeline, pairs.updates
+    if key is None or not plain or len(pipeline.devices) != 1 or not pipeline.release():
+        return Found(pipeline, pairs.updates)
+    cache.add(key, devices, Seen(pipeline, Guards(tensors)))
+    return Found(pipeline, pairs.updates, (pairs.forget, pairs.retain, pairs.out) if on_cpu else None)
 
 
 def _key(
@@ -70,8 +90,7 @@ def _key(
         return [], None
     tensors = list(chain(*sides))
     first = next((t for t in tensors if t is not None), None)
-    # The default backend on the CPU keeps its tensors alive, so its pipelines are not cached.
-    if not isinstance(first, Tensor) or (first.device.type == "cpu" and backend not in BY_ADDRESS):
+    if not isinstance(first, Tensor):
         return [], None
     addresses = _addresses(tensors)
     missing: tuple[int, ...] = ()
@@ -97,4 +116,8 @@ def _addresses(tensors: Iterable[Any]) -> tuple[int, ...] | None:
 
 def _written(forget: Any, retain: Any, out: Any) -> Updates:
     written = retain if out is None else forget if isinstance(out, str) else out
-    return [written] if isinstance(written, Tensor) else written
+    return _listed(written)
+
+
+def _listed(tensors: Any) -> Updates:
+    return [tensors] if isinstance(tensors, Tensor) else tensors

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import sago
-from sago.backends import compiled
-from tests.support import inputs, oracle, properties
+from sago.backends import compiled, graphs, inductor
+from tests.support import checks, inputs, oracle, properties
 from tests.support.backends import Backend
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
@@ -25,15 +25,15 @@ pytestmark = pytest.mark.usefixtures("compiled_at_once")
 
 @pytest.fixture
 def uncompiled(monkeypatch):
-    monkeypatch.setattr(compiled, "_found", lambda *_: None)
+    monkeypatch.setattr(compiled, "found", lambda *_: None)
 
 
 @pytest.fixture
 def nothing_compiled(monkeypatch):
     """Resets the module to the state of a new process."""
-    monkeypatch.setattr(compiled, "_uncompiled", Counter())
-    monkeypatch.setattr(compiled, "_compiled", {})
-    for function in (compiled._announce, compiled._warn_uncompiled):
+    monkeypatch.setattr(inductor, "_uncompiled", Counter())
+    monkeypatch.setattr(inductor, "_compiled", {})
+    for function in (inductor._announce, inductor._warn_uncompiled):
         function.cache_clear()
 
 
@@ -105,14 +105,14 @@ def results(forget, retain, rule):
 @pytest.mark.parametrize("rule", ["sum", "sago", "pcgrad"])
 def test_compiled_and_uncompiled_bits(monkeypatch, dtypes, rule):
     """Updates and sums are equal, for special values and for several slices, blocks and a tail."""
-    specials = [t[0].repeat(1 + compiled.COMPILE_FROM // t[0].numel()) for t in inputs.specials(*dtypes)]
+    specials = [t[0].repeat(1 + inductor.COMPILE_FROM // t[0].numel()) for t in inputs.specials(*dtypes)]
     pair = [t.to(d) for t, d in zip(inputs.pair((1 << 22) + 12345), dtypes, strict=True)]
     for f, r in (specials, pair):
         if rule != "pcgrad":
             properties.assert_as_reference(COMPILED, [f], [r], rule, gamma=0.75, alpha=1.5)
         fast = results([f], [r], rule)
         with monkeypatch.context() as patch:
-            patch.setattr(compiled, "_found", lambda *_: None)
+            patch.setattr(compiled, "found", lambda *_: None)
             eager = results([f], [r], rule)
         properties.assert_equal_bits(fast, eager)
 
@@ -159,7 +159,7 @@ STATES = [
 @pytest.mark.usefixtures("nothing_compiled")
 def test_global_state_costs_no_compilation():
     """Each graph is compiled once, whatever the threads, the modes and the limits of TorchDynamo are."""
-    f, r = (t.to(BF16) for t in inputs.pair(compiled.COMPILE_FROM + 5))
+    f, r = (t.to(BF16) for t in inputs.pair(inductor.COMPILE_FROM + 5))
     expected = None
     with torch._dynamo.config.patch(cache_size_limit=1):  # the name that torch 2.6 has, too
         for name, value in STATES:
@@ -168,14 +168,14 @@ def test_global_state_costs_no_compilation():
                 found = [update, *(getattr(report, name) for name in properties.FIELDS)]
             expected = found if expected is None else expected
             properties.assert_equal_bits(found, expected)
-    assert len(compiled._compiled) == 2  # the sums and the update
+    assert len(inductor._compiled) == 2  # the sums and the update
 
 
 @pytest.mark.usefixtures("nothing_compiled")
 def test_a_failed_compilation_leaves_the_same_bits_and_says_so_once(monkeypatch):
-    forget, retain = ([t.float()] for t in inputs.pair(compiled.COMPILE_FROM))
+    forget, retain = ([t.float()] for t in inputs.pair(inductor.COMPILE_FROM))
     expected = results(forget, retain, "pcgrad")
-    compiled._compiled.clear()
+    inductor._compiled.clear()
 
     def refused(*args, **options):
         raise torch._dynamo.exc.BackendCompilerFailed(refused, AssertionError("no"))
@@ -190,48 +190,48 @@ def test_a_failed_compilation_leaves_the_same_bits_and_says_so_once(monkeypatch)
 @pytest.mark.usefixtures("nothing_compiled")
 def test_small_work_is_not_compiled(monkeypatch, caplog):
     """Until the elements that were processed without it would have paid for a compilation; and it is said."""
-    monkeypatch.setattr(compiled, "COMPILE_AT_ONCE", 1 << 20)
-    monkeypatch.setattr(compiled, "COMPILE_AFTER", 5 * compiled.COMPILE_FROM)
-    f, r = torch.ones(compiled.COMPILE_FROM), torch.ones(compiled.COMPILE_FROM)
+    monkeypatch.setattr(inductor, "COMPILE_AT_ONCE", 1 << 20)
+    monkeypatch.setattr(inductor, "COMPILE_AFTER", 5 * inductor.COMPILE_FROM)
+    f, r = torch.ones(inductor.COMPILE_FROM), torch.ones(inductor.COMPILE_FROM)
     compilations = []
     for _ in range(7):
         sago.synthesize_(f, r, "sum", stats=False)
-        compilations.append(len(compiled._compiled))
+        compilations.append(len(inductor._compiled))
     assert compilations == [0, 0, 0, 0, 0, 1, 1]
     (said,) = [record.getMessage() for record in caplog.records if record.name == "sago"]
     assert "compiling code for gradients on the CPU" in said
     large = torch.ones(1 << 20, dtype=BF16)
     sago.synthesize_(large, large.clone(), "sum", stats=False)
-    assert len(compiled._compiled) == 2
+    assert len(inductor._compiled) == 2
 
 
 @pytest.mark.usefixtures("nothing_compiled")
 def test_compilation_can_be_switched_off(monkeypatch):
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
-    f, r = torch.ones(compiled.COMPILE_FROM), -torch.ones(compiled.COMPILE_FROM)
+    f, r = torch.ones(inductor.COMPILE_FROM), -torch.ones(inductor.COMPILE_FROM)
     sago.synthesize_(f, r, alpha=2.0)
     assert torch.equal(r, torch.full_like(r, -2.0))
-    assert not compiled._compiled
+    assert not inductor._compiled
 
 
 @pytest.mark.usefixtures("nothing_compiled")
 def test_a_thread_that_compiles_holds_up_no_other():
     """The other one runs uncompiled, and so does a child process that was forked meanwhile."""
-    f, r = torch.ones(compiled.COMPILE_FROM), -torch.ones(compiled.COMPILE_FROM)
-    with compiled._lock:
+    f, r = torch.ones(inductor.COMPILE_FROM), -torch.ones(inductor.COMPILE_FROM)
+    with inductor._lock:
         sago.synthesize_(f, r, alpha=2.0)
-        assert not compiled._compiled
-        before = compiled._lock
-        compiled._new_lock()  # as in a child process
-        assert not compiled._lock.locked()
-        compiled._lock = before
+        assert not inductor._compiled
+        before = inductor._lock
+        inductor._new_lock()  # as in a child process
+        assert not inductor._lock.locked()
+        inductor._lock = before
     assert torch.equal(r, torch.full_like(r, -2.0))
 
 
 @pytest.mark.parametrize("family", ["tails", "unaligned"])
 def test_slices_and_blocks_of_the_uncompiled_path(monkeypatch, family):
     """With slices so short that every boundary is met."""
-    monkeypatch.setattr(compiled, "_EAGER", 4096)
+    monkeypatch.setattr(compiled, "_EAGER", graphs.BLOCK)
     forget, retain = inputs.IN_RANGE[family](FP32, BF16)
     f, r = inputs.pair(3 * 4096 + 5)
     forget, retain = [*forget, f], [*retain, r.float()]
@@ -239,6 +239,11 @@ def test_slices_and_blocks_of_the_uncompiled_path(monkeypatch, family):
         updates, report = COMPILED(forget, retain, rule)
         properties.assert_updates(updates, forget, retain, rule)
         properties.assert_report(report, forget, retain, rule)
+
+
+@pytest.mark.parametrize("check", [checks.small_tensors, checks.zeros_of_some, checks.sums_beside_inf])
+def test_packs(check):
+    check(COMPILED)
 
 
 def test_large_tensors_in_every_layout():
@@ -258,7 +263,7 @@ def test_large_tensors_in_every_layout():
 
 def test_large_views_of_one_buffer_in_place():
     """Compiled code works on tensors that share a storage."""
-    size = compiled.COMPILE_FROM + 7
+    size = inductor.COMPILE_FROM + 7
     buffer = inputs.normal(4 * size, 0).float()
     forget, retain = list(buffer[: 2 * size].split(size)), list(buffer[2 * size :].split(size))
     kept = [t.clone() for t in forget]
@@ -268,7 +273,7 @@ def test_large_views_of_one_buffer_in_place():
 
 
 def test_the_update_of_a_gram_rule_over_large_tensors():
-    forget, retain = ([t.float()] for t in inputs.pair(3 * compiled.COMPILE_FROM + 1))
+    forget, retain = ([t.float()] for t in inputs.pair(3 * inductor.COMPILE_FROM + 1))
     for rule in ("pcgrad", "blur"):
         properties.assert_as_oracle(COMPILED, forget, retain, rule, gamma=0.75, alpha=1.5)
 
@@ -278,7 +283,7 @@ def test_counts_over_large_tensors(rule):
     """Hidden among many, in two tensors of one row and none of the other."""
     forget, retain = (
         list(side)
-        for side in zip(*(inputs.pair(3 * compiled.COMPILE_FROM, i) for i in range(3)), strict=True)
+        for side in zip(*(inputs.pair(3 * inductor.COMPILE_FROM, i) for i in range(3)), strict=True)
     )
     forget, retain = [t.to(BF16) for t in forget], [t.to(BF16) for t in retain]
     forget[0][-1], forget[0][40000], forget[1][0], retain[1][7] = torch.inf, torch.nan, -torch.inf, torch.nan

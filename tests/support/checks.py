@@ -47,6 +47,44 @@ def weights_of_zero(run):
             properties.assert_as_reference(run, *inputs.specials(FP32, FP32), "sum", **options)
 
 
+def zeros_of_some(run):
+    """Coefficients that are 0 for one tensor of a list and not for the other."""
+    forget = [torch.tensor([-0.0, 1.0, 1.0]), torch.tensor([1.0, -2.0, 1.0])]
+    retain = [torch.tensor([1.0, 1.0, 1.0]), torch.tensor([-1.0, 1.0, -0.0])]
+    properties.assert_as_reference(run, forget, retain, "pcgrad", alpha=0.0, stats=False)
+    own = Rule("own", lambda ff, fr, rr, gamma, alpha: (where(fr < 0.0, 0.0, gamma), alpha), "tensor")
+    properties.assert_as_reference(run, forget, retain, own, stats=False)
+
+
+def small_tensors(run):
+    """Two packs, with sizes that are whole tiles and that are not, and None in the second pack."""
+    for sizes in (30001, 30001, 5555, 100), (30016, 30016, 5568, 96):
+        pairs = [[t.float() for t in inputs.pair(n, seed)] for seed, n in enumerate(sizes)]
+        forget, retain = map(list, zip(*pairs, strict=True))
+        forget[2] = None
+        for rule in ("sago", "pcgrad"):
+            updates, report = run(forget, retain, rule, **WEIGHTS)
+            properties.assert_updates(updates, forget, retain, rule, **WEIGHTS)
+            properties.assert_report(report, forget, retain, rule, **WEIGHTS)
+
+
+def sums_beside_inf(run):
+    """An inf is counted, and no sum has it that leaves it out."""
+    f, r = torch.tensor([torch.inf, 1.0, 2.0]), torch.tensor([-1.0, 1.0, -3.0])
+    _, report = run([f], [r], "sago")  # the update is -1, 1, -3
+    assert (report.uu.item(), report.ur.item(), report.ff.item()) == (11.0, 11.0, torch.inf)
+    _, report = run([f], [r.abs()], "sum")
+    assert report.nonfinite_forget.item() == 1
+
+
+def propagated_from_one(run):
+    """A NaN in one gradient, which the rule leaves out."""
+    for forget, retain, gamma in (([torch.nan], [1.0], 0.0), ([1.0], [torch.nan], 1.0)):
+        lists = [torch.tensor(forget)], [torch.tensor(retain)]
+        (found,), _ = bucketed(run, *lists, "sago", stats=False, gamma=gamma)
+        assert found.isnan().all()
+
+
 def rounding(run):
     for dtypes in ((BF16, BF16), (FP32, FP16), (FP64, BF16)):
         properties.assert_as_reference(

@@ -80,12 +80,15 @@ def specials(forget: torch.dtype, retain: torch.dtype) -> Pairs:
 
 
 def subnormals(forget: torch.dtype, retain: torch.dtype) -> Pairs:
-    def values(dtype: torch.dtype, seed: int) -> Tensor:
+    """The smallest ones in every combination of signs, then any."""
+
+    def values(dtype: torch.dtype, seed: int, signs: list[float]) -> Tensor:
         info = torch.finfo(dtype)
         steps = normal(40, seed, 1.0 / info.eps).clamp(-1 / info.eps, 1 / info.eps).round()
+        steps[: len(signs)] = torch.tensor(signs)
         return (steps * (info.smallest_normal * info.eps)).to(dtype)
 
-    return [values(forget, 4)], [values(retain, 5)]
+    return [values(forget, 4, [1, 1, -1, -1])], [values(retain, 5, [1, -1, 1, -1])]
 
 
 def all_conflict(forget: torch.dtype, retain: torch.dtype) -> Pairs:

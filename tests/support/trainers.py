@@ -131,9 +131,12 @@ class GradDiff(Trainer):
             return (outputs.loss, outputs) if return_outputs else outputs.loss
         outputs = model(**inputs["forget"])
         forget_loss = -outputs.loss
-        retain_loss = model(**inputs["retain"]).loss
+        retain_loss = self.compute_retain_loss(model=model, retain_inputs=inputs["retain"])
         loss = self.gamma * forget_loss + self.alpha * retain_loss
         return (loss, outputs) if return_outputs else loss
+
+    def compute_retain_loss(self, model, retain_inputs):
+        return model(**retain_inputs).loss
 
 
 class NPO(GradDiff):
