@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -309,6 +309,7 @@ class GradientBuckets:
         alpha: Weight = 1.0,
         eps: float = 0.0,
         stats: bool = True,
+        on_update: Callable[[Tensor], object] | None = None,
     ) -> Iterator[InBackward]:
         """Combines the last retain capture with `synthesize_`: the backward itself writes the updates.
 
@@ -323,6 +324,13 @@ class GradientBuckets:
         must be complete before it. Non-finite gradients propagate. "zero_update" needs the whole gradient
         first, so only `synthesize_` has it. Clip after the block.
 
+        Args:
+            rule, gamma, alpha, eps, stats: As in `sago.synthesize_`.
+            on_update: Is called with each parameter as soon as its update is written, in `torch.no_grad`. In
+                the call, `p.grad` is the update, so that an optimizer of this parameter can step. After the
+                call and after the block, `p.grad` is None. An error inside the block then leaves some
+                parameters with a step and others without.
+
         Raises:
             ValueError: If the result would not be exact: for rules of global scope, for groups that lie in
                 several buffers, for parameters on several devices, and, except for `one_copy` with FSDP2, if
@@ -331,6 +339,11 @@ class GradientBuckets:
                 checkpointing, the window is lost.
         """
         window, retain = self._window, self._retain
+        if on_update is not None and self._engine is not None:
+            raise ValueError(
+                "Parameter `on_update` should be None with DeepSpeed, whose engine steps. Found "
+                f"{on_update!r}. Call engine.step() after the block."
+            )
         window.check_ready(self._forget)
         if retain.empty:
             retain.clear()  # before its weight is read, as the capture would do
@@ -353,9 +366,9 @@ class GradientBuckets:
         )
         rows, keys = self._rows(call.rule)
         expected = [p.requires_grad for p in self._params]
+        members: dict[int, list[int]] = {}
         if isinstance(retain, FreshGradients):
             unit = rows if call.rule.scope == "tensor" else list(range(len(rows)))
-            members: dict[int, list[int]] = {}
             for i, u in enumerate(unit):
                 members.setdefault(u, []).append(i)
             sizes = {u: sum(self._sizes[i] for i in found) for u, found in members.items()}
@@ -364,6 +377,7 @@ class GradientBuckets:
             pipeline_of = partial(self._fresh_pipeline, call.rule, retain, members)
         else:
             unit, sizes, limit = retain.owner, dict.fromkeys(retain.owner, 0), 0
+            members = {b: found for b, found in self._positions.items() if b is not None}
             pipeline_of = partial(self._pipeline_of_buffer, call)
         sharded = retain.fresh and self._shards is not None
         check_exact(call, rows, keys, unit, list(self._backends), sharded)
@@ -374,7 +388,8 @@ class GradientBuckets:
                     "Parameters should be sharded along their first dimension for a rule with a random gate, "
                     f"whose numbers depend on the positions of elements. Found {rule.name!r}."
                 )
-        arguments = unit, expected, sizes, limit, pipeline_of, window.begin
+        written = partial(self._lend, on_update, members)
+        arguments = unit, expected, sizes, limit, pipeline_of, window.begin, written
         step = InBackward(call, keys, window.names, *arguments)
         with window.updating():
             with window.capture(retain, step.arrived):
@@ -384,7 +399,7 @@ class GradientBuckets:
             step.finish()
             if call.draw is not None:
                 call.draw[1] += 1
-            self._publish()
+            self._publish(used=on_update is not None)
 
     def unscale_(self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
         """`scaler.unscale_(optimizer)` for both gradients, before `synthesize_`.
@@ -692,13 +707,29 @@ class GradientBuckets:
                     f"`{self._window.names[i]}` are not: call unscale_ for each optimizer."
                 )
 
-    def _publish(self) -> None:
-        """Makes the updates `p.grad`, and ends the window."""
+    def _lend(
+        self,
+        on_update: Callable[[Tensor], object] | None,
+        members: Mapping[int, list[int]],
+        units: Sequence[int],
+    ) -> None:
+        """Calls `on_update` with the parameters of these units, whose updates have just been written."""
+        if on_update is None:
+            return
+        retain = self._retain.reached if self._retain.keeps else self._retain.touched
+        for i in (i for u in units for i in members[u]):
+            if self._forget.touched[i] or retain[i]:
+                p = self._params[i]
+                with torch.no_grad(), self._window.lending(p, self._update_grads[i]):
+                    on_update(p)
+
+    def _publish(self, used: bool = False) -> None:
+        """Makes the updates `p.grad`, unless an optimizer has used them already, and ends the window."""
         retain = self._retain.reached if self._retain.keeps else self._retain.touched
         written = [f or r for f, r in zip(self._forget.touched, retain, strict=True)]
         count_versions([u for u, w in zip(self._updates, written, strict=True) if w])
         grads = zip(self._update_grads, written, strict=True)
-        self._window.publish([u if w else None for u, w in grads])
+        self._window.publish([u if w and not used else None for u, w in grads])
 
 
 def _no_accumulators(method: str) -> ValueError:

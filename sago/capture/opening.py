@@ -167,5 +167,5 @@ def open_grads(
 def _reduced_late(engine: str) -> str:
     return (
         f"Parameter `one_copy` should be False for {engine}, where gradients are reduced over ranks after "
-        "the hook that would use them. Found True."
+        "the hook that would use them. Found True. Leave `one_copy` out, or shard the model with FSDP2."
     )

@@ -19,6 +19,7 @@ class WatchedWindow(Protocol):
 
     forget: Side
     retain: Side
+    lent: Tensor | None
 
     @property
     def current(self) -> Capture | None:
@@ -58,8 +59,16 @@ class StepWatch:
         window = self._window()
         if window is None:
             return
+        params = [p for g in optimizer.param_groups for p in g["params"]]
+        if window.lent is not None:
+            if any(p.grad is not None and p is not window.lent for p in params):
+                raise ValueError(
+                    "An optimizer that steps in `on_update` should hold that parameter alone. Found others "
+                    "with a gradient, which is not an update yet. Make one optimizer for each parameter."
+                )
+            return
         captured = {id(p) for p in self._params}
-        if not any(id(p) in captured for g in optimizer.param_groups for p in g["params"]):
+        if not any(id(p) in captured for p in params):
             return
         capture = window.current
         if capture is not None:

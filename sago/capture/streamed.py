@@ -27,6 +27,7 @@ class InBackward:
         limit: Complete units wait until they have so many bytes, so that fewer kernels are launched.
         pipeline_of: Returns the pipeline of some units, for the gradients that are present in them.
         begin: Is called before updates are written.
+        written: Is called with the units whose updates have just been written.
 
     Attributes:
         report: The report, once the block of `synthesize_in_backward` has ended.
@@ -43,10 +44,12 @@ class InBackward:
         limit: int,
         pipeline_of: Callable[[Sequence[int]], Pipeline],
         begin: Callable[[], None],
+        written: Callable[[Sequence[int]], None],
     ) -> None:
         self.report: SynthesisReport | None = None
         self._call, self._keys, self._names, self._unit = call, keys, names, unit
         self._sizes, self._limit, self._pipeline_of, self._begin = sizes, limit, pipeline_of, begin
+        self._written = written
         self._waiting: dict[int, set[int]] = {u: set() for u in unit}
         for i, u in enumerate(unit):
             if expected[i]:
@@ -104,6 +107,7 @@ class InBackward:
         self._complete, self._held = [], 0
         taken = pipeline.update(self._call, self._begin)
         self._taken.append((pipeline.keys, pipeline.numel, taken))
+        self._written(units)
 
 
 def check_exact(

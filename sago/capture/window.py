@@ -111,6 +111,8 @@ class Window:
 
     Attributes:
         unscaled: The positions of the parameters whose gradients were unscaled.
+        lent: The parameter whose `p.grad` is an update at present, so that an optimizer may step on it
+            although the window has not ended.
     """
 
     def __init__(
@@ -119,6 +121,7 @@ class Window:
         self.names, self.params = names, params
         self.forget, self.retain = forget, retain
         self.unscaled: set[int] = set()
+        self.lent: Tensor | None = None
         self._state = State.EMPTY
         self._agreed = False
         self._others = Others()
@@ -228,6 +231,15 @@ class Window:
         self._check(Action.PUBLISH)
         self._host.publish(updates)
         self._end(Action.PUBLISH)
+
+    @contextmanager
+    def lending(self, p: Tensor, update: Tensor) -> Iterator[None]:
+        """Inside the block `p.grad` is the update, and an optimizer may step on it."""
+        p.grad, self.lent = update, p
+        try:
+            yield
+        finally:
+            p.grad, self.lent = None, None
 
     def fail(self, reason: str, *sides: Side) -> None:
         """Allows nothing but `zero_`, because the gradients of these sides, or of both, are not complete."""

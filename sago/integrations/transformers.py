@@ -6,8 +6,8 @@ import inspect
 import math
 import operator
 import sys
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Real
@@ -19,6 +19,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.parallel import DistributedDataParallel
 
 from sago.capture.buckets import GradientBuckets
+from sago.capture.streamed import InBackward
 from sago.core.report import SynthesisReport
 from sago.integrations import deepspeed
 from sago.private import has_since, require
@@ -56,6 +57,9 @@ class Synthesis:
         nonfinite: As in `GradientBuckets.synthesize_`.
         accumulate_dtype: As in `sago.GradientBuckets`.
         stats: Whether all fields of the report are computed and logged, or only those that the rule needs.
+        one_copy: As in `sago.GradientBuckets`. The updates have the same bits with half of the memory. This
+            needs a rule of scope "element" or "tensor" without a memory, `nonfinite="propagate"`, no
+            `accumulate_dtype`, one micro-batch in a window, and one process or FSDP2.
     """
 
     rule: str | Rule = "sago"
@@ -63,9 +67,12 @@ class Synthesis:
     nonfinite: Literal["propagate", "zero_update"] = "propagate"
     accumulate_dtype: torch.dtype | None = None
     stats: bool = True
+    one_copy: bool = False
 
     def __post_init__(self) -> None:
-        resolve(self.rule)
+        rule = resolve(self.rule)
+        if self.one_copy:
+            _check_one_copy(rule, self)
         if self.groups is not None and not callable(self.groups):
             raise TypeError(
                 "Parameter `groups` should be None or a function of a parameter's name. Found "
@@ -88,6 +95,12 @@ class GradientSynthesisMixin(_Trainer):
     A trainer that weighs its losses in another way defines a method `compute_losses(model, inputs)`, which
     returns the unweighted forget and retain loss. Training uses it instead of `compute_loss`. The weights are
     `self.gamma` and `self.alpha`, or 1 if the attribute is missing.
+
+    A trainer that computes its losses apart defines `compute_forget_loss(model, forget_inputs)`, in a class
+    that has this mixin among its bases, and defines or inherits `compute_retain_loss(model, retain_inputs)`.
+    The arguments are `inputs["forget"]` and `inputs["retain"]`, and the results are as for `compute_losses`.
+    The backward of the forget loss then runs before the forward of the retain loss, so that the activations
+    of one loss are held at a time. `compute_losses` has precedence.
 
     The mixin finds the two losses while `compute_loss` runs. `self.gamma` and `self.alpha` are then floats
     that record the tensors they are multiplied with, and cut the products out of the graph. The trainer's own
@@ -137,12 +150,19 @@ class GradientSynthesisMixin(_Trainer):
         synthesizer.begin(self)
         forget, retain = _weights(self)
         instead: dict[str, Any] = {"gamma": forget, "alpha": retain}
-        unweighted = hasattr(self, "compute_losses")
+        unweighted = _unweighted(self)
+        apart = None
         if unweighted:
+            compute_loss: Callable[..., Tensor]
+            if hasattr(self, "compute_losses"):
+                compute_loss = partial(_weighed, self.compute_losses, forget, retain)
+            else:
+                apart = _LossesApart(self, forget, retain)
+                compute_loss = apart.compute_loss
             # These losses are means over a micro-batch. The trainer must divide them by the number of
             # micro-batches, and asks these attributes whether it does. `check_scale` finds out.
             instead = {
-                "compute_loss": partial(_weighed, self.compute_losses, forget, retain),
+                "compute_loss": compute_loss,
                 "loss_is_scaled_for_ga": False,
                 "model_accepts_loss_kwargs": False,
                 "compute_loss_func": None,
@@ -153,12 +173,12 @@ class GradientSynthesisMixin(_Trainer):
                 loss = super().training_step(model, inputs, *extra)
             if unweighted:
                 synthesizer.check_scale(self, num_items_in_batch is not None, forget, retain)
-            synthesizer.capture(forget, retain)
+            synthesizer.capture(forget, retain, None if apart is None else apart.retain_loss)
         finally:
             forget.products = retain.products = None
         if _steps_next(self):
             synthesizer.synthesize(float(forget), float(retain), self.accelerator)
-        return loss
+        return loss if apart is None else loss + apart.weighed / _micro_batches(self)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # The trainer itself logs its loss on every rank, so ranks can be averaged here.
@@ -172,7 +192,7 @@ class GradientSynthesisMixin(_Trainer):
         finally:
             if self._synthesizer is not None:
                 self._synthesizer.close()
-            self._synthesizer = None  # frees the two copies of the gradients
+            self._synthesizer = None  # frees the copies of the gradients
 
 
 class _Weight(float):
@@ -217,6 +237,55 @@ class _Weight(float):
         return cut
 
 
+class _LossesApart:
+    """The losses of a trainer with `compute_forget_loss` and `compute_retain_loss`, for one micro-batch.
+
+    The trainer's own step computes the forget loss only. A 0 stands for the retain loss, so that the
+    trainer's backward leaves its scale at the product with `alpha`.
+
+    Attributes:
+        weighed: The retain loss times its weight, once it is computed.
+    """
+
+    def __init__(self, trainer: Any, gamma: _Weight, alpha: _Weight) -> None:
+        self._trainer, self._gamma, self._alpha = trainer, gamma, alpha
+        self._arguments: dict[str, Any] = {}  # of `compute_retain_loss`
+        self._shape = torch.Size()
+        self.weighed: Tensor | float = 0.0
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        if not isinstance(inputs, Mapping) or not {"forget", "retain"} <= inputs.keys():
+            found = sorted(map(str, inputs)) if isinstance(inputs, Mapping) else type(inputs).__name__
+            raise ValueError(
+                'A batch should be a mapping with the keys "forget" and "retain", which are the inputs of '
+                f"compute_forget_loss and compute_retain_loss. Found {found}. For other batches, define "
+                "`compute_losses(model, inputs)`."
+            )
+        loss = self._trainer.compute_forget_loss(model=model, forget_inputs=inputs["forget"])
+        _check_loss("compute_forget_loss", loss)
+        self._arguments = {"model": model, "retain_inputs": inputs["retain"]}
+        # Not narrower than fp32, because the losses may have different dtypes, and the sum has the wider one.
+        wide = torch.promote_types(loss.dtype, torch.float32)
+        self._shape = loss.shape
+        return self._gamma * loss + self._alpha * torch.zeros_like(loss, dtype=wide, requires_grad=True)
+
+    def retain_loss(self) -> Tensor:
+        arguments, self._arguments = self._arguments, {}
+        with self._trainer.compute_loss_context_manager():
+            loss = self._trainer.compute_retain_loss(**arguments)
+        _check_loss("compute_retain_loss", loss)
+        if loss.shape != self._shape:
+            raise ValueError(
+                f"compute_retain_loss should return a loss of the shape {tuple(self._shape)}, as "
+                f"compute_forget_loss does. Found {tuple(loss.shape)}. Return the mean over the batch in "
+                "both."
+            )
+        self.weighed = float(self._alpha) * loss.detach().mean()
+        return loss
+
+
 class _Synthesizer:
     """The buckets of a model in training, and the losses since the last log.
 
@@ -232,7 +301,11 @@ class _Synthesizer:
         self._named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self._rule, groups = _rule_and_groups(trainer, model, self._engine)
         self._how = trainer.synthesis
-        self._buckets = GradientBuckets(model, groups, self._how.accumulate_dtype)
+        if self._how.one_copy:
+            _check_one_micro_batch(trainer)
+        self._buckets = GradientBuckets(
+            model, groups, self._how.accumulate_dtype, one_copy=self._how.one_copy
+        )
         self._reducing = list(_reducing(model))
         self._weights: tuple[float, float] | None = None  # the weights of the open window
         self._step = 0  # the optimizer step of the open window
@@ -313,8 +386,16 @@ class _Synthesizer:
                 f"gradient_accumulation_steps=1, or install {_TESTED}, but not 4.46."
             )
 
-    def capture(self, forget: _Weight, retain: _Weight) -> None:
-        """Runs both backwards with the scales that the trainer's backward has left at the cuts."""
+    def capture(
+        self, forget: _Weight, retain: _Weight, retain_loss: Callable[[], Tensor] | None = None
+    ) -> None:
+        """Runs both backwards with the scales that the trainer's backward has left at the cuts.
+
+        Args:
+            forget, retain: The weights, after the trainer's backward.
+            retain_loss: Computes the retain loss after the backward of the forget loss. None if it is already
+                a factor of the weight.
+        """
         sides = [_scaled("gamma", "forget", forget), _scaled("alpha", "retain", retain)]
         self._check_nothing_else()
         weights = float(forget), float(retain)
@@ -323,27 +404,41 @@ class _Synthesizer:
                 "`self.gamma` and `self.alpha` should stay the same over the micro-batches of a window. "
                 f"Found {weights} after {self._weights}."
             )
-        losses = [[loss for loss, _ in side] for side in sides]
         if self._shared is None:
-            self._shared = _share_graph(*losses)
-        seen = torch.stack([torch.stack([x.detach().float().mean() for x in side]).sum() for side in losses])
+            self._shared = retain_loss is None and _share_graph(*([x for x, _ in side] for side in sides))
+        losses = [_sum_of_means(sides[0])]
         with self._buckets.forget():
             self._backward(sides[0], retain_graph=self._shared)
-        with self._buckets.retain():
+        if retain_loss is not None:
+            ((_, scale),) = sides[1]
+            loss = retain_loss()
+            sides[1] = [(loss, scale.to(loss.dtype))]
+        losses.append(_sum_of_means(sides[1]))
+        with self._retain_capture(*weights) as step:
             self._backward(sides[1], retain_graph=False)
-        if any(cut.grad is not None for weight in (forget, retain) for _, cut in weight.products or ()):
-            raise ValueError(
-                "The losses should not contain `self.gamma` or `self.alpha` themselves. Found a product with "
-                "one of them inside a loss, which cuts its gradient off; use `compute_losses(model, inputs)`."
-            )
+            if any(cut.grad is not None for weight in (forget, retain) for _, cut in weight.products or ()):
+                raise ValueError(
+                    "The losses should not contain `self.gamma` or `self.alpha` themselves. Found a product "
+                    "with one of them inside a loss, which cuts its gradient off; use "
+                    "`compute_losses(model, inputs)`."
+                )
+        if step is not None:
+            self._report = step.report
+        seen = torch.stack(losses)
         self._weights = weights
         self._losses = seen if self._losses is None else self._losses + seen
         self._count += 1
 
+    def _retain_capture(self, gamma: float, alpha: float) -> AbstractContextManager[InBackward | None]:
+        if not self._how.one_copy:
+            return self._buckets.retain()
+        return self._buckets.synthesize_in_backward(self._rule, gamma, alpha, stats=self._how.stats)
+
     def synthesize(self, gamma: float, alpha: float, accelerator: Any) -> None:
-        self._report = self._buckets.synthesize_(
-            self._rule, gamma, alpha, nonfinite=self._how.nonfinite, stats=self._how.stats
-        )
+        if not self._how.one_copy:  # `capture` has done it
+            self._report = self._buckets.synthesize_(
+                self._rule, gamma, alpha, nonfinite=self._how.nonfinite, stats=self._how.stats
+            )
         self._weights = None
         if self._engine is not None:
             self._loss_scale = deepspeed.scale_of(self._engine.engine)
@@ -407,8 +502,9 @@ def _another_term(name: str) -> ValueError:
 
 def _weights(trainer: Any) -> tuple[_Weight, _Weight]:
     found = []
+    unweighted = _unweighted(trainer)
     for name in ("gamma", "alpha"):
-        value = getattr(trainer, name, 1.0 if hasattr(trainer, "compute_losses") else None)
+        value = getattr(trainer, name, 1.0 if unweighted else None)
         if not isinstance(value, Real):
             raise ValueError(
                 f"`self.{name}` should be a number, the weight of a loss. Found "
@@ -417,13 +513,38 @@ def _weights(trainer: Any) -> tuple[_Weight, _Weight]:
             )
         found.append(_Weight(value))
         descriptor = inspect.getattr_static(type(trainer), name, None)
-        if not hasattr(trainer, "compute_losses") and inspect.isdatadescriptor(descriptor):
+        if not unweighted and inspect.isdatadescriptor(descriptor):
             raise ValueError(
                 f"`self.{name}` should be an attribute of the trainer itself, because it is replaced while "
                 f"`compute_loss` runs. Found a {type(descriptor).__name__} of its class: use "
                 "`compute_losses(model, inputs)`, which returns the forget and the retain loss."
             )
     return found[0], found[1]
+
+
+def _unweighted(trainer: Any) -> bool:
+    """Whether the trainer has methods that return the losses without weights.
+
+    A method `compute_forget_loss` of a trainer that does not know the mixin may have another sign or result.
+    """
+    if hasattr(trainer, "compute_losses"):
+        return True
+    owner = next((c for c in type(trainer).__mro__ if "compute_forget_loss" in vars(c)), object)
+    return issubclass(owner, GradientSynthesisMixin) and hasattr(trainer, "compute_retain_loss")
+
+
+def _check_loss(method: str, loss: Any) -> None:
+    if not isinstance(loss, Tensor) or not loss.requires_grad:
+        found = "one without a gradient" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(
+            f"{method} should return a tensor that depends on the parameters, the loss as minimised. Found "
+            f"{found}. Return the loss alone, without outputs and without its weight."
+        )
+
+
+def _sum_of_means(side: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The loss of a side, for the logs."""
+    return torch.stack([loss.detach().float().mean() for loss, _ in side]).sum()
 
 
 def _weighed(
@@ -565,6 +686,38 @@ def _check_optimizer(trainer: Any) -> None:
         )
     if getattr(trainer, "use_apex", False):
         raise ValueError("Parameter `half_precision_backend` should be 'auto'. Found apex.")
+
+
+def _check_one_copy(rule: Rule, how: Synthesis) -> None:
+    """Raises unless an update can be written while the retain gradients arrive."""
+    found, because = "", ""
+    if rule.scope == "global":
+        found = f"rule={rule.name!r}"
+        because = "needs inner products over all gradients, which are complete only after the backward"
+    elif rule.state:
+        found = f"rule={rule.name!r}"
+        because = "keeps numbers of all groups from step to step"
+    elif how.nonfinite != "propagate":
+        found = f"nonfinite={how.nonfinite!r}"
+        because = "needs all elements of both gradients before the first is written"
+    elif how.accumulate_dtype is not None:
+        found, because = f"accumulate_dtype={how.accumulate_dtype}", "needs accumulators of that dtype"
+    if found:
+        raise ValueError(
+            f"Parameter `one_copy` should be False with {found}, which {because}. Found True. Leave "
+            "`one_copy` out, or change the other parameter."
+        )
+
+
+def _check_one_micro_batch(trainer: Any) -> None:
+    count = max(trainer.args.gradient_accumulation_steps, trainer.accelerator.gradient_accumulation_steps)
+    if count > 1:
+        raise ValueError(
+            "Parameter `one_copy` should be False with gradient accumulation, because the retain gradients "
+            f"of several micro-batches need accumulators. Found True and {count} micro-batches. Set "
+            "gradient_accumulation_steps=1 with a larger per_device_train_batch_size, or leave `one_copy` "
+            "out."
+        )
 
 
 def _context_parallel(accelerator: Any) -> bool:

@@ -108,19 +108,21 @@ def test_as_on_one_process(ranks_of, layout, world, replicas, order):
 
 
 def with_one_copy():
-    """The parameters and the last reports, with and without retain accumulators."""
+    """The parameters and the last reports, of two copies, of one, and of one with steps in the backward."""
     found = []
     for rule in ("sago", "pcgrad"):
-        for one_copy in (False, True):
+        for one_copy, stepping in ((False, False), (True, False), (True, True)):
             model, _, part = laid_out("fsdp")
             buckets = sago.GradientBuckets(model, one_copy=one_copy)
             optimizer = optimizer_of(model, Run(rule))
+            each = {p: torch.optim.AdamW([p], lr=1e-2) for p in model.parameters()}
+            options = {"on_update": lambda p, each=each: each[p].step()} if stepping else {}
             for step in range(STEPS):
                 forget, retain = losses_of(model, Run(rule), batches(step, 0, *part))
                 with buckets.forget():
                     forget().backward()
                 if one_copy:
-                    with buckets.synthesize_in_backward(rule, **WEIGHTS) as block:
+                    with buckets.synthesize_in_backward(rule, **WEIGHTS, **options) as block:
                         retain().backward()
                     report = block.report
                 else:
@@ -162,10 +164,11 @@ def test_one_copy_where_ranks_reach_other_parameters(ranks2):
 
 
 def test_one_copy_has_the_updates_of_two(ranks2):
-    for two_sago, one_sago, two_pcgrad, one_pcgrad in ranks2(with_one_copy):
-        for two, one in ((two_sago, one_sago), (two_pcgrad, one_pcgrad)):
+    for found in ranks2(with_one_copy):
+        for two, one, stepped in (found[:3], found[3:]):
             assert_equal_tensors(one[0], two[0])
             assert_equal_reports(one[1], two[1])
+            assert_equal_bits(list(stepped[0].values()), list(one[0].values()))
 
 
 def trained_in_other_ways():

@@ -5,6 +5,7 @@ import gc
 import inspect
 import subprocess
 import sys
+import weakref
 from types import SimpleNamespace
 
 import accelerate
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sago
@@ -66,9 +67,8 @@ def _quick_collection():
 
 
 def with_mixin(kind, **how):
-    return type(
-        f"Synthesizing{kind.__name__}", (GradientSynthesisMixin, kind), {"synthesis": Synthesis(**how)}
-    )
+    bases = (kind,) if issubclass(kind, GradientSynthesisMixin) else (GradientSynthesisMixin, kind)
+    return type(f"Synthesizing{kind.__name__}", bases, {"synthesis": Synthesis(**how)})
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +76,7 @@ def _own_precision(monkeypatch):
     """Of each test: older versions leave that of one trainer to those after it."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()  # it has the data loader of a training that ended in an error
 
 
 def steps_of(trainer):
@@ -514,6 +515,211 @@ def test_the_scale_of_the_losses_is_read_once(tmp_path):
     assert own[1:] == plain[1:]
 
 
+class Apart(GradientSynthesisMixin, GradDiff):
+    """Computes its losses apart, the retain loss by the method that it inherits."""
+
+    def compute_unlearn_loss(self, model, inputs, return_outputs=False):
+        assert not model.training
+        return super().compute_unlearn_loss(model, inputs, return_outputs)
+
+    def compute_forget_loss(self, model, forget_inputs):
+        assert type(self.gamma) is float
+        return -model(**forget_inputs).loss
+
+
+def with_dropout(dtype=FP32):
+    model = llama(dtype)
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.3
+    return model
+
+
+def assert_same_training(kinds, folder, model=llama, count=3, **options):
+    """Weights, losses, norms and reports, bit for bit. Clipped, and after several steps."""
+    trainers = []
+    for kind in kinds:
+        trainer = make(kind, folder, model(), Pairs(count), **options)
+        transformers.set_seed(0)
+        trainer.train()
+        trainers.append(trainer)
+    first, other = trainers
+    assert max(log["grad_norm"] for log in steps_of(first)) > 0.5
+    times = {"epoch", "step", "learning_rate", "loss"}
+    logs = [[{k: v for k, v in log.items() if k not in times} for log in steps_of(t)] for t in trainers]
+    assert {"forget_loss", "retain_loss", "grad_norm"} <= set(logs[0][0])
+    assert logs[0] == logs[1]
+    losses = [[log["loss"] for log in steps_of(t)] for t in trainers]
+    # With accumulation the losses are divided before they are added, or afterwards.
+    torch.testing.assert_close(*losses, rtol=rounding_error(4, FP32), atol=rounding_error(4, FP32))
+    torch.testing.assert_close(weights(first.model), weights(other.model), rtol=0, atol=0)
+    assert any(
+        not torch.equal(p, q) for p, q in zip(first.model.parameters(), model().parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("rule", ["sago", "pcgrad_global"])
+def test_losses_apart_train_with_the_bits_of_losses_together(rule, accumulation, tmp_path):
+    """With dropout, whose random numbers are drawn in the same order."""
+    kinds = [with_mixin(kind, rule=rule) for kind in (WithLosses, Apart)]
+    options = {"count": 4, "gradient_accumulation_steps": accumulation}
+    assert_same_training(kinds, tmp_path, with_dropout, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "how", "options"),
+    [
+        (GradDiff, FP32, {"rule": "sago"}, {}),
+        (NPO, BF16, {"rule": "sago_prefer_retain", "stats": False}, {}),
+        (SimNPO, FP32, {"rule": "pcgrad", "groups": lambda name: name[:14]}, {}),
+        (Apart, BF16, {"rule": "pcgrad"}, {"max_grad_norm": 0.25}),
+        (WithLosses, FP32, {"rule": "ties"}, {"bf16": True}),
+        (Apart, FP32, {"rule": "sago"}, {f"{CHECKPOINTING}": True}),
+    ],
+)
+def test_one_copy_trains_with_the_bits_of_two(kind, dtype, how, options, tmp_path):
+    sizes = []
+
+    def sized(**how):
+        class Sized(with_mixin(kind, **how)):
+            def log(self, *args):
+                sizes.append(self._synthesizer and self._synthesizer._buckets.nbytes)
+                super().log(*args)
+
+        return Sized
+
+    kinds = [sized(**how), sized(one_copy=True, **how)]
+    model = gpt2 if CHECKPOINTING in options else llama  # whose embeddings are tied
+    assert_same_training(kinds, tmp_path, lambda: model(dtype), **options)
+    two, one = dict.fromkeys(filter(None, sizes))
+    assert two == 2 * one
+
+
+class Saved:
+    """A tensor that is saved for a backward."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+def peak_of_activations(kind, folder):
+    """The largest number of bytes that was saved for backwards at a time, without the parameters."""
+    model, live, found = llama(), weakref.WeakSet(), []
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor):
+        live.add(saved := Saved(tensor))
+        storages = {s.data_ptr(): s.nbytes() for s in (x.tensor.untyped_storage() for x in live)}
+        found.append(sum(n for pointer, n in storages.items() if pointer not in own))
+        return saved
+
+    class Measured(kind):
+        def training_step(self, *args):
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+                return super().training_step(*args)
+
+    make(Measured, folder, model, Pairs(2)).train()
+    assert not live
+    return max(found)
+
+
+@pytest.mark.parametrize("one_copy", [False, True])
+def test_the_activations_of_one_loss_are_held_at_a_time(one_copy, tmp_path):
+    """The larger of the two, and not their sum. The forget texts are shorter here."""
+
+    class Shorter(Apart):
+        def compute_forget_loss(self, model, forget_inputs):
+            return -model(**{k: v[:, :4] for k, v in forget_inputs.items()}).loss
+
+    class Together(Shorter):
+        def compute_losses(self, model, inputs):
+            retain_loss = self.compute_retain_loss(model, inputs["retain"])
+            return self.compute_forget_loss(model, inputs["forget"]), retain_loss
+
+    class RetainAlone(Apart):
+        def compute_forget_loss(self, model, forget_inputs):
+            return model.lm_head.weight.sum()  # saves nothing
+
+    apart, together, retain = (
+        peak_of_activations(with_mixin(kind, rule="sago", one_copy=one_copy), tmp_path)
+        for kind in (Shorter, Together, RetainAlone)
+    )
+    assert apart == retain
+    assert together > 1.4 * retain
+
+
+class Fork(GradDiff):
+    """Has methods of these names that do not follow the mixin, as some forks of OpenUnlearning do."""
+
+    def compute_unlearn_loss(self, model, inputs, return_outputs=False):
+        forget_loss, outputs = self.compute_forget_loss(model, inputs["forget"])
+        retain_loss = self.compute_retain_loss(model, inputs["retain"])
+        loss = self.gamma * -forget_loss + self.alpha * retain_loss
+        return (loss, outputs) if return_outputs else loss
+
+    def compute_forget_loss(self, model, forget_inputs):
+        outputs = model(**forget_inputs)
+        return outputs.loss, outputs
+
+
+def test_methods_of_a_trainer_that_does_not_know_the_mixin_are_its_own(tmp_path):
+    """`compute_loss` calls them, with the sign and the outputs that it expects."""
+    assert_same_training([with_mixin(kind) for kind in (Fork, GradDiff)], tmp_path)
+
+    class Both(Apart):
+        def compute_losses(self, model, inputs):
+            return graddiff_losses(model, None, inputs)
+
+        def compute_forget_loss(self, model, forget_inputs):
+            raise AssertionError
+
+    assert_same_training([Both, Apart], tmp_path)
+
+
+def returning(forget=lambda loss: loss, retain=lambda loss: loss):
+    class Returning(Apart):
+        def compute_forget_loss(self, model, forget_inputs):
+            return forget(super().compute_forget_loss(model, forget_inputs))
+
+        def compute_retain_loss(self, model, retain_inputs):
+            return retain(super().compute_retain_loss(model, retain_inputs))
+
+    return Returning
+
+
+class Merged(Collator):
+    """One batch of both texts."""
+
+    def __call__(self, items):
+        return super().__call__(items)["forget"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        (
+            returning(lambda x: (x, None)),
+            TypeError,
+            r"compute_forget_loss should return a tensor.*Found tuple",
+        ),
+        (
+            returning(retain=lambda x: x.detach()),
+            TypeError,
+            r"compute_retain_loss .*Found one without a gradient",
+        ),
+        (returning(retain=lambda x: x[None]), ValueError, r"the shape \(\), as .*Found \(1,\)"),
+        (None, ValueError, r'the keys "forget" and "retain".*Found \[.attention_mask.*compute_losses'),
+    ],
+)
+def test_says_what_losses_apart_should_be(kind, error, message, tmp_path):
+    trainer = make(Apart if kind is None else kind, tmp_path, data=Pairs(2))
+    if kind is None:
+        trainer.data_collator = Merged()
+    with pytest.raises(error, match=message):
+        trainer.train()
+    assert_unmoved(trainer)
+
+
 def test_weights_are_1_where_a_trainer_with_compute_losses_has_none(tmp_path):
     class Weightless(WithLosses):
         def compute_losses(self, model, inputs):
@@ -744,6 +950,7 @@ def test_the_trainer_has_the_names_that_the_mixin_replaces():
     version = tuple(int(x) for x in transformers.__version__.split(".")[:2])
     code = inspect.getsource(transformers.Trainer.training_step)
     assert callable(transformers.Trainer._inner_training_loop)
+    assert "with self.compute_loss_context_manager():" in code
     assert "self.compute_loss(" in code
     assert hasattr(transformers.Trainer, "get_batch_samples") is (version > (4, 45))
     if version > (4, 46):
@@ -776,6 +983,29 @@ def test_options_are_checked_when_they_are_written():
         Synthesis(rule="sagoo")
     with pytest.raises(TypeError, match=r"`groups` should be None or a function"):
         Synthesis(groups=["a"])
+    refused = {
+        "rule='pcgrad_global'": {"rule": "pcgrad_global"},
+        "rule='gradvac'": {"rule": "gradvac"},
+        "nonfinite='zero_update'": {"nonfinite": "zero_update"},
+        "accumulate_dtype=torch.float32": {"accumulate_dtype": FP32},
+    }
+    for found, how in refused.items():
+        Synthesis(**how)
+        with pytest.raises(
+            ValueError, match=rf"`one_copy` should be False with {found}.*Leave `one_copy` out"
+        ):
+            Synthesis(one_copy=True, **how)
+
+
+def test_one_copy_of_several_micro_batches_is_refused(tmp_path):
+    """Before a gradient is written."""
+    trainer = make(with_mixin(GradDiff, one_copy=True), tmp_path, gradient_accumulation_steps=2)
+    with pytest.raises(
+        ValueError, match=r"`one_copy` should be False .*2 micro-batches.*accumulation_steps=1"
+    ):
+        trainer.train()
+    assert all(p.grad is None for p in trainer.model.parameters())
+    assert_unmoved(trainer)
 
 
 def test_groups_are_made_of_the_names_of_parameters(tmp_path):
@@ -847,16 +1077,22 @@ def test_a_gradient_that_is_not_finite(nonfinite, tmp_path):
         assert_trained_alike(trainer.model, expected)
 
 
-@pytest.mark.parametrize(("kind", "rule"), [(GradDiff, "sago"), (GradDiff, "pcgrad"), (WithLosses, "sago")])
-def test_fp16_with_a_gradient_scaler(kind, rule, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "rule", "accumulation"),
+    [(GradDiff, "sago", 2), (GradDiff, "pcgrad", 2), (WithLosses, "sago", 2), (Apart, "pcgrad", 1)],
+)
+def test_fp16_with_a_gradient_scaler(kind, rule, accumulation, tmp_path, monkeypatch):
     """accelerate has no GradScaler on a CPU, but torch has. The first scale overflows: a step is skipped."""
     monkeypatch.setattr(AcceleratorState, "mixed_precision", property(lambda self: "fp16"))
-    trainer = make(with_mixin(kind, rule=rule), tmp_path, data=Pairs(16), gradient_accumulation_steps=2)
+    kind = with_mixin(kind, rule=rule, one_copy=accumulation == 1)
+    options = {"data": Pairs(8 * accumulation), "gradient_accumulation_steps": accumulation}
+    trainer = make(kind, tmp_path, **options)
     scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**17) for _ in range(2)]
     trainer.accelerator.scaler, trainer.accelerator.native_amp = scalers[0], True
     trainer.train()
     expected = llama()
-    steps = (averaged if kind is WithLosses else windows)(trainer.data_collator.batches, 2)
+    own = hasattr(trainer, "compute_losses")
+    steps = (averaged if own else windows)(trainer.data_collator.batches, accumulation)
     reports = by_hand(expected, graddiff_losses, steps, rule, autocast=FP16, scaler=scalers[1])
     assert scalers[0].get_scale() == scalers[1].get_scale() < 2.0**17
     assert_trained_alike(trainer.model, expected, exact=False)

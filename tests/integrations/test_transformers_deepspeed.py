@@ -48,6 +48,13 @@ class WithLosses(GradDiff):
         return graddiff_losses(model, None, inputs)
 
 
+class Apart(GradientSynthesisMixin, GradDiff):
+    """Its forward of the retain loss comes after the engine's backward of the forget loss."""
+
+    def compute_forget_loss(self, model, forget_inputs):
+        return -model(**forget_inputs).loss
+
+
 class Regularised(GradDiff):
     def compute_unlearn_loss(self, model, inputs, return_outputs=False):
         loss = super().compute_unlearn_loss(model, inputs)
@@ -55,7 +62,8 @@ class Regularised(GradDiff):
 
 
 def trainer_of(how, kind=GradDiff):
-    return type("Trained", (GradientSynthesisMixin, kind), {"synthesis": Synthesis(**how)})
+    bases = (kind,) if issubclass(kind, GradientSynthesisMixin) else (GradientSynthesisMixin, kind)
+    return type("Trained", bases, {"synthesis": Synthesis(**how)})
 
 
 def train(folder, how, stage, accumulation, kind=GradDiff):
@@ -111,6 +119,7 @@ def train(folder, how, stage, accumulation, kind=GradDiff):
         (GradDiff, 3, "sago", 4),
         (GradDiff, 0, "pcgrad", 2),
         (WithLosses, 3, "sago", 4),
+        (Apart, 3, "sago", 2),
         (WithLosses, 0, "sago", 2),
     ],
 )

@@ -61,7 +61,7 @@ def train(folder, kind, engine, how, options):
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # looked at, but there is a group already
     bases = (
         Watched,
-        *([] if how is None else [GradientSynthesisMixin]),
+        *([] if how is None or issubclass(kind, GradientSynthesisMixin) else [GradientSynthesisMixin]),
         *([Fsdp2] if engine == "fsdp2" else []),
         kind,
     )
@@ -101,15 +101,27 @@ def assert_alike(found, expected):
             assert_logged(log, other)
 
 
+class Apart(GradientSynthesisMixin, GradDiff):
+    """Its forward of the retain loss comes after the backward of the forget loss."""
+
+    def compute_forget_loss(self, model, forget_inputs):
+        return -model(**forget_inputs).loss
+
+
 @pytest.mark.parametrize(
-    ("engine", "rule", "accumulation"),
-    [("ddp", "sago", 1), ("ddp", "pcgrad", 4), pytest.param("fsdp2", "pcgrad_global", 4, marks=needs_fsdp2)],
+    ("kind", "engine", "how", "accumulation"),
+    [
+        (NPO, "ddp", {"rule": "sago"}, 1),
+        (Apart, "ddp", {"rule": "pcgrad"}, 4),
+        pytest.param(NPO, "fsdp2", {"rule": "pcgrad_global"}, 4, marks=needs_fsdp2),
+        pytest.param(Apart, "fsdp2", {"rule": "pcgrad", "one_copy": True}, 1, marks=needs_fsdp2),
+    ],
 )
-def test_ranks_are_one_process(ranks, engine, rule, accumulation, tmp_path):
+def test_ranks_are_one_process(ranks, kind, engine, how, accumulation, tmp_path):
     """Without reduction in all but the last micro-batch of a window, if accelerate had its way."""
-    rest = {"rule": rule}, {"gradient_accumulation_steps": accumulation}
-    found = ranks(train, str(tmp_path), NPO, engine, *rest)
-    expected = train(str(tmp_path), NPO, None, *rest)
+    rest = how, {"gradient_accumulation_steps": accumulation}
+    found = ranks(train, str(tmp_path), kind, engine, *rest)
+    expected = train(str(tmp_path), kind, None, *rest)
     assert set(expected[1][0]) == set(FIELDS)
     assert_alike(found, expected)
 
@@ -137,6 +149,9 @@ class Unweighted(GradDiff):
 def error_of(folder, engine):
     with pytest.raises(ValueError, match=r"no product of `self.gamma` and a loss"):
         train(folder, Unweighted, engine, {}, {})
+    if engine == "ddp":
+        with pytest.raises(ValueError, match=r"`one_copy` should be False for DistributedDataParallel"):
+            train(folder, GradDiff, engine, {"one_copy": True}, {})
 
 
 @pytest.mark.parametrize("engine", ["ddp", fsdp2])

@@ -169,6 +169,32 @@ def test_a_step_with_one_copy_holds_as_much_as_a_plain_step(chain, rule):
     assert peak(lambda: step(unequal)) <= sum(sizes) + (1 + 1 / 16) * max(sizes) + 2**20
 
 
+def test_an_optimizer_that_steps_in_the_backward_adds_no_copy(chain):
+    """A step after the backward holds temporaries of all parameters, if it runs on lists of tensors."""
+    model = chain[:100]
+    params = list(model.parameters())
+    buckets = sago.GradientBuckets(model, one_copy=True)
+    each = {p: torch.optim.AdamW([p], foreach=False) for p in params}
+    whole = torch.optim.AdamW(params, foreach=True)
+
+    def step(on_update=None):
+        with buckets.forget():
+            (-model(torch.ones(1, 256)).square()).sum().backward()
+        with buckets.synthesize_in_backward("sago", stats=False, on_update=on_update):
+            model(torch.ones(1, 256)).square().sum().backward()
+        if on_update is None:
+            whole.step()
+        buckets.zero_()
+
+    peaks = []
+    for on_update in (lambda p: each[p].step(), None):
+        step(on_update)  # makes the state of the optimizer
+        peaks.append(peak(lambda on_update=on_update: step(on_update)))
+    copy_size = sum(p.nbytes for p in params)  # of gradients: the accumulators were made before
+    assert peaks[0] < 0.1 * copy_size
+    assert peaks[1] > 0.9 * copy_size
+
+
 def test_a_third_copy_is_seen(chain):
     params = list(chain.parameters())
 

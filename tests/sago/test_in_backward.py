@@ -296,37 +296,101 @@ def test_an_optimizer_step_in_the_block_of_one_copy():
         early()
 
 
-def test_one_copy_of_a_model_with_tied_weights_and_checkpoints():
-    """Several windows in a row; a tied weight has one gradient, and a checkpointed layer one."""
-    found = []
-    for one_copy in (False, True):
-        model = model_of(FP32, "cpu")
-        first, _, last = model
-        last.bias = nn.Parameter(first.bias.detach()[: last.out_features].clone())
-        tied = nn.Parameter(first.weight.detach().clone())
-        first.weight = tied
-        buckets = sago.GradientBuckets(model, one_copy=one_copy)
-        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+class Mixed(nn.Module):
+    """Tied weights, checkpointed layers, a frozen layer, and parameters that one loss or neither reaches."""
 
-        def loss(seed, model=model, tied=tied):
-            x = inputs.normal(20, seed).view(4, 5).float()
-            hidden = checkpoint(model, x, use_reentrant=False)
-            return (hidden**2).mean() + (x @ tied.t()).square().mean()
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 6)
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+        self.frozen = nn.Linear(6, 6).requires_grad_(False)
+        self.scales = nn.ParameterDict({side: torch.ones(6) for side in ("forget", "retain", "neither")})
 
-        for seed in range(3):
-            with buckets.forget():
-                (-loss(seed)).backward()
-            if one_copy:
-                with buckets.synthesize_in_backward("pcgrad"):
-                    loss(seed + 10).backward()
-            else:
-                with buckets.retain():
-                    loss(seed + 10).backward()
-                buckets.synthesize_("pcgrad")
+    def forward(self, tokens, side):
+        hidden = self.embed(tokens)
+        for layer in self.layers:
+            hidden = torch.tanh(checkpoint(layer, hidden, use_reentrant=False))
+        return nn.functional.linear(self.frozen(hidden) * self.scales[side], self.embed.weight)
+
+
+def trained(model, run, optimizer_of, rule, one_copy, how):
+    """The parameters and the sums after three steps of `run`, which may be the compiled model."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    buckets = sago.GradientBuckets(model, one_copy=one_copy)
+    optimizer, sums = optimizer_of(params), []
+    each = {p: optimizer_of([p]) for p in params}
+    for step in range(3):
+        tokens = torch.arange(step, step + 8) ** 2 % 7
+        with buckets.forget():
+            (-run(tokens, "forget").square().mean()).backward()
+        options = {"on_update": lambda p: each[p].step()} if how == "on_update" else {}
+        with buckets.synthesize_in_backward(rule, **options) if how else buckets.retain() as block:
+            run(tokens.flip(0), "retain").logsumexp(-1).mean().backward()
+        report = block.report if how else buckets.synthesize_(rule)
+        for name, p in model.named_parameters():
+            used = how == "on_update" or "neither" in name or "frozen" in name
+            assert (p.grad is None) is used
+        if how != "on_update":
             optimizer.step()
-            buckets.zero_()
-        found.append([p.detach().clone() for p in model.parameters()])
-    properties.assert_equal_bits(*found)
+        buckets.zero_()
+        sums += [report.ff, report.fr, report.rr, report.uu]
+    return [*(p.detach().clone() for p in params), *sums]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_every_way_of_a_step_has_the_bits_of_two_copies(compiled):
+    """An optimizer may step in the backward, too. A tied weight has one gradient, a checkpointed one, too."""
+    torch.manual_seed(0)
+    model = Mixed()
+    run = torch.compile(model, backend="aot_eager") if compiled else model
+    start = {name: t.clone() for name, t in model.state_dict().items()}
+    optimizers = {
+        "sago": lambda params: torch.optim.SGD(params, 0.1, momentum=0.9),
+        "pcgrad": lambda params: torch.optim.AdamW(params, 0.01, foreach=False),
+    }
+    for rule, optimizer_of in optimizers.items():
+        found = []
+        for one_copy, how in (
+            (False, ""),
+            (False, "after"),
+            (True, "after"),
+            (False, "on_update"),
+            (True, "on_update"),
+        ):
+            model.load_state_dict(start)
+            found.append(trained(model, run, optimizer_of, rule, one_copy, how))
+        assert not torch.equal(found[0][0], start["embed.weight"])
+        for other in found[1:]:
+            properties.assert_equal_bits(other, found[0])
+
+
+@pytest.mark.parametrize("one_copy", [False, True])
+def test_an_optimizer_in_on_update_steps_on_one_parameter(one_copy):
+    """The gradients of others may not be complete. After an error the window is lost."""
+    params, buckets = fresh(ANY, *small(), one_copy=one_copy, **ALONE)
+    optimizer, calls = torch.optim.SGD(params, 0.1), []
+
+    def stepped(on_update):
+        with buckets.forget():
+            backward(params, small()[0])
+        with buckets.synthesize_in_backward("sago", on_update=on_update):
+            backward(params, small()[1])
+
+    def step(p):
+        calls.append((p is params[0], [q.grad is not None for q in params], torch.is_grad_enabled()))
+        optimizer.step()
+
+    if one_copy:  # where other parameters have no `p.grad`
+        stepped(step)
+        assert sorted(calls) == [(False, [False, True], False), (True, [True, False], False)]
+    else:
+        with pytest.raises(ValueError, match=r"in `on_update` should hold that parameter alone"):
+            stepped(step)
+        assert_lost(buckets, params)
+    buckets._engine = object()
+    with pytest.raises(ValueError, match=r"`on_update` should be None with DeepSpeed"):
+        stepped(step)
 
 
 @pytest.mark.parametrize(
