@@ -94,9 +94,14 @@ def test_surgery(rule):
 @pytest.fixture
 def accelerator():
     accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
+
+    def reset():
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        accelerate.state.GradientState._reset_state()
+
+    reset()  # an interrupted training has left its data loader, at whose end a step is due
     yield accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate.state.GradientState._reset_state()
+    reset()
 
 
 def test_accelerate_before(accelerator):
