@@ -36,7 +36,7 @@ bench: .venv/ready
 	$(BIN)/python -m benchmarks cpu
 	$(BIN)/python -m benchmarks speed
 	$(BIN)/python -m benchmarks host
-	$(BIN)/python -m benchmarks memory
+	$(BIN)/python -m benchmarks step
 	$(BIN)/python -m benchmarks shards
 	$(BIN)/python -m benchmarks compile
 

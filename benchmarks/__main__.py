@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import speed, workloads
+from benchmarks import speed, step, workloads
 from benchmarks.gradients import WrongResult
 from benchmarks.measure import table, write_json
 from benchmarks.released import RULES
@@ -78,14 +78,15 @@ def _parser() -> argparse.ArgumentParser:
     option("--rule", nargs="+", choices=RULES, metavar="RULE")
     option("--dtype", nargs="+", choices=speed.DTYPES)
 
-    option = add(_memory, "measure the peak memory of an unlearning step")
-    option("--shape", choices=["small", "llama-3-8b"], default="small", help="default: small")
-    for name in ("hidden", "layers", "vocabulary"):
-        option(f"--{name}", type=int, help="replaces the value of the shape")
-    option("--rule", nargs="+", choices=RULES, default=["sago", "pcgrad_global"], metavar="RULE")
-    option("--dtype", nargs="+", choices=speed.DTYPES, help="default: both, for llama-3-8b bfloat16")
-    option("--micro-batches", type=int, default=2, metavar="N", help="default: 2")
+    option = add(_step, "measure time and peak memory of whole unlearning steps beside the summed loss")
+    option("--shape", choices=step.SHAPES, default="smollm2-135m", help="default: smollm2-135m")
     option("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
+    option("--rule", nargs="+", choices=RULES, default=["sago", "pcgrad"], metavar="RULE")
+    option("--dtype", nargs="+", choices=speed.DTYPES, help="default: float32, on a GPU bfloat16")
+    option("--tokens", type=int, default=256, help="of each text (default: 256)")
+    option("--micro-batches", type=int, default=1, metavar="N", help="default: 1")
+    option("--optimizer", choices=step.OPTIMIZERS, default="sgd", help="default: sgd")
+    option("--repeats", type=int, default=10, help="number of rounds; 0 measures no time (default: 10)")
     return parser
 
 
@@ -172,17 +173,20 @@ def _shards(options: argparse.Namespace) -> int:
     return _report(options, record, shards.COLUMNS)
 
 
-def _memory(options: argparse.Namespace) -> int:
-    from benchmarks import memory
-
+def _step(options: argparse.Namespace) -> int:
     # libkineto, which counts the memory of the CPU, otherwise logs the start and stop of every count.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    named = {name: getattr(options, name) for name in ("hidden", "layers", "vocabulary")}
-    shape = memory.SHAPES[options.shape]._replace(**{k: v for k, v in named.items() if v is not None})
-    dtypes = options.dtype or ["bfloat16", "float32"][: 1 if options.shape == "llama-3-8b" else 2]
-    dtypes = [getattr(torch, dtype) for dtype in dtypes]
-    record = memory.run(shape, options.rule, dtypes, options.device, options.micro_batches)
-    return _report(options, record, memory.COLUMNS, "-memory")
+    record = step.run(
+        step.SHAPES[options.shape],
+        options.rule,
+        [getattr(torch, d) for d in options.dtype or ["bfloat16" if options.device == "cuda" else "float32"]],
+        options.device,
+        options.tokens,
+        options.micro_batches,
+        options.repeats,
+        options.optimizer,
+    )
+    return _report(options, record, step.COLUMNS, "-step")
 
 
 if __name__ == "__main__":

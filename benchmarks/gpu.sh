@@ -61,9 +61,9 @@ step updates 5 "$python" -m benchmarks sanitize
 sanitizer memcheck 10
 sanitizer racecheck 10
 # A new cache makes the first calls compile, so that their time is that of a new installation.
-step speed 26 env TRITON_CACHE_DIR="$scratch" "$python" -m benchmarks speed --device cuda --json "$out"
-step sweep 10 "$python" -m benchmarks sweep --json "$out"
-step memory 5 "$python" -m benchmarks memory --device cuda --json "$out"
+step speed 25 env TRITON_CACHE_DIR="$scratch" "$python" -m benchmarks speed --device cuda --json "$out"
+step sweep 8 "$python" -m benchmarks sweep --json "$out"
+step training 8 "$python" -m benchmarks step --device cuda --repeats 5 --json "$out"
 
 printf 'in all %d s, %s\n' "$SECONDS" "$( ((failed)) && echo "with failures" || echo "all well")" | tee -a "$summary"
 exit "$failed"

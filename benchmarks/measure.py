@@ -8,7 +8,7 @@ import platform
 import re
 import subprocess
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -47,6 +47,17 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return "0" if value == 0 else f"{value:.1e}" if abs(value) < 1e-2 else f"{value:.2f}"
     return str(value)
+
+
+def judge(row: Mapping[str, Any], targets: Iterable[tuple[str, str, float]]) -> dict[str, str | None]:
+    """Returns the targets of a row, each a field, `<=` or `>=` and a bound, and whether they are met.
+
+    A field without a value has no target.
+    """
+    known = [target for target in targets if row[target[0]] is not None]
+    met = [row[field] <= bound if sense == "<=" else row[field] >= bound for field, sense, bound in known]
+    texts = [f"{field} {sense} {bound:g}" for field, sense, bound in known]
+    return {"target": "; ".join(texts) or None, "met": "; ".join(map(_cell, met)) or None}
 
 
 def write_json(path: str | Path, record: Mapping[str, Any], suffix: str = "") -> None:

@@ -20,14 +20,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import sago
-from benchmarks import memory
 from benchmarks.gradients import ALPHA, GAMMA, WrongResult
 from benchmarks.measure import dtype_name, origin
 from benchmarks.released import RULES as PAPER
+from benchmarks.workloads import Decoder, llama
 from sago.rules import RULES
 
 SHARDS = (1, 2, 3, 8, 64, 255, 1024)
-MODEL = memory.Shape(hidden=32, layers=2, vocabulary=1003)
+MODEL = Decoder(hidden=32, layers=2, vocabulary=1003, mlp=112, keys=32, head=32)
 TOKENS, SHARED = 96, 24  # of a text, and the number at its start that both texts share
 TEXTS = 1  # a seed for which some coefficient is rounded another way in shards
 SUMS = 1e-6  # tolerance of the sums
@@ -65,7 +65,7 @@ def run(
 
 def gradients(dtype: torch.dtype) -> tuple[Tensors, Tensors]:
     """Returns the gradients of the negated loss of a text, and of the loss of a text with the same start."""
-    model = memory.make_model(MODEL, torch.float32, "cpu")
+    model = llama(MODEL, torch.float32, "cpu")
     generator = torch.Generator().manual_seed(TEXTS)
     texts = torch.randint(MODEL.vocabulary, (2, 1, TOKENS), generator=generator)
     texts[1, :, :SHARED] = texts[0, :, :SHARED]

@@ -48,6 +48,7 @@ from tests.support.checks import (
     specials,
     subnormals,
     sums_beside_inf,
+    sums_of_slices,
     sums_over_chunks,
     sums_over_spans,
     switched_off,
@@ -360,8 +361,8 @@ ON_THE_CPU = {
             sums_beside_inf,
         ),
     },
-    (compiled, "_with_counts"): {
-        "inf not seen": ("not math.isfinite(", "math.isnan(", sums_beside_inf),
+    (compiled, "_pack_sums"): {
+        "inf not seen": ("not math.isfinite(total)", "math.isnan(total)", sums_beside_inf),
     },
     (packs, "Pack.fill"): {
         "padding of another pack": ("if self._padded or", "if", small_tensors),
@@ -370,12 +371,8 @@ ON_THE_CPU = {
     (compiled, "Batch.add_up"): {
         "rows of other pairs": ("rows.argsort(stable=True)", "torch.arange(len(rows))", groups),
     },
-    (compiled, "_tree"): {
-        "the first block alone": (
-            "return partials.sum(-1)",
-            "return partials[..., :1].sum(-1)",
-            products_over_chunks,
-        ),
+    (compiled, "_sums"): {
+        "the last slice alone": ("x + y for", "y for", sums_of_slices),
     },
 }
 ON_BOTH = {

@@ -22,7 +22,6 @@ from sago.backends.sums import Sums, insert_nonfinite
 from sago.rules import Coefficients, Gate, Rule, evaluate
 from sago.rules.draws import Drawn, of_pair
 
-_FAN_IN = 1024
 # The number of elements that are processed at a time, compiled (_SLICE) and uncompiled (_EAGER). It limits
 # the memory: partial sums take less than 1 MiB, and temporaries of uncompiled code take a few MiB. The sums
 # of a slice leave it in the cache for its update.
@@ -151,89 +150,82 @@ def _update(graph: Any, known: Known, tensors: Sequence[Tensor], coefficients: T
 
 def _pack_sums(batch: Batch, pack: Pack, wanted: Wanted) -> Tensor:
     """The sums of each pair of a pack, `[pairs, k]`."""
-    sums = _with_counts(_segments(graphs.tile_sums(pack.forget, pack.retain, wanted), pack.tiles), wanted)
-    if sums is None:
+    sums = _segments(graphs.tile_sums(pack.forget, pack.retain, wanted), pack.tiles)
+    if wanted[0] == Sums.PRODUCTS:
+        return sums
+    # An inf or NaN in a gradient makes one of its squares, and so the sum of all numbers, not finite.
+    total: Any = sums.sum().tolist()
+    if not math.isfinite(total):
         pairs = (_flat_pair(batch.forget[i], batch.retain[i]) for i in pack.pairs)
         return torch.stack([_sums_of_any(f, r, wanted) for f, r in pairs])
     if wanted[1] is not None:
-        sums[:, -3:] -= torch.outer(pack.padding, _classes_of_zeros(wanted[1], 1, sums.dtype))
-    return sums
+        of_zeros = torch.tensor(_classes_of_zeros(wanted[1], 1), dtype=torch.float64, device="cpu")
+        sums[:, -3:] -= torch.outer(pack.padding, of_zeros)
+    return insert_nonfinite(sums, sums.new_zeros(len(sums), 2))
 
 
 def _sums(batch: Batch, i: int, wanted: Wanted, update: Callable[[slice], None] | None = None) -> Tensor:
     """The sums of a pair, `[1, k]`. `update` is called for each slice after its sums are taken."""
     f, r = _flat_pair(batch.forget[i], batch.retain[i])
     call = found(graphs.block_sums, wanted, (f, r))
-    totals, length = [], _SLICE[compute_dtype(f, r)]
+    dtype = compute_dtype(f, r)
+    length = _SLICE[dtype] * (2 if wanted[0] == Sums.PRODUCTS else 1)
+    total = [0.0] * wanted[0]
     for start in range(0, f.numel(), length):
         piece = slice(start, start + length)
-        totals.append(_slice_sums(f[piece], r[piece], wanted, call))
+        of_slice = _slice_sums(f[piece], r[piece], wanted, call)
+        total = [x + y for x, y in zip(total, of_slice, strict=True)]
         if update is not None:
             update(piece)
-    return _total(totals)[None]
+    return torch.tensor([total], dtype=torch.float64, device="cpu")
 
 
-def _slice_sums(f: Tensor, r: Tensor, wanted: Wanted, call: Callable[..., Tensor] | None) -> Tensor:
+def _slice_sums(f: Tensor, r: Tensor, wanted: Wanted, call: Callable[..., Tensor] | None) -> list[float]:
     gate, numel = wanted[1], f.numel()
     start = gate.at if isinstance(gate, Drawn) else 0
     whole, padding = numel // BLOCK * BLOCK, -numel % BLOCK
-    pairs = [(f[:whole], r[:whole])] if whole else []
+    pairs = [(f[:whole], r[:whole])] if padding else [(f, r)]
     if padding:
         pairs.append((graphs.padded(f[whole:]), graphs.padded(r[whole:])))
     if call is not None:
-        blocks = [call(*pair) for pair in pairs]
+        blocks = [call(*pair) for pair in pairs if len(pair[0])]
     else:
-        pieces = (zip(*(t.split(_EAGER) for t in pair), strict=True) for pair in pairs)
+        pieces = (zip(*(t.split(_EAGER) for t in pair), strict=True) for pair in pairs if len(pair[0]))
         blocks = [graphs.block_sums(f, r, wanted) for f, r in chain(*pieces)]
-    sums = _with_counts(_tree(torch.cat(blocks, dim=1).flatten(1).to(torch.float64))[None], wanted)
-    if sums is None:
+    # A sum of fewer than 32768 numbers is taken in one thread.
+    of_blocks = [x.sum(-1, dtype=torch.float64) for x in blocks]
+    sums: list[float] = (torch.cat(of_blocks, dim=1) if len(of_blocks) > 1 else of_blocks[0]).sum(-1).tolist()
+    if wanted[0] == Sums.PRODUCTS:
+        return sums
+    # An inf or NaN in a gradient makes one of its squares not finite.
+    if not all(map(math.isfinite, sums)):
         if isinstance(gate, Drawn):
             gate.at = start
-        return _sums_of_any(f, r, wanted)
+        found_sums: list[float] = _sums_of_any(f, r, wanted).tolist()
+        return found_sums
     if gate is not None and padding:
         if isinstance(gate, Drawn):
             gate.at = start + numel
-        sums[:, -3:] -= _classes_of_zeros(gate, padding, sums.dtype)
-    return sums[0]
-
-
-def _with_counts(sums: Tensor, wanted: Wanted) -> Tensor | None:
-    """The sums with the non-finite counts, which are 0; None if the sums are not finite."""
-    if wanted[0] == Sums.PRODUCTS:
-        return sums
-    # An inf or NaN in a gradient makes one of its squares, and so the sum of all numbers, not finite.
-    if not math.isfinite(sums.sum().tolist()):
-        return None
-    return insert_nonfinite(sums, sums.new_zeros(len(sums), 2))
+        of_zeros = _classes_of_zeros(gate, padding)
+        sums[-3:] = [x - n for x, n in zip(sums[-3:], of_zeros, strict=True)]
+    return [*sums[:4], 0.0, 0.0, *sums[4:]]
 
 
 def _sums_of_any(f: Tensor, r: Tensor, wanted: Wanted) -> Tensor:
     pieces = zip(f.split(_EAGER), r.split(_EAGER), strict=True)
-    return _total([graphs.sums_of_any(*pair, wanted) for pair in pieces])
+    return torch.stack([graphs.sums_of_any(*pair, wanted) for pair in pieces]).sum(0)
 
 
-def _classes_of_zeros(gate: Gate, numel: int, dtype: torch.dtype) -> Tensor:
-    """The number of elements of each class, `[3]`, of pairs of zeros."""
+def _classes_of_zeros(gate: Gate, numel: int) -> list[int]:
+    """The number of elements of each of the three classes of pairs of zeros."""
     zeros = torch.zeros(numel, dtype=torch.float32, device="cpu")
-    classes = gate(zeros, zeros)
-    return torch.stack([(classes == k).sum() for k in range(3)]).to(dtype)
+    classes = gate(zeros, zeros).tolist()
+    return [classes.count(k) for k in range(3)]
 
 
 def _segments(values: Tensor, lengths: Tensor) -> Tensor:
     """The sums of `lengths[0]`, `lengths[1]` ... rows of `values`, each in order."""
     return torch.segment_reduce(values, "sum", lengths=lengths, axis=0, unsafe=True, initial=0.0)
-
-
-def _total(sums: Sequence[Tensor]) -> Tensor:
-    return sums[0] if len(sums) == 1 else _tree(torch.stack(list(sums), dim=1))
-
-
-def _tree(partials: Tensor) -> Tensor:
-    """The sum over the last dimension in a fixed order. torch would split a long sum over its threads."""
-    while partials.shape[-1] > _FAN_IN:
-        padding = -partials.shape[-1] % _FAN_IN
-        partials = torch.nn.functional.pad(partials, (0, padding)).unflatten(-1, (-1, _FAN_IN)).sum(-1)
-    return partials.sum(-1) if partials.shape[-1] > 1 else partials.squeeze(-1)
 
 
 def _flat_pair(f: Tensor | None, r: Tensor | None) -> tuple[Tensor, Tensor]:

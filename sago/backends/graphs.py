@@ -11,6 +11,7 @@ block for large ones.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +75,8 @@ def simplified(known: Known, f: Tensor, r: Tensor, coefficients: Tensor) -> Know
             for k, term in enumerate(terms)
         )
     if propagate:
-        propagate = not math.isfinite((f.sum() + r.sum()).tolist())
+        total: Any = (f.sum() + r.sum()).tolist()
+        propagate = not math.isfinite(total)
     return terms, gate, propagate
 
 

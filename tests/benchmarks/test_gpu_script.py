@@ -19,7 +19,7 @@ exit 0
 """
 STEPS = [
     *("install", "nvidia-smi", "environment", "tests", "updates", "memcheck", "racecheck"),
-    *("speed", "sweep", "memory"),
+    *("speed", "sweep", "training"),
 ]
 
 
@@ -72,7 +72,7 @@ def test_all_steps_in_order(run, tmp_path):
         ),
         f"python -m benchmarks speed --device cuda --json {out}",
         f"python -m benchmarks sweep --json {out}",
-        f"python -m benchmarks memory --device cuda --json {out}",
+        f"python -m benchmarks step --device cuda --repeats 5 --json {out}",
     ]
     assert (out / "tests.log").read_text() == f"output of {calls[3].removeprefix('python ')}\n"
     assert sorted(p.name for p in out.iterdir()) == sorted(
@@ -87,16 +87,16 @@ def test_a_failure_does_not_stop_the_others(run):
     assert len(calls) == len(STEPS)
     assert " exit   3 " in lines["tests"]
     assert lines["tests"].endswith("failed")
-    assert lines["memory"].endswith("ok")
+    assert lines["training"].endswith("ok")
     assert lines["in"].endswith("with failures")
 
 
 def test_a_step_that_hangs_is_ended(run):
-    status, lines, calls = run("out", "5", hangs="benchmarks memory")
+    status, lines, calls = run("out", "5", hangs="benchmarks step")
     assert status == 1
     assert len(calls) == len(STEPS)
-    assert " exit 124 " in lines["memory"]
-    assert lines["memory"].endswith("out of time after 0.250 s")
+    assert " exit 124 " in lines["training"]
+    assert lines["training"].endswith("out of time after 0.400 s")
     assert lines["sweep"].endswith("ok")
 
 

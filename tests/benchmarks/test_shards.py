@@ -7,13 +7,13 @@ import torch
 from torch.distributed.fsdp._fully_shard._fsdp_common import _chunk_with_empty
 
 import sago
-from benchmarks import memory, shards
+from benchmarks import shards
 from benchmarks.__main__ import main
 from benchmarks.gradients import WrongResult
 from benchmarks.shards import Ranks
 
 SHARDS = (1, 3, 8, 71)
-SMALL = memory.Shape(hidden=32, layers=1, vocabulary=67)
+SMALL = shards.MODEL._replace(layers=1, vocabulary=67)
 GRAM = ("pcgrad", "pcgrad_global", "blur")
 ELEMENTWISE = ("sum", "sago", "sago_prefer_retain")
 

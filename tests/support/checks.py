@@ -139,6 +139,11 @@ def products_over_chunks(run):
     properties.assert_as_oracle(run, [f.float()], [r.float()], "pcgrad", stats=False)
 
 
+def sums_of_slices(run):
+    """On the CPU, two slices of an fp64 tensor, which is too small to be compiled at once."""
+    properties.assert_as_oracle(run, *([t] for t in inputs.pair((1 << 19) + 5000)), "pcgrad", stats=False)
+
+
 def products_again(run):
     """On the same memory, so that the counters of the first call are used again."""
     f, r = (t.float() for t in inputs.pair(2 * inputs.CHUNK + 20))
