@@ -34,7 +34,7 @@ COLUMNS = (
     "wall_ms", "host_us", "gb_s", "of_triad", "first_s", "note",
 )  # fmt: skip
 DTYPES = ("bfloat16", "float32")
-WITH_PEERS = ("llama-3-8b", "lora", "llama-3.2-1b")
+WITH_PEERS = ("llama-3-8b", "lora", "llama-3.2-1b", "tiny")
 
 
 class Case(NamedTuple):
