@@ -17,10 +17,10 @@ and backwards that needs least memory:
 
 Every round runs one step of each contender, in rotated order. `ms` is the median of the times from an idle
 device to an idle device. `ratio` is the median of the time divided by that of the summed loss in the same
-round, with the percentiles `p20` and `p80`. For each round a contender is made anew and runs a step of 4
-tokens first, so that only one contender holds memory. SGD without momentum is the default optimizer, because
-it has no state and takes least time: another one would add the same time to every step, and so bring the
-ratios closer to 1.
+round, with the percentiles `p20` and `p80`. Every round makes each contender again, after it has dropped the
+one before, so that only one holds memory. A step of 4 tokens precedes the timed step. SGD without momentum is
+the default optimizer. It has no state and takes least time. Another optimizer would add the same time to every
+step, and so bring the ratios closer to 1.
 
 Peaks are those of a contender that is made, runs a step of 4 tokens and then the measured step, above a level
 with the weights and the state of the optimizer. `peak_mib` includes activations. `peak_ratio` is its
@@ -207,9 +207,9 @@ def run(
 ) -> dict[str, Any]:
     """Measures every contender. Raises `WrongResult` where an update is not that of `sago.reference`.
 
-    A contender has a note in the place of numbers if the device has too little memory for it, if it needs a
-    package that is not installed, or if it does not support the rule or several micro-batches. Without
-    `repeats`, only memory is measured.
+    Some contenders cannot run: the device may have too little memory, a package may not be installed, or the
+    contender may not support the rule or several micro-batches. Their rows have a note instead of numbers. If
+    `repeats` is 0, only memory is measured.
     """
     import transformers
 
@@ -391,8 +391,8 @@ def gradients(params: Tensors, losses: Losses) -> list[Tensors]:
 def check(case: Case, params: Tensors, forget: Tensors, retain: Tensors) -> None:
     """Raises `WrongResult` unless `p.grad` is the update that `sago.reference` makes of both gradients.
 
-    The error of a tensor is relative to `gamma * |f| + alpha * |r|`, because the update may be a small
-    difference of both.
+    The error of a tensor is divided by `gamma * |f| + alpha * |r|`. The norm of the update would be too small
+    a divisor where the two gradients nearly cancel.
     """
     dtype, device = params[0].dtype, params[0].device
     whole = RULES[case.rule].scope == "global"

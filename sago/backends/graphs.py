@@ -1,11 +1,11 @@
-"""What the backend "compiled" computes: the update and the sums of 1-D gradients, as functions of tensors.
+"""The arithmetic of the backend "compiled": functions that compute the update and the sums of 1-D gradients.
 
 `update`, `update_by_class` and `block_sums` give the same bits compiled by TorchInductor and uncompiled. The
 sums and the update are separate graphs. In one graph they do not fuse, which is ten times slower.
 
 The order of the additions does not depend on the number of threads. Up to 256 products are added in fp32
-(fp64 for fp64 gradients), and these sums in fp64: those of tiles for small tensors, and those of lanes of a
-block for large ones.
+(fp64 for fp64 gradients). These partial sums are then added in fp64. A small tensor has one for each tile,
+and a large tensor has 16 for each block.
 """
 
 from __future__ import annotations
@@ -65,7 +65,10 @@ def update(f: Tensor, r: Tensor, out: Tensor, coefficients: Tensor, known: Known
 
 
 def simplified(known: Known, f: Tensor, r: Tensor, coefficients: Tensor) -> Known:
-    """What is known of these values, for uncompiled code, in which `where` is slow. The bits are equal."""
+    """Returns `known` with the terms and the propagation that these values need.
+
+    Uncompiled code then leaves out calls of `where`, which is slow. The update has the same bits.
+    """
     terms, gate, propagate = known
     if "any" in terms:
         is_zero = (coefficients == 0).view(-1, len(terms))

@@ -19,7 +19,7 @@ SMALL = 1 << 15  # elements of a tensor that is processed alone
 
 
 class Pack:
-    """Where some pairs lie in the buffers.
+    """Some small pairs, and the positions in the buffers that they are copied to.
 
     Args:
         pairs: The positions of the pairs in their batch.
@@ -67,7 +67,7 @@ class Pack:
                 torch._foreach_copy_([v for v, _ in pairs], [t for _, t in pairs])
 
     def empty(self, out: Sequence[Tensor]) -> None:
-        """Copies the updates, which lie in the place of retain, to the outputs of the batch."""
+        """Copies the updates from the retain buffer to the outputs of the batch."""
         torch._foreach_copy_([out[i] for i in self.pairs], self._views[1])
 
 

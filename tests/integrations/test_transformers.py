@@ -560,7 +560,7 @@ def assert_same_training(kinds, folder, model=llama, count=3, **options):
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("rule", ["sago", "pcgrad_global"])
 def test_losses_apart_train_with_the_bits_of_losses_together(rule, accumulation, tmp_path):
-    """With dropout, whose random numbers are drawn in the same order."""
+    """The model has dropout. Both trainers draw its random numbers in the same order."""
     kinds = [with_mixin(kind, rule=rule) for kind in (WithLosses, Apart)]
     options = {"count": 4, "gradient_accumulation_steps": accumulation}
     assert_same_training(kinds, tmp_path, with_dropout, **options)

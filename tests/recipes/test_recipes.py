@@ -99,7 +99,7 @@ def accelerator():
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
         accelerate.state.GradientState._reset_state()
 
-    reset()  # an interrupted training has left its data loader, at whose end a step is due
+    reset()  # drops the data loader of an interrupted training, which would make every micro-batch a step
     yield accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
     reset()
 
