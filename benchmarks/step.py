@@ -19,8 +19,8 @@ Every round runs one step of each contender, in rotated order. `ms` is the media
 device to an idle device. `ratio` is the median of the time divided by that of the summed loss in the same
 round, with the percentiles `p20` and `p80`. Every round makes each contender again, after it has dropped the
 one before, so that only one holds memory. A step of 4 tokens precedes the timed step. SGD without momentum is
-the default optimizer. It has no state and takes least time. Another optimizer would add the same time to every
-step, and so bring the ratios closer to 1.
+the default optimizer. It has no state and takes least time. Another optimizer would add the same time to
+every step, and so bring the ratios closer to 1.
 
 Peaks are those of a contender that is made, runs a step of 4 tokens and then the measured step, above a level
 with the weights and the state of the optimizer. `peak_mib` includes activations. `peak_ratio` is its

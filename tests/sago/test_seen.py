@@ -111,6 +111,18 @@ def test_memory_that_overlaps_now(run):
         sago.synthesize_([f[:6].view(2, 3)], [r[:1].expand(2, 3)], backend=run.name)
 
 
+def test_none_at_another_place(run):
+    """The addresses, their order and the lengths of the lists are those of the call before."""
+    f, r = repeats.memory(run)
+    s = torch.full_like(r, 2.0)
+    for lists in ([f, None], [None, f]):
+        found = [r.clone(), s.clone()]
+        places = [r, s]
+        sago.synthesize_(lists, places, "sum", backend=run.name)
+        expected, _ = sago.reference.synthesize(lists, found, "sum")
+        assert all(torch.equal(u, e) for u, e in zip(places, expected, strict=True))
+
+
 def test_gradients_of_a_failed_call_are_not_kept_alive(run):
     f, r = repeats.memory(run)
 
