@@ -94,6 +94,7 @@ def _build(
     graph: Any, constant: Any, tensors: Sequence[Tensor], coefficients: Tensor | None
 ) -> Callable[..., Any]:
     from torch._inductor import compile as compile_graph
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
     from torch.fx.experimental.proxy_tensor import make_fx
 
     with (
@@ -110,8 +111,13 @@ def _build(
             examples.append(torch.empty(*rows, coefficients.shape[-1], dtype=coefficients.dtype))
         traced = make_fx(lambda *args: graph(*args, constant), tracing_mode="symbolic")(*examples)
         inputs = [node.meta["val"] for node in traced.graph.nodes if node.op == "placeholder"]
-        # Without this option, the code would contain the current number of threads.
-        options = {"cpp.dynamic_threads": True}
+        options = {
+            # Without this option, the code would contain the current number of threads.
+            "cpp.dynamic_threads": True,
+            # TorchInductor chooses this width by itself, but the key of its cache on disk contains only the
+            # options. Code that a machine with other vectors has cached would leave elements unwritten.
+            "cpp.simdlen": pick_vec_isa().bit_width(),
+        }
         if torch.__version__.startswith("2.6."):
             options["fx_graph_cache"] = False  # a cached graph raises an error without TorchDynamo
         return compile_graph(traced, inputs, options=options)

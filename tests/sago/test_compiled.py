@@ -172,6 +172,20 @@ def test_global_state_costs_no_compilation():
 
 
 @pytest.mark.usefixtures("nothing_compiled")
+def test_machines_with_other_vectors_can_share_the_cache(tmp_path, monkeypatch):
+    """Code for the vectors of another machine leaves elements unwritten, or writes outside of the tensors."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    f, r = (t.to(BF16) for t in inputs.pair(inductor.COMPILE_FROM + 5))
+    expected = sago.synthesize(f, r, "sago", stats=False, backend="reference")[0]
+    for capability in ("avx2", "", "default", "avx2"):  # what a machine has, or less
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", capability)
+        inductor._compiled.clear()
+        found = sago.synthesize(f, r, "sago", stats=False, backend="compiled")[0]
+        properties.assert_equal_bits([found], [expected])
+        assert None not in inductor._compiled.values()
+
+
+@pytest.mark.usefixtures("nothing_compiled")
 def test_a_failed_compilation_leaves_the_same_bits_and_says_so_once(monkeypatch):
     forget, retain = ([t.float()] for t in inputs.pair(inductor.COMPILE_FROM))
     expected = results(forget, retain, "pcgrad")
