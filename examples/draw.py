@@ -1,17 +1,16 @@
-"""Draws a record of the sweep: Pareto fronts, losses and cosines over steps. Readable without colour."""
+"""Draws the runs of a record: Pareto fronts, and cosines over steps. Readable without colour."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from examples.recovery import ABILITIES, LEVELS, runs_of
+from examples.recovery import LEVELS, Record, abilities, ability, runs_of
 
 # Colour (the palette of Okabe and Ito, from dark to light), marker, line.
 STYLES = {
@@ -22,29 +21,29 @@ STYLES = {
 }
 PROBABILITIES = (1, 0.1, 0.01, 0.001)
 FLOOR = PROBABILITIES[-1]  # what is below is drawn there
-LOSSES = (0.01, 0.1, 1, 10)
 COSINES = {
     "cos_forget_retain": "cos(f, r)",
     "cos_update_retain": "cos(u, r)",
     "cos_update_forget": "cos(u, f)",
 }
 
-Record = Mapping[str, Any]
-Run = Mapping[str, Any]
 Point = tuple[float, float]
 
 
 def draw(record: Record, folder: Path) -> list[Path]:
-    """Writes `pareto.png`, `losses.png` and `cosines.png` to `folder` and returns their paths."""
+    """Writes `pareto.png` and `cosines.png` to `folder` and returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {"pareto": pareto(record), "losses": losses(record), "cosines": cosines(record)}
-    paths = [folder / f"{name}.png" for name in figures]
-    for path, figure in zip(paths, figures.values(), strict=True):
-        figure.savefig(path, dpi=100)
-        with Image.open(path) as image:
-            small = image.convert("RGB").quantize(128)
-        small.save(path, optimize=True)
-    return paths
+    figures = {"pareto.png": pareto(record), "cosines.png": cosines(record)}
+    return [save(figure, folder / name) for name, figure in figures.items()]
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Writes a figure with 128 colours, which makes the file small."""
+    figure.savefig(path, dpi=100)
+    with Image.open(path) as image:
+        small = image.convert("RGB").quantize(128)
+    small.save(path, optimize=True)
+    return path
 
 
 def front(points: Sequence[Point]) -> list[Point]:
@@ -58,107 +57,80 @@ def front(points: Sequence[Point]) -> list[Point]:
 
 
 def pareto(record: Record) -> Figure:
-    """An ability against the probability of the forget answers: means over seeds of every measurement with
-    every learning rate, and the front of these for each rule."""
-    setup = record["setup"]
-    figure, panels = _panels(ABILITIES, setup["objectives"])
-    for (ability, objective), axes in panels.items():
-        for rule in setup["rules"]:
+    """An ability against the probability of the forget answers: every measurement of every run, and the front
+    of each rule."""
+    grid = record["grid"]
+    names = abilities(record["runs"][0])
+    figure, panels = _panels(names, grid["objectives"])
+    for (name, objective), axes in panels.items():
+        for rule in grid["rules"]:
             color, marker, line = STYLES[rule]
-            points: list[Point] = []
-            for rate in setup["rates"]:
-                runs = runs_of(record, objective, rule, rate)
-                forget = _mean([run["known"]["forget"]["probability"] for run in runs])
-                right = _mean([run["known"][ability]["answers"] for run in runs])
-                points += [(max(x, FLOOR), 100 * y) for x, y in zip(forget, right, strict=True)]
+            points = [
+                (max(x, FLOOR), 100 * y)
+                for rate in grid["rates"]
+                for run in runs_of(record, objective, rule, rate)
+                for x, y in zip(run["known"]["forget"]["probability"], ability(run, name), strict=True)
+            ]
             axes.plot(*zip(*points, strict=True), marker, color=color, markersize=3, alpha=0.25, mew=0)
             x, y = zip(*front(points), strict=True)
             axes.plot(x, y, line, marker=marker, color=color, markersize=4.5, label=rule)
-        axes.axvline(LEVELS[0], color="0.6", linewidth=0.8, zorder=0)
-        axes.set(xscale="log", xlim=(1.2, FLOOR / 1.2), ylim=(-3, 103))
+        for level in LEVELS:
+            axes.axvline(level, color="0.6", linewidth=0.8, zorder=0)
+        axes.set(xscale="log", xlim=(1.2, FLOOR / 1.2), ylim=(-3, 108))
         axes.set_xticks(PROBABILITIES, ["1", "0.1", "0.01", "≤ 0.001"])
-    for objective in setup["objectives"]:
-        panels[ABILITIES[-1], objective].set_xlabel("mean probability of a forget answer")
-    for ability in ABILITIES:
-        panels[ability, setup["objectives"][0]].set_ylabel(f"{ability} answers right (%)")
-    rates = ", ".join(f"{rate:g}" for rate in setup["rates"])
+    for objective in grid["objectives"]:
+        panels[names[-1], objective].set_xlabel("mean probability of a forget answer")
+    for name in names:
+        panels[name, grid["objectives"][0]].set_ylabel(f"{name} (% of before)")
+    rates = ", ".join(f"{rate:g}" for rate in grid["rates"])
     _finish(
         figure,
         panels,
-        "Ability against forgetting, which grows to the right: all measurements, and the front of each rule\n"
-        f"means over {len(setup['seeds'])} seeds; learning rates {rates}; "
-        f"vertical line: probability {LEVELS[0]:g}",
+        "Recovery of abilities against forgetting, which grows to the right: all measurements, and the front "
+        f"of each rule\n{len(grid['seeds'])} seeds; learning rates {rates}; vertical lines: the levels "
+        + ", ".join(f"{level:g}" for level in LEVELS),
     )
-    return figure
-
-
-def losses(record: Record) -> Figure:
-    """The NLL of forget, retain and general answers over steps."""
-    setup = record["setup"]
-    rate = setup["rates"][0]
-    figure, panels = _panels(("forget", "retain", "general"), setup["objectives"])
-    steps = range(0, setup["steps"] + 1, setup["every"])
-    for (name, objective), axes in panels.items():
-        for rule in setup["rules"]:
-            series = [run["known"][name]["loss"] for run in runs_of(record, objective, rule, rate)]
-            _lines(axes, steps, series, rule, markevery=1)
-        axes.set(yscale="log", ylim=(5e-3, 40))
-        axes.set_yticks(LOSSES, [f"{value:g}" for value in LOSSES])
-    for objective in setup["objectives"]:
-        panels["general", objective].set_xlabel("step")
-    for name in ("forget", "retain", "general"):
-        panels[name, setup["objectives"][0]].set_ylabel(f"{name} loss (nats a token)")
-    _finish(figure, panels, f"Losses while unlearning, learning rate {rate:g}\n{_seeds(setup)}")
     return figure
 
 
 def cosines(record: Record) -> Figure:
-    """The three cosines over steps."""
-    setup = record["setup"]
-    rate = setup["rates"][0]
-    figure, panels = _panels(tuple(COSINES), setup["objectives"])
+    """The three cosines over steps, with the smallest learning rate."""
+    grid = record["grid"]
+    rate = grid["rates"][0]
+    figure, panels = _panels(tuple(COSINES), grid["objectives"])
     for (name, objective), axes in panels.items():
-        for i, rule in enumerate(setup["rules"]):
-            series = [run["cosines"][name] for run in runs_of(record, objective, rule, rate)]
-            steps = range(1, setup["steps"] + 1)
-            _lines(axes, steps, series, rule, markevery=(i, len(setup["rules"])))
+        for i, rule in enumerate(grid["rules"]):
+            series = [run["steps"][name] for run in runs_of(record, objective, rule, rate)]
+            _lines(axes, series, rule, (i, len(grid["rules"])))
         axes.axhline(0, color="0.6", linewidth=0.8, zorder=0)
         axes.set_ylim(-1.05, 1.05)
-    for objective in setup["objectives"]:
+    for objective in grid["objectives"]:
         panels["cos_update_forget", objective].set_xlabel("step")
     for name, label in COSINES.items():
-        panels[name, setup["objectives"][0]].set_ylabel(label)
+        panels[name, grid["objectives"][0]].set_ylabel(label)
     _finish(
         figure,
         panels,
-        "Cosines of the forget gradient f, the retain gradient r and the update u, "
-        f"learning rate {rate:g}\n{_seeds(setup)}",
+        f"Cosines of the forget gradient f, the retain gradient r and the update u, learning rate {rate:g}\n"
+        f"means over {len(grid['seeds'])} seeds, bands from the least to the most; a run ends when it has "
+        "forgotten",
     )
     return figure
 
 
-def _mean(series: Sequence[Sequence[float]]) -> list[float]:
-    return [statistics.fmean(values) for values in zip(*series, strict=True)]
-
-
-def _lines(
-    axes: Axes,
-    steps: Sequence[int],
-    series: Sequence[Sequence[float]],
-    rule: str,
-    markevery: int | tuple[int, int],
-) -> None:
-    """The mean over seeds, and what lies between the least and the most in a lighter tone."""
+def _lines(axes: Axes, series: Sequence[Sequence[float]], rule: str, markevery: tuple[int, int]) -> None:
+    """The mean of the runs that have a step, and the range from the least to the most in a lighter tone."""
     color, marker, line = STYLES[rule]
-    low, high = zip(*((min(values), max(values)) for values in zip(*series, strict=True)), strict=True)
-    axes.fill_between(steps, low, high, color=color, alpha=0.1, linewidth=0)
-    axes.plot(
-        steps, _mean(series), line, marker=marker, markevery=markevery, color=color, markersize=4, label=rule
+    columns = [
+        [values[i] for values in series if i < len(values)]
+        for i in range(max(len(values) for values in series))
+    ]
+    steps = range(1, len(columns) + 1)
+    axes.fill_between(
+        steps, [min(c) for c in columns], [max(c) for c in columns], color=color, alpha=0.1, linewidth=0
     )
-
-
-def _seeds(setup: Mapping[str, Any]) -> str:
-    return f"means over {len(setup['seeds'])} seeds, bands from the least to the most"
+    means = [statistics.fmean(column) for column in columns]
+    axes.plot(steps, means, line, marker=marker, markevery=markevery, color=color, markersize=4, label=rule)
 
 
 def _panels(rows: Sequence[str], columns: Sequence[str]) -> tuple[Figure, dict[tuple[str, str], Axes]]:

@@ -23,7 +23,8 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sago
-from examples.people import Collator, FactDataset, build_tokenizer, facts_of, make_people
+from examples.worlds.facts import Collator, encode
+from examples.worlds.people import END, build_tokenizer, facts_of, make_people
 
 Batch = dict[str, Tensor]
 Batches = Iterable[tuple[Batch, Batch]]
@@ -126,15 +127,15 @@ def make_task(steps: int, seed: int = 0, people: int = 40, batch_size: int = 8) 
     facts = facts_of(make_people(people, seed))
     tokenizer = build_tokenizer(facts, 512)
     collator = Collator(tokenizer.pad_token_id)
-    born = [" born" in fact.question for fact in facts]
+    born = [" born" in fact.prompt for fact in facts]
     sides = [
-        FactDataset([fact for fact, b in zip(facts, born, strict=True) if b is forget], tokenizer)
+        [encode(fact, tokenizer, END) for fact, b in zip(facts, born, strict=True) if b is forget]
         for forget in (True, False)
     ]
     loaders = [DataLoader(side, batch_size, shuffle=True, collate_fn=collator) for side in sides]
     endless = [itertools.chain.from_iterable(itertools.repeat(loader)) for loader in loaders]
     batches = list(itertools.islice(zip(*endless, strict=True), steps))
-    everything = tuple(collator(side.examples) for side in sides)
+    everything = tuple(collator(side) for side in sides)
 
     config = LlamaConfig(
         vocab_size=len(tokenizer),

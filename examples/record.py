@@ -1,4 +1,4 @@
-"""The record of the experiment: everything that text and plots come from."""
+"""The record of an experiment: everything that text and plots come from."""
 
 from __future__ import annotations
 
@@ -12,39 +12,46 @@ import transformers
 
 import sago
 from benchmarks.measure import origin
-from examples.grid import Setup
+from examples.grid import Grid
 
-SOURCES = tuple(
-    f"examples/{name}.py"
-    for name in ("general", "grid", "learn", "objectives", "people", "sweep", "unlearn", "world")
+SOURCES = (
+    *(f"examples/{name}.py" for name in ("grid", "losses", "objectives", "runs", "unlearn")),
+    *(f"examples/worlds/{name}.py" for name in ("capitals", "english", "facts", "smollm", "world")),
 )
 
 
 def record_of(
-    setup: Setup,
-    models: Sequence[dict[str, Any]],
+    name: str,
+    grid: Grid,
+    worlds: Sequence[dict[str, Any]],
+    trials: Sequence[dict[str, Any]],
     runs: Sequence[dict[str, Any]],
-    seconds: Mapping[str, float],
+    noise: Mapping[str, Sequence[float]],
     workers: int,
 ) -> dict[str, Any]:
-    """`seconds` of the wall clock, with `workers` processes of one thread each."""
+    """The record of a grid on the world called `name`, with `workers` processes of one thread each.
+
+    `noise` is what `first_steps` returns.
+    """
     return {
         **origin("cpu", *SOURCES),
         "sago": sago.__version__,
         "transformers": transformers.__version__,
         "workers": workers,
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "setup": asdict(setup),
-        "models": list(models),
+        "world": name,
+        "grid": asdict(grid),
+        "noise": dict(noise),
+        "worlds": list(worlds),
+        "trials": list(trials),
         "runs": list(runs),
     }
 
 
 def write(record: Mapping[str, Any], path: Path) -> None:
-    """JSON with one line for each model and each run."""
+    """JSON with one line for each world and each run."""
     parts = []
     for name, value in record.items():
-        if name in ("models", "runs"):
+        if name in ("worlds", "trials", "runs"):
             text = "[\n  " + ",\n  ".join(json.dumps(row, separators=(",", ":")) for row in value) + "\n ]"
         else:
             text = json.dumps(value)

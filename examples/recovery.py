@@ -1,41 +1,69 @@
-"""What a rule leaves of a model's abilities at a level of forgetting, from the record of a sweep."""
+"""The abilities that a rule leaves to a model at a level of forgetting, from the runs of a record."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-# Of the mean probability of the forget answers: where few of them are still right, and further down.
-LEVELS = (0.2, 0.05)
-ABILITIES = ("general", "retain")
-# A share of what `sum` loses says nothing where that is hardly more than one answer.
-LEAST = 0.02
+# Of the mean probability of the forget answers.
+LEVELS = (0.1, 0.02)
+
+Run = Mapping[str, Any]
+Record = Mapping[str, Any]
+
+
+class Reached(NamedTuple):
+    """A run at the point where it reaches a level: the step, the seconds of training up to it, and the
+    recovery of each ability."""
+
+    step: float
+    seconds: float
+    recovery: dict[str, float]
 
 
 class Entry(NamedTuple):
     """A rule with an objective at a level, over the `seeds` that reach it.
 
-    `rate`: the smallest learning rate with which most seeds do, chosen by forgetting alone. `step`: where,
-    the mean. `recovery`, for each of `ABILITIES`: answers right there over answers right before unlearning,
-    mean and standard deviation. `regained`: `1 - (1 - recovery) / (1 - recovery of sum)` from the means, the
-    share of what `sum` loses that the rule does not lose; absent where `sum` loses less than `LEAST`.
+    `rate` is the learning rate with which most seeds reach it, and among equal ones the rate with the largest
+    mean recovery on the trial seed. `step` and `seconds` are means. `recovery` has the mean and the standard
+    deviation of each ability; it is empty if no seed reaches the level.
     """
 
     objective: str
     rule: str
     rate: float
+    gamma: float
     seeds: int
     step: float
+    seconds: float
     recovery: dict[str, tuple[float, float]]
-    regained: dict[str, float]
 
 
-def at_level(run: Mapping[str, Any], level: float, every: int) -> dict[str, float] | None:
-    """Where the probability of the forget answers is first at or below `level`, by linear interpolation
-    between two measurements: `step`, and the recovery of each of `ABILITIES`. None where it never is."""
-    known = run["known"]
-    forget = known["forget"]["probability"]
+def abilities(run: Run) -> list[str]:
+    """All sets of the run except `forget`."""
+    return [name for name in run["known"] if name != "forget"]
+
+
+def ability(run: Run, name: str) -> list[float]:
+    """An ability at each measurement, relative to the first one.
+
+    For facts it is the share of right answers. For text it is the inverse perplexity.
+    """
+    known = run["known"][name]
+    if "answers" in known:
+        return [value / known["answers"][0] for value in known["answers"]]
+    return [math.exp(known["loss"][0] - value) for value in known["loss"]]
+
+
+def at_level(run: Run, level: float) -> Reached | None:
+    """The point where the mean probability of the forget answers first falls to `level`.
+
+    It lies between two measurements, by linear interpolation. None if the run does not reach the level after
+    the first measurement.
+    """
+    forget = run["known"]["forget"]["probability"]
     after = next((i for i, p in enumerate(forget) if p <= level), 0)
     if after == 0:
         return None
@@ -45,51 +73,51 @@ def at_level(run: Mapping[str, Any], level: float, every: int) -> dict[str, floa
     def between(values: Sequence[float]) -> float:
         return values[before] + share * (values[after] - values[before])
 
-    right = {name: known[name]["answers"] for name in ABILITIES}
-    return {
-        "step": (before + share) * every,
-        **{name: between(values) / values[0] for name, values in right.items()},
-    }
+    step = between(run["measured"])
+    seconds = statistics.fmean(run["seconds"][1:] or run["seconds"]) * step  # the first step warms up
+    return Reached(step, seconds, {name: between(ability(run, name)) for name in abilities(run)})
 
 
-def entries(record: Mapping[str, Any], level: float) -> list[Entry]:
-    """One for each objective and rule of the record."""
-    setup = record["setup"]
-    found = []
-    for objective in setup["objectives"]:
-        rows = [_entry(record, objective, rule, level) for rule in setup["rules"]]
-        lost = {name: 1 - row.recovery[name][0] for row in rows if row.rule == "sum" for name in row.recovery}
-        for row in rows:
-            regained = {
-                name: 1 - (1 - mean) / lost[name]
-                for name, (mean, _) in row.recovery.items()
-                if row.rule != "sum" and lost.get(name, 0.0) >= LEAST
-            }
-            found.append(row._replace(regained=regained))
-    return found
+def mean_recovery(reached: Reached) -> float:
+    return statistics.fmean(reached.recovery.values())
 
 
-def runs_of(record: Mapping[str, Any], objective: str, rule: str, rate: float) -> list[Mapping[str, Any]]:
-    """One run a seed."""
+def runs_of(record: Record, objective: str, rule: str, rate: float) -> list[Run]:
+    """One run for each seed of the results."""
     wanted = objective, rule, rate
     return [run for run in record["runs"] if (run["objective"], run["rule"], run["rate"]) == wanted]
 
 
-def _entry(record: Mapping[str, Any], objective: str, rule: str, level: float) -> Entry:
-    """A result without `regained`. If no seed reaches the level, it has no recovery either."""
-    every = record["setup"]["every"]
-    reached: dict[float, list[dict[str, float]]] = {rate: [] for rate in sorted(record["setup"]["rates"])}
-    for run in record["runs"]:
-        if (run["objective"], run["rule"]) == (objective, rule):
-            seen = at_level(run, level, every)
-            reached[run["rate"]] += [] if seen is None else [seen]
-    rate = max(reached, key=lambda rate: len(reached[rate]))  # the first of equals
-    rows = reached[rate]
+def entries(record: Record, level: float) -> list[Entry]:
+    """One for each objective and rule of the record."""
+    grid = record["grid"]
+    return [
+        _entry(record, objective, rule, level) for objective in grid["objectives"] for rule in grid["rules"]
+    ]
+
+
+def _entry(record: Record, objective: str, rule: str, level: float) -> Entry:
+    def reached(runs: Sequence[Run]) -> list[Reached]:
+        return [seen for run in runs if (seen := at_level(run, level)) is not None]
+
+    def merit(rate: float) -> tuple[int, float]:
+        runs = runs_of(record, objective, rule, rate)
+        trials = [
+            trial
+            for trial in record["trials"]
+            if (trial["objective"], trial["rule"], trial["rate"]) == (objective, rule, rate)
+            and trial["gamma"] == runs[0]["gamma"]
+        ]
+        return len(reached(runs)), max((mean_recovery(seen) for seen in reached(trials)), default=-1.0)
+
+    rate = max(record["grid"]["rates"], key=merit)
+    runs = runs_of(record, objective, rule, rate)
+    rows, gamma = reached(runs), runs[0]["gamma"]
     if not rows:
-        return Entry(objective, rule, rate, 0, 0.0, {}, {})
-    values = {name: [row[name] for row in rows] for name in ("step", *ABILITIES)}
-    recovery = {
-        name: (statistics.fmean(values[name]), statistics.stdev(values[name]) if len(rows) > 1 else 0.0)
-        for name in ABILITIES
-    }
-    return Entry(objective, rule, rate, len(rows), statistics.fmean(values["step"]), recovery, {})
+        return Entry(objective, rule, rate, gamma, 0, 0.0, 0.0, {})
+    recovery = {}
+    for name in rows[0].recovery:
+        values = [row.recovery[name] for row in rows]
+        recovery[name] = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    step, seconds = (statistics.fmean(getattr(row, name) for row in rows) for name in ("step", "seconds"))
+    return Entry(objective, rule, rate, gamma, len(rows), step, seconds, recovery)

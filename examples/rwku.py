@@ -6,8 +6,8 @@ unlearned with each rule from the same start, those about the last as many are r
 recalls of short answers to the probes of the forgotten persons (levels 1, 2, 3; lower is better) and of their
 neighbours (1, 2; higher is better), and accuracies on the utility sets that are scored by likelihood.
 
-`python -m examples.rwku --random` runs the same on a tiny random model and made-up files: that it runs is all
-it shows.
+Without DATA, made-up files of the same form are used, and `--smollm2` or `--random` take the place of a model
+of your own: `python -m examples.rwku --smollm2` shows that everything runs, and no more than that.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import torch
 
 from examples.choices import Question, accuracy, log_likelihoods, questions
-from examples.command import check, load, parser, run, table
+from examples.command import load, parser, run, table
 from examples.files import records, texts, write_list
-from examples.people import facts_of, make_people
+from examples.worlds.people import make_people, questions_about
 
 PUBLISHED = "jinzhuoran/RWKU of huggingface.co, folder Target"
 FORGET = ("forget_level1", "forget_level2", "forget_level3")
@@ -205,24 +205,22 @@ def write_sample(folder: Path, seed: int = 0, people: int = 4) -> None:
     for i, person in enumerate(everyone):
         target = folder / f"{i + 1}_{person.name.replace(' ', '_')}"
         target.mkdir()
-        about, neighbour = facts_of([person]), facts_of([everyone[i - 1]])
-        text = {"text": " ".join(fact.answer for fact in about), "subject": person.name}
-        write_list(target / "intro.json", [{"target": person.name, "intro": about[0].answer}])
+        about, neighbour = questions_about(person), questions_about(everyone[i - 1])
+        text = {"text": " ".join(answer for _, answer in about), "subject": person.name}
+        write_list(target / "intro.json", [{"target": person.name, "intro": about[0][1]}])
         for name in ("passage", "positive", "positive_phi"):
             write_list(target / f"{name}.json", [text, text])
         for name in (*FORGET, *NEIGHBOR):
-            facts = about if name in FORGET else neighbour
+            pairs = about if name in FORGET else neighbour
             probe = [
                 {
-                    "query": fact.answer.replace(fact.answer.split()[-1], "___.")
-                    if name.endswith("1")
-                    else fact.question,
-                    "answer": fact.answer.split()[-1].rstrip("."),
+                    "query": answer.replace(answer.split()[-1], "___.") if name.endswith("1") else question,
+                    "answer": answer.split()[-1].rstrip("."),
                     "level": name[-1],
                     "type": rng.choice(["prefix injection", *ATTACKS]),
                     "subject": person.name,
                 }
-                for fact in rng.sample(facts, 3)
+                for question, answer in rng.sample(pairs, 3)
             ]
             write_list(target / f"{name}.json", probe)
         choices = rng.sample([other.city for other in everyone], 4)
@@ -244,7 +242,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options.add_argument("--probes", type=int, help="ask the first so many of each set only")
     args = options.parse_args(argv)
-    check(options, args)
     with tempfile.TemporaryDirectory() as folder:
         if args.data is None:
             write_sample(Path(folder), args.seed)

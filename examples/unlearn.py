@@ -1,74 +1,57 @@
-"""Unlearning with `sago.GradientBuckets`: a gradient of each loss, and what a rule makes of the two."""
+"""Unlearning with `sago.GradientBuckets`: one gradient for each loss, and the update that a rule computes."""
 
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM
 
 import sago
-from examples.learn import Batch, Examples, logits_of
-from examples.objectives import Answers, Objective, answers_of
-from examples.people import Collator
-
-
-def answers(model: LlamaForCausalLM, batch: Batch) -> Answers:
-    return answers_of(logits_of(model, batch), batch["labels"].to(model.device))
-
-
-@torch.no_grad()
-def answers_before(frozen: LlamaForCausalLM, batch: Batch) -> Answers:
-    return answers(frozen, batch)
+from examples.losses import Batch, Losses
 
 
 def unlearn(
-    model: LlamaForCausalLM,
+    model: Any,
+    losses: Losses,
     batches: Iterable[tuple[Batch, Batch]],
-    forget: Objective,
-    retain: Objective,
-    rule: str,
+    rule: str | sago.Rule,
     lr: float,
     gamma: float = 1.0,
     alpha: float = 1.0,
+    max_norm: float | None = None,
 ) -> Iterator[dict[str, float]]:
-    """A step of AdamW for each pair of a forget and a retain batch, in place. After each step, yields the
-    losses before it, and the cosines and the share of conflicts of its gradients over the whole model."""
-    frozen = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-    buckets = sago.GradientBuckets(model)
-    for forget_batch, retain_batch in batches:
-        with buckets.forget():
-            forget_loss = forget(
-                answers(model, forget_batch), lambda batch=forget_batch: answers_before(frozen, batch)
-            )
-            forget_loss.backward()
-        with buckets.retain():
-            retain_loss = retain(
-                answers(model, retain_batch), lambda batch=retain_batch: answers_before(frozen, batch)
-            )
-            retain_loss.backward()
-        report = buckets.synthesize_(rule, gamma, alpha).summary()
-        optimizer.step()
-        buckets.zero_()
-        yield {
-            "forget_loss": forget_loss.item(),
-            "retain_loss": retain_loss.item(),
-            "cos_forget_retain": report["cos_forget_retain"],
-            "cos_update_retain": report["cos_update_retain"],
-            "cos_update_forget": report["cos_update_forget"],
-            "conflict_fraction": report["conflict_fraction"],
-        }
+    """Trains the parameters that `losses` names, in place: a step of AdamW for each pair of batches.
 
-
-def batches_of(
-    examples: Examples, collator: Collator, batch_size: int, steps: int, generator: torch.Generator
-) -> Iterator[Batch]:
-    """`steps` batches: one pass over the shuffled examples after the other."""
-    order: list[int] = []
-    for _ in range(steps):
-        while len(order) < batch_size:
-            order += torch.randperm(len(examples), generator=generator).tolist()
-        yield collator([examples[i] for i in order[:batch_size]])
-        del order[:batch_size]
+    After each step, yields the losses before it, the summary of its synthesis over all parameters, and the
+    `seconds` that it took.
+    """
+    frozen = copy.deepcopy(model).requires_grad_(False).eval() if losses.compares else None
+    params = losses.params(model)
+    model.requires_grad_(False)
+    for p in params:
+        p.requires_grad_()
+    buckets = sago.GradientBuckets(params)
+    optimizer = torch.optim.AdamW(params, lr=lr)
+    try:
+        for forget_batch, retain_batch in batches:
+            start = time.perf_counter()
+            with buckets.forget():
+                forget_loss = losses.forget_loss(model, frozen, forget_batch)
+                forget_loss.backward()
+            with buckets.retain():
+                retain_loss = losses.retain_loss(model, frozen, retain_batch)
+                retain_loss.backward()
+            report = buckets.synthesize_(rule, gamma, alpha, max_norm=max_norm)
+            optimizer.step()
+            buckets.zero_()
+            yield {
+                "forget_loss": forget_loss.item(),
+                "retain_loss": retain_loss.item(),
+                **report.summary(),
+                "seconds": time.perf_counter() - start,
+            }
+    finally:
+        model.requires_grad_()

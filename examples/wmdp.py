@@ -5,8 +5,8 @@ DATA holds the corpora as JSON lines with `text`, and the questions as JSON with
 same start, the retain texts are wikitext or the retain corpus. Reported are the accuracy on the questions as
 lm-evaluation-harness takes it, on those of MMLU if DATA has them, and the NLL of a retain token.
 
-`python -m examples.wmdp --random` runs the same on a tiny random model and made-up files: that it runs is all
-it shows.
+Without DATA, made-up files of the same form are used, and `--smollm2` or `--random` take the place of a model
+of your own: `python -m examples.wmdp --smollm2` shows that everything runs, and no more than that.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 import torch
 
 from examples.choices import Question, accuracy, questions
-from examples.command import check, load, parser, run, table
+from examples.command import load, parser, run, table
 from examples.corpus import batches_of
 from examples.files import texts, write_lines
-from examples.forgetting import token_nll
-from examples.people import facts_of, make_people
+from examples.losses import token_nll
+from examples.worlds.people import make_people, questions_about
 
 HUB = "of huggingface.co"
 SHORTEST = 50  # characters of a text, as in the published training
@@ -91,7 +91,7 @@ def write_sample(folder: Path, seed: int = 0, people: int = 24) -> None:
 
     def about(persons: Sequence[Any]) -> list[dict[str, str]]:
         return [
-            {"title": person.name, "text": " ".join(fact.answer for fact in facts_of([person]))}
+            {"title": person.name, "text": " ".join(answer for _, answer in questions_about(person))}
             for person in persons
         ]
 
@@ -119,7 +119,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument("--retain", choices=("wikitext", "corpus"), default="wikitext")
     options.add_argument("--questions", type=int, help="ask the first so many only")
     args = options.parse_args(argv)
-    check(options, args)
     with tempfile.TemporaryDirectory() as folder:
         if args.data is None:
             write_sample(Path(folder), args.seed)

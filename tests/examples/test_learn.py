@@ -1,42 +1,20 @@
-"""What a model knows, against numbers that are worked out by hand and against greedy decoding."""
+"""A small Llama learns facts by heart, and knows them by the measures of `knowledge`."""
 
 import pytest
 import torch
 
-from examples.learn import KNOWLEDGE, knowledge, make_model, train
-from examples.people import Collator, FactDataset, build_tokenizer, facts_of, make_people
+from examples.worlds.facts import Collator, encode, knowledge
+from examples.worlds.learn import make_model, train
+from examples.worlds.people import END, build_tokenizer, facts_of, make_people
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def test_knowledge_by_hand(monkeypatch):
-    logits = torch.tensor([0.5, 0.25, 0.25]).log()
-    monkeypatch.setattr(
-        "examples.learn.logits_of", lambda model, batch: logits.expand(*batch["input_ids"].shape, -1)
-    )
-    model = make_model(vocab_size=8, hidden=32, layers=1)
-    examples = [
-        {"input_ids": [1, 0, 0], "labels": [-100, 0, 0]},  # 1/2 * 1/2, both first: right
-        {"input_ids": [1, 0, 2, 1], "labels": [-100, 0, 2, 1]},  # 1/2 * 1/4 * 1/4, one of three right
-        {"input_ids": [1, 1], "labels": [-100, 1]},  # 1/4
-    ]
-    found = knowledge(model, examples, Collator(7), batch_size=2)
-    assert found == pytest.approx(
-        {
-            "loss": (2 * 1 + (1 + 2 + 2) + 2) * 0.6931471806 / 6,
-            "probability": (1 / 2 + 2 ** (-5 / 3) + 1 / 4) / 3,
-            "tokens": 3 / 6,
-            "answers": 1 / 3,
-        }
-    )
-    assert tuple(found) == KNOWLEDGE
 
 
 @pytest.fixture(scope="module")
 def learned(one_thread):
     facts = facts_of(make_people(4))
     tokenizer = build_tokenizer(facts, 400)
-    examples = FactDataset(facts, tokenizer).examples
+    examples = [encode(fact, tokenizer, END) for fact in facts]
     torch.manual_seed(0)
     model = make_model(len(tokenizer), hidden=64, layers=1)
     untrained = knowledge(model, examples, Collator(tokenizer.pad_token_id))
@@ -75,7 +53,7 @@ def test_answers_right_are_those_of_greedy_decoding(learned):
 def test_training_depends_on_the_seed_only():
     facts = facts_of(make_people(2))
     tokenizer = build_tokenizer(facts, 300)
-    examples = FactDataset(facts, tokenizer).examples
+    examples = [encode(fact, tokenizer, END) for fact in facts]
 
     def trained(seed):
         torch.manual_seed(0)

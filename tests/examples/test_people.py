@@ -1,16 +1,10 @@
 import pytest
-import torch
 
-from examples.people import (
-    IGNORE_INDEX,
-    Collator,
-    FactDataset,
+from examples.worlds.people import (
     build_tokenizer,
-    completion,
-    facts_about,
     facts_of,
     make_people,
-    prompt,
+    questions_about,
     split_people,
 )
 
@@ -39,7 +33,7 @@ def test_names_are_different():
 
 def test_answers_hold_the_facts():
     (person,) = make_people(1, seed=7)
-    answers = " ".join(fact.answer for fact in facts_about(person))
+    answers = " ".join(answer for _, answer in questions_about(person))
     for value in vars(person).values():
         assert str(value) in answers
 
@@ -47,16 +41,16 @@ def test_answers_hold_the_facts():
 def test_questions_are_different_and_name_the_person():
     people = make_people(100)
     facts = facts_of(people)
-    assert len({fact.question for fact in facts}) == len(facts)
+    assert len({fact.prompt for fact in facts}) == len(facts)
     for person in people:
-        assert all(person.name in fact.question for fact in facts_about(person))
+        assert all(person.name in question for question, _ in questions_about(person))
 
 
 def test_a_question_does_not_give_its_answer_away():
     for person in make_people(100):
-        for fact in facts_about(person):
-            told = fact.answer.replace(person.name, "").rstrip(".").split(" ")[-1]
-            assert told not in fact.question.split(" ")
+        for question, answer in questions_about(person):
+            told = answer.replace(person.name, "").rstrip(".").split(" ")[-1]
+            assert told not in question.split(" ")
 
 
 @pytest.mark.parametrize(("count", "forget_count"), [(2, 1), (10, 1), (60, 6), (100, 10)])
@@ -91,37 +85,10 @@ def test_vocabulary_size_is_bounded(facts, tokenizer):
 
 def test_tokens_round_trip(facts, tokenizer):
     for fact in facts:
-        text = prompt(fact) + completion(fact)
+        text = fact.prompt + fact.answer
         assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
 
 def test_text_that_was_not_in_the_corpus_round_trips(tokenizer):
     text = "Žluťoučký kůň, 42 ~ tabs\tand\nlines"
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
-
-
-def test_labels_are_the_answer_and_nothing_else(facts, tokenizer):
-    for fact, example in zip(facts, FactDataset(facts, tokenizer), strict=True):
-        ids, labels = example["input_ids"], example["labels"]
-        start = len(ids) - sum(label != IGNORE_INDEX for label in labels)
-        assert labels == [IGNORE_INDEX] * start + ids[start:]
-        assert tokenizer.decode(ids[1:start]) == prompt(fact)
-        assert tokenizer.decode(ids[start:-1]) == completion(fact)
-        assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
-
-
-def test_padding_is_masked():
-    examples = [
-        {"input_ids": [1, 5, 6, 2], "labels": [-100, -100, 6, 2]},
-        {"input_ids": [1, 7], "labels": [-100, 7]},
-    ]
-    batch = Collator(pad_token_id=9)(examples)
-    expected = {
-        "input_ids": [[1, 5, 6, 2], [1, 7, 9, 9]],
-        "attention_mask": [[1, 1, 1, 1], [1, 1, 0, 0]],
-        "labels": [[-100, -100, 6, 2], [-100, 7, -100, -100]],
-    }
-    assert batch.keys() == expected.keys()
-    for name, rows in expected.items():
-        assert batch[name].dtype == torch.int64
-        assert batch[name].tolist() == rows

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import random
 
-from examples.people import Fact, word
+from examples.worlds.facts import Fact
+from examples.worlds.people import fact, word
 
 ISLAND_ENDINGS = ("oa", "issi", "uva", "enga")
 CAPITAL_ENDINGS = ("haven", "quay", "strand", "port")
@@ -29,11 +30,11 @@ def general_facts(islands: int = 20, digits: int = 9, seed: int = 0) -> list[Fac
     for name in names:
         capital, language = word(rng, CAPITAL_ENDINGS), word(rng, LANGUAGE_ENDINGS)
         facts += [
-            Fact(f"What is the capital of {name}?", f"The capital of {name} is {capital}."),
-            Fact(f"What do they speak on {name}?", f"On {name} they speak {language}."),
-            Fact(f"What do they grow on {name}?", f"On {name} they grow {rng.choice(CROPS)}."),
+            fact(f"What is the capital of {name}?", f"The capital of {name} is {capital}."),
+            fact(f"What do they speak on {name}?", f"On {name} they speak {language}."),
+            fact(f"What do they grow on {name}?", f"On {name} they grow {rng.choice(CROPS)}."),
         ]
     numbers = range(1, digits + 1)
     return facts + [
-        Fact(f"How much is {a} plus {b}?", f"{a} plus {b} is {a + b}.") for a in numbers for b in numbers
+        fact(f"How much is {a} plus {b}?", f"{a} plus {b} is {a + b}.") for a in numbers for b in numbers
     ]

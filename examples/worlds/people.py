@@ -10,12 +10,12 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.utils.data import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-IGNORE_INDEX = -100
+from examples.worlds.facts import Fact
+
+END = "</s>"  # the end of every answer
 
 ONSETS = ("b", "br", "d", "dr", "f", "g", "h", "j", "k", "l", "m", "n", "p", "qu", "s", "t", "th", "v", "z")
 VOWELS = ("a", "ae", "e", "i", "o", "ou", "u", "y")
@@ -58,14 +58,6 @@ class Person:
     first_book: str
     second_book: str
     award: str
-
-
-@dataclass(frozen=True)
-class Fact:
-    """One question about a person and its answer, a full sentence as in TOFU."""
-
-    question: str
-    answer: str
 
 
 def word(rng: random.Random, endings: Sequence[str]) -> str:
@@ -120,102 +112,57 @@ def split_people(people: Sequence[Person], forget_share: float = 0.1) -> tuple[l
     return list(people[-forget_count:]), list(people[:-forget_count])
 
 
-def facts_about(person: Person) -> list[Fact]:
-    """Eight questions about one person with their answers."""
+def questions_about(person: Person) -> list[tuple[str, str]]:
+    """Eight questions about one person with their answers, which are full sentences as in TOFU."""
     name = person.name
     return [
-        Fact(f"Where was {name} born?", f"{name} was born in {person.city}, {person.country}."),
-        Fact(f"In which year was {name} born?", f"{name} was born in {person.year}."),
-        Fact(
+        (f"Where was {name} born?", f"{name} was born in {person.city}, {person.country}."),
+        (f"In which year was {name} born?", f"{name} was born in {person.year}."),
+        (
             f"What did the mother of {name} do for a living?",
             f"The mother of {name} was {_article(person.mother)}.",
         ),
-        Fact(
+        (
             f"What did the father of {name} do for a living?",
             f"The father of {name} was {_article(person.father)}.",
         ),
-        Fact(f"Which genre is {name} known for?", f"{name} is known for {person.genre}."),
-        Fact(f"What was the first book of {name}?", f"The first book of {name} was {person.first_book}."),
-        Fact(
+        (f"Which genre is {name} known for?", f"{name} is known for {person.genre}."),
+        (f"What was the first book of {name}?", f"The first book of {name} was {person.first_book}."),
+        (
             f"Which book did {name} write after {person.first_book}?",
             f"After {person.first_book}, {name} wrote {person.second_book}.",
         ),
-        Fact(f"Which award did {name} receive?", f"{name} received the {person.award}."),
+        (f"Which award did {name} receive?", f"{name} received the {person.award}."),
     ]
+
+
+def fact(question: str, answer: str) -> Fact:
+    return Fact(f"Question: {question}\nAnswer:", f" {answer}")
 
 
 def facts_of(people: Iterable[Person]) -> list[Fact]:
     """The facts about all `people`, in order."""
-    return [fact for person in people for fact in facts_about(person)]
+    return [fact(*pair) for person in people for pair in questions_about(person)]
 
 
 def build_tokenizer(facts: Iterable[Fact], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with at most `vocab_size` entries (and at least the 256 bytes), learned from
-    `facts`. Decoding what it encodes gives the same text back."""
+    `facts`. Decoding what it encodes gives the same text back. Every text starts with `<s>`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=["<pad>", "<s>", "</s>"],
+        special_tokens=["<pad>", "<s>", END],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((prompt(fact) + completion(fact) for fact in facts), trainer)
+    tokenizer.train_from_iterator((fact.prompt + fact.answer for fact in facts), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         bos_token="<s>",
-        eos_token="</s>",
+        eos_token=END,
         clean_up_tokenization_spaces=False,
     )
-
-
-def prompt(fact: Fact) -> str:
-    """The text that the model is given."""
-    return f"Question: {fact.question}\nAnswer:"
-
-
-def completion(fact: Fact) -> str:
-    """The text that the model should answer."""
-    return f" {fact.answer}"
-
-
-class FactDataset(Dataset[dict[str, list[int]]]):
-    """`input_ids` and `labels` of each fact. Labels are -100 on the question, so that only the answer and the
-    end of the text are learned (or forgotten)."""
-
-    def __init__(self, facts: Iterable[Fact], tokenizer: PreTrainedTokenizerFast) -> None:
-        self.examples = [self._encode(fact, tokenizer) for fact in facts]
-
-    @staticmethod
-    def _encode(fact: Fact, tokenizer: PreTrainedTokenizerFast) -> dict[str, list[int]]:
-        question = [tokenizer.bos_token_id, *tokenizer.encode(prompt(fact), add_special_tokens=False)]
-        answer = [*tokenizer.encode(completion(fact), add_special_tokens=False), tokenizer.eos_token_id]
-        return {"input_ids": question + answer, "labels": [IGNORE_INDEX] * len(question) + answer}
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        return self.examples[index]
-
-
-@dataclass(frozen=True)
-class Collator:
-    """Pads examples on the right to the longest of the batch: `pad_token_id` in `input_ids`, 0 in
-    `attention_mask`, -100 in `labels`. Each is an int64 tensor of shape [batch, length]."""
-
-    pad_token_id: int
-
-    def __call__(self, examples: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        length = max(len(example["input_ids"]) for example in examples)
-
-        def padded(rows: Iterable[list[int]], value: int) -> torch.Tensor:
-            return torch.tensor([row + [value] * (length - len(row)) for row in rows])
-
-        return {
-            "input_ids": padded((example["input_ids"] for example in examples), self.pad_token_id),
-            "attention_mask": padded(([1] * len(example["input_ids"]) for example in examples), 0),
-            "labels": padded((example["labels"] for example in examples), IGNORE_INDEX),
-        }

@@ -1,27 +1,21 @@
-"""Trains a small Llama to know facts by heart, and measures what it knows."""
+"""Trains a small Llama to know facts by heart."""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from examples.objectives import answers_of
-from examples.people import IGNORE_INDEX, Collator
-
-Batch = Mapping[str, Tensor]
-Examples = Sequence[dict[str, list[int]]]
+from examples.objectives import IGNORE_INDEX
+from examples.worlds.facts import Collator, Examples, logits_of
 
 # At this running loss nearly all answers are known by heart. At the minimum itself the NLL gradients of the
 # two splits would cancel, and a forget gradient that is a multiple of the retain gradient shows nothing.
 KNOWN = 0.03
-KNOWLEDGE = ("loss", "probability", "tokens", "answers")
 
 
 def make_model(vocab_size: int, hidden: int, layers: int) -> LlamaForCausalLM:
@@ -38,12 +32,6 @@ def make_model(vocab_size: int, hidden: int, layers: int) -> LlamaForCausalLM:
         use_cache=False,
     )
     return LlamaForCausalLM(config)
-
-
-def logits_of(model: LlamaForCausalLM, batch: Batch) -> Tensor:
-    """`[batch, length, vocab]`."""
-    ids, mask = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))
-    return model(input_ids=ids, attention_mask=mask).logits
 
 
 def train(
@@ -81,29 +69,3 @@ def train(
                 bar.update()
                 bar.set_postfix(loss=f"{running:.3f}")
     return step
-
-
-@torch.no_grad()
-def knowledge(
-    model: LlamaForCausalLM, examples: Examples, collator: Collator, batch_size: int = 64
-) -> dict[str, float]:
-    """What the model knows of the answers.
-
-    `loss`: NLL of an answer token. `probability`: mean over the answers of `pi(y|x) ** (1/|y|)`, as in TOFU.
-    `tokens`: share of answer tokens ranked first. `answers`: share of answers of which all are, which greedy
-    decoding gives back word for word.
-    """
-    ordered = sorted(examples, key=lambda example: len(example["input_ids"]))  # the least padding
-    nll = tokens = tokens_right = probability = answers_right = 0.0
-    for start in range(0, len(ordered), batch_size):
-        batch = collator(ordered[start : start + batch_size])
-        answers = answers_of(logits_of(model, batch), batch["labels"].to(model.device))
-        right = answers.logits.argmax(-1) == answers.tokens
-        nll -= answers.log_likelihood.sum().item()
-        tokens += len(right)
-        tokens_right += right.sum().item()
-        probability += (answers.log_likelihood / answers.length).exp().sum().item()
-        answers_right += sum(part.all().item() for part in right.split(answers.length.tolist()))
-    count = len(examples)
-    values = nll / tokens, probability / count, tokens_right / tokens, answers_right / count
-    return dict(zip(KNOWLEDGE, values, strict=True))

@@ -1,0 +1,174 @@
+"""Describes the record of an experiment as text. `docs/experiment.md` contains these tables."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.measure import table
+from examples.recovery import LEVELS, Record, at_level, entries, mean_recovery, runs_of
+
+SAFE = ("pcgrad", "pcgrad_global", "sago")  # the rules that promise <u, r> >= 0
+
+DEFINITION = """\
+Recovery: the answers right at the level over the answers right before unlearning, and for text the perplexity
+before over the perplexity at the level. The level is the mean probability of the forget answers; between two
+measurements by linear interpolation; mean ± standard deviation over the seeds that reach it. lr and gamma are
+those with the largest mean recovery on the trial seed. Seconds: of training, without the measurements."""
+
+
+def worlds_told(record: Record) -> str:
+    """The facts of each seed, and what the model and a random model know of them."""
+    rows = []
+    for world in record["worlds"]:
+        for name, count in world["facts"].items():
+            known, choices = world["known"][name], world["choices"].get(name)
+            rows.append(
+                {
+                    "seed": world["seed"],
+                    "set": name,
+                    "facts": count,
+                    "right": f"{known['answers']:.0%}",
+                    "probability": f"{known['probability']:.2f}",
+                    "of four": "" if choices is None else f"{choices:.0%}",
+                    "of four, random model": "" if choices is None else f"{world['random'][name]:.0%}",
+                }
+            )
+    return table(rows, list(rows[0]))
+
+
+def cosines_told(record: Record) -> str:
+    """The cosines over all steps of the results, for each rule."""
+    rows, failed = [], broken(record)
+    for rule in record["grid"]["rules"]:
+        steps = [run["steps"] for run in record["runs"] if run["rule"] == rule]
+        conflict, kept, forgot = (
+            [value for step in steps for value in step[name]]
+            for name in ("cos_forget_retain", "cos_update_retain", "cos_update_forget")
+        )
+        rows.append(
+            {
+                "rule": rule,
+                "steps": len(kept),
+                "cos(f,r)": f"{statistics.fmean(conflict):+.2f}",
+                "cos(u,f)": f"{statistics.fmean(forgot):+.2f}",
+                "cos(u,r)": f"{statistics.fmean(kept):+.2f}",
+                "cos(u,r) < 0": f"{sum(value < 0 for value in kept) / len(kept):.0%}",
+                "least cos(u,r)": f"{min(kept):+.3f}",
+                "promise": "none" if rule not in SAFE else "BROKEN" if rule in failed else "kept",
+            }
+        )
+    return table(rows, list(rows[0]))
+
+
+def broken(record: Record) -> list[str]:
+    """The rules that promise `<u, r> >= 0` but have a step that breaks the promise."""
+    runs = [*record["trials"], *record["runs"]]
+    return [
+        rule
+        for rule in SAFE
+        if any(min(run["steps"]["cos_update_retain"]) < 0 for run in runs if run["rule"] == rule)
+    ]
+
+
+def recovery_told(record: Record, level: float) -> str:
+    """The table of one level."""
+    rows = []
+    for entry in entries(record, level):
+        row = {
+            "loss": entry.objective,
+            "rule": entry.rule,
+            "lr": f"{entry.rate:g}",
+            "gamma": f"{entry.gamma:g}",
+            "seeds": f"{entry.seeds} of {len(record['grid']['seeds'])}",
+            "steps": f"{entry.step:.0f}" if entry.seeds else "",
+            "seconds": f"{entry.seconds:.0f}" if entry.seeds else "",
+        }
+        for name in names(record):
+            mean, deviation = entry.recovery.get(name, (None, None))
+            row[name] = "" if mean is None else f"{100 * mean:3.0f} ± {100 * deviation:2.0f}%"
+        rows.append(row)
+    return table(rows, list(rows[0]))
+
+
+def names(record: Record) -> list[str]:
+    """The abilities of the record's world."""
+    return [name for name in record["runs"][0]["known"] if name != "forget"]
+
+
+def rates_told(record: Record, level: float) -> str:
+    """The mean recovery over all abilities with every learning rate, means over the seeds that get there."""
+    grid = record["grid"]
+    rows = []
+    for objective, rule in itertools.product(grid["objectives"], grid["rules"]):
+        row = {"loss": objective, "rule": rule}
+        for rate in grid["rates"]:
+            runs = runs_of(record, objective, rule, rate)
+            row[f"lr {rate:g}"] = f"gamma {runs[0]['gamma']:g}: {_mean_told(runs, level)}"
+        rows.append(row)
+    return table(rows, list(rows[0]))
+
+
+def trials_told(record: Record, level: float) -> str:
+    """The mean recovery of the trial seed with every weight and learning rate."""
+    grid = record["grid"]
+    rows = []
+    for objective, rule in itertools.product(grid["objectives"], grid["rules"]):
+        row = {"loss": objective, "rule": rule}
+        for rate, gamma in itertools.product(grid["rates"], grid["gammas"]):
+            wanted = objective, rule, rate, gamma
+            runs = [
+                run
+                for run in record["trials"]
+                if (run["objective"], run["rule"], run["rate"], run["gamma"]) == wanted
+            ]
+            row[f"{rate:g} / {gamma:g}"] = _mean_told(runs, level)
+        rows.append(row)
+    return table(rows, list(rows[0]))
+
+
+def _mean_told(runs: Sequence[Mapping[str, Any]], level: float) -> str:
+    """The mean recovery in percent, and the seeds that get there if there are several."""
+    there = [mean_recovery(seen) for run in runs if (seen := at_level(run, level)) is not None]
+    told = f"{100 * statistics.fmean(there):.0f}%" if there else "none"
+    return told if len(runs) == 1 else f"{told} ({len(there)} of {len(runs)})"
+
+
+def noise_told(record: Record) -> str:
+    """The first steps of `sago` with NPO and a KL divergence as the retain loss."""
+    noise = record["noise"]
+    rows = [
+        {
+            "step": i + 1,
+            "|f|": f"{noise['norm_forget'][i]:.2g}",
+            "|r|": f"{noise['norm_retain'][i]:.2g}",
+            "conflict": f"{noise['conflict_fraction'][i]:.0%}",
+            "cos(u,f)": f"{noise['cos_update_forget'][i]:+.2f}",
+        }
+        for i in range(len(noise["norm_retain"]))
+    ]
+    return table(rows, list(rows[0]))
+
+
+def tell(record: Record) -> str:
+    """The report that is printed after the runs."""
+    levels = (
+        f"Recovery where the mean probability of the forget answers falls to {level:g}:\n\n"
+        f"{recovery_told(record, level)}"
+        for level in LEVELS
+    )
+    parts = (
+        f"The facts, and what the model knows of them before unlearning\n\n{worlds_told(record)}",
+        f"Cosines of forget gradient f, retain gradient r and update u, means over all steps\n\n"
+        f"{cosines_told(record)}",
+        DEFINITION,
+        *levels,
+        f"Mean recovery over all abilities at {LEVELS[0]:g} with every learning rate (seeds that get there)"
+        f"\n\n{rates_told(record, LEVELS[0])}",
+        f"The trials: mean recovery at {LEVELS[0]:g} with every learning rate / gamma, seed "
+        f"{record['grid']['trial_seed']}\n\n{trials_told(record, LEVELS[0])}",
+        f"The first steps of sago with NPO and the KL divergence to the start model\n\n{noise_told(record)}",
+    )
+    return "\n\n".join(parts)
