@@ -12,8 +12,9 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# torch.compile takes code from its cache that was generated for other vector instructions, and fails to build
-# it. The processes that tests start inherit the variable.
+# torch.compile takes code from its cache that was generated for other vector instructions, which does not
+# build or gives wrong results. The library avoids this, but some tests compile a model or a peer. The
+# processes that tests start inherit the variable.
 os.environ.setdefault(
     "TORCHINDUCTOR_CACHE_DIR",
     os.path.join(
