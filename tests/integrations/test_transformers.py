@@ -596,6 +596,25 @@ def test_one_copy_trains_with_the_bits_of_two(kind, dtype, how, options, tmp_pat
     assert two == 2 * one
 
 
+class Skipping:
+    """Skips a batch whose retain loss is too large for the memory, which is the second one."""
+
+    calls = 0
+
+    def compute_retain_loss(self, model, retain_inputs):
+        self.calls += 1
+        if self.calls == 2:
+            raise torch.OutOfMemoryError("The texts are too long.")
+        return super().compute_retain_loss(model, retain_inputs)
+
+    def training_step(self, *args):
+        try:
+            return super().training_step(*args)
+        except torch.OutOfMemoryError:
+            self.optimizer.zero_grad()
+            return torch.zeros(())
+
+
 @pytest.mark.parametrize("one_copy", [False, True])
 def test_a_batch_is_skipped_after_an_error_in_the_retain_loss(one_copy, tmp_path):
     """As if its forget loss had not been computed, like an error where the losses are computed together."""
@@ -607,47 +626,17 @@ def test_a_batch_is_skipped_after_an_error_in_the_retain_loss(one_copy, tmp_path
 
     logs = []
     for kind in (Together, Apart):
-
-        class Skipping(with_mixin(kind, rule="sago", one_copy=one_copy)):
-            calls = 0
-
-            def compute_retain_loss(self, model, retain_inputs):
-                type(self).calls += 1
-                if type(self).calls == 2:
-                    raise torch.OutOfMemoryError("The texts are too long.")
-                return super().compute_retain_loss(model, retain_inputs)
-
-            def training_step(self, *args):
-                try:
-                    return super().training_step(*args)
-                except torch.OutOfMemoryError:
-                    self.optimizer.zero_grad()
-                    return torch.zeros(())
-
-        trainer = make(Skipping, tmp_path, data=Pairs(3))
+        skipping = type("Trainer", (Skipping, with_mixin(kind, rule="sago", one_copy=one_copy)), {})
+        trainer = make(skipping, tmp_path, data=Pairs(3))
         trainer.train()
-        assert Skipping.calls == 3
+        assert trainer.calls == 3
         logs.append(steps_of(trainer)[-1])
     assert logs[0] == logs[1]
 
 
 def test_an_error_in_the_retain_loss_of_a_later_micro_batch_ends_the_window(tmp_path):
-    class Failing(with_mixin(Apart, rule="sago")):
-        calls = 0
-
-        def compute_retain_loss(self, model, retain_inputs):
-            Failing.calls += 1
-            if Failing.calls == 2:
-                raise torch.OutOfMemoryError("The texts are too long.")
-            return super().compute_retain_loss(model, retain_inputs)
-
-        def training_step(self, *args):
-            try:
-                return super().training_step(*args)
-            except torch.OutOfMemoryError:
-                return torch.zeros(())
-
-    trainer = make(Failing, tmp_path, data=Pairs(6), gradient_accumulation_steps=3)
+    skipping = type("Trainer", (Skipping, with_mixin(Apart, rule="sago")), {})
+    trainer = make(skipping, tmp_path, data=Pairs(6), gradient_accumulation_steps=3)
     with pytest.raises(ValueError, match="zero_"):
         trainer.train()
 

@@ -253,35 +253,24 @@ def test_one_copy_of_small_gradients_that_are_synthesized_together(rule):
 
 def test_one_copy_beside_gradients_that_are_not_finite():
     """A NaN or an inf changes no bit of the parameters that two copies synthesize in one pack with it."""
-    found = []
-    for one_copy in (False, True):
-        forget, retain = ([inputs.normal(40 + i, 10 * k + i).float() for i in range(8)] for k in (1, 2))
-        forget[2][3], retain[5][0] = NAN, torch.inf
-        params, buckets = fresh(ANY, forget, retain, one_copy=one_copy)
-        if one_copy:
-            report = window(buckets, params, forget, retain, {"rule": "pcgrad"})
-        else:
-            window(buckets, params, forget, retain)
-            report = buckets.synthesize_("pcgrad")
-        found.append((grads(params), report))
-    assert_equal_results(*found)
+    forget, retain = ([inputs.normal(40 + i, 10 * k + i).float() for i in range(8)] for k in (1, 2))
+    forget[2][3], retain[5][0] = NAN, torch.inf
+    two, one = (
+        bucketed(ANY, forget, retain, "pcgrad", {"one_copy": one_copy}, one_copy)
+        for one_copy in (False, True)
+    )
+    assert_equal_results(one, two)
 
 
 def test_one_copy_of_a_group_of_several_dtypes():
     """The sums of a group are added in the order of its parameters, whatever is packed together."""
-    found, dtypes = [], (FP64, FP32, FP64, FP32, FP64)
-    for one_copy in (False, True):
-        forget, retain = (
-            [inputs.normal(301, 10 * k + i).to(d) for i, d in enumerate(dtypes)] for k in (1, 2)
-        )
-        params, buckets = fresh(ANY, forget, retain, groups=["b", *"aaaa"], one_copy=one_copy)
-        if one_copy:
-            report = window(buckets, params, forget, retain, {"rule": "pcgrad"})
-        else:
-            window(buckets, params, forget, retain)
-            report = buckets.synthesize_("pcgrad")
-        found.append((grads(params), report))
-    assert_equal_results(*found)
+    dtypes = (FP64, FP32, FP64, FP32, FP64)
+    forget, retain = ([inputs.normal(301, 10 * k + i).to(d) for i, d in enumerate(dtypes)] for k in (1, 2))
+    two, one = (
+        bucketed(ANY, forget, retain, "pcgrad", {"groups": [*"baaaa"], "one_copy": one_copy}, one_copy)
+        for one_copy in (False, True)
+    )
+    assert_equal_results(one, two)
 
 
 @pytest.mark.parametrize("cap", [None, 200])
