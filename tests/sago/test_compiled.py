@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import sago
-from sago.backends import compiled, graphs, inductor
+from sago.backends import compiled, graphs, inductor, packs
 from tests.support import checks, inputs, oracle, properties
 from tests.support.backends import Backend
 
@@ -185,6 +185,15 @@ def test_a_tensor_beside_one_that_is_not_finite(rule, special):
         found, wanted = (getattr(x, name) for x in (report, before))
         if found.numel() > 1:  # one row for each tensor
             properties.assert_equal_bits([found[others]], [wanted[others]])
+
+
+def test_packs_are_bounded():
+    """Their buffers are memory that a synthesis adds."""
+    pairs = [torch.ones(101)] * 3000
+    packed, alone = packs.lay_out(pairs, pairs, range(3000))
+    assert not alone
+    assert sorted(i for pack in packed for i in pack.pairs) == list(range(3000))
+    assert packs.PACK - 128 < max(pack.numel for pack in packed) <= packs.PACK
 
 
 def test_the_sums_of_a_group_do_not_depend_on_other_groups():
