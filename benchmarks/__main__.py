@@ -28,6 +28,18 @@ def main(arguments: list[str] | None = None) -> int:
     return result
 
 
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.removeprefix("-").isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"should be an integer of at least {least}. Found {text!r}.")
+        return int(text)
+
+    return number
+
+
+_count, _positive, _several = map(_at_least, range(3))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -42,13 +54,13 @@ def _parser() -> argparse.ArgumentParser:
     option = add(_compile, "compile every kernel without a GPU, and inspect the code")
     option("--arch", nargs="+", metavar="ARCH", help="default: sm_80 sm_90 sm_100 gfx942")
     option("--quick", action="store_true", help="compile the subset of the tests")
-    option("--configuration", type=int, nargs=3, metavar=("CHUNK", "BLOCK", "THREADS"))
-    option("--jobs", type=int, help="number of processes (default: one a CPU)")
+    option("--configuration", type=_positive, nargs=3, metavar=("CHUNK", "BLOCK", "THREADS"))
+    option("--jobs", type=_positive, help="number of processes (default: one a CPU)")
 
     option = add(_cpu, "time sago beside its peers on the CPU")
-    option("--elements", type=int, default=1 << 26, help="in all (default: 64 Mi)")
-    option("--tensors", type=int, default=1, help="that hold the elements (default: 1)")
-    option("--repeats", type=int, default=10, help="number of rounds (default: 10)")
+    option("--elements", type=_positive, default=1 << 26, help="in all (default: 64 Mi)")
+    option("--tensors", type=_positive, default=1, help="that hold the elements (default: 1)")
+    option("--repeats", type=_positive, default=10, help="number of rounds (default: 10)")
 
     names = [*workloads.WORKLOADS, *workloads.SIZES]
     for run, text in (
@@ -60,21 +72,25 @@ def _parser() -> argparse.ArgumentParser:
         option("--workload", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
         option("--rule", nargs="+", choices=RULES, metavar="RULE", help=", ".join(RULES))
         option("--dtype", nargs="+", choices=speed.DTYPES, metavar="DTYPE", help=", ".join(speed.DTYPES))
-        option("--elements", type=int, help="of a list, to which longer lists are shrunk (CPU: 4 Mi)")
-        option("--repeats", type=int, default=20, help="number of rounds (default: 20)")
-    option("--chunk", type=int, nargs="+", default=[16384, 32768, 65536], help="default: 16384 32768 65536")
-    option("--block", type=int, nargs="+", default=[1024, 2048, 4096], help="default: 1024 2048 4096")
-    option("--threads", type=int, nargs="+", default=[128, 256, 512], help="an 8th or a 16th of the block")
+        option("--elements", type=_positive, help="of a list, to which longer lists are shrunk (CPU: 4 Mi)")
+        option("--repeats", type=_positive, default=20, help="number of rounds (default: 20)")
+    option(
+        "--chunk", type=_positive, nargs="+", default=[16384, 32768, 65536], help="default: 16384 32768 65536"
+    )
+    option("--block", type=_positive, nargs="+", default=[1024, 2048, 4096], help="default: 1024 2048 4096")
+    option(
+        "--threads", type=_positive, nargs="+", default=[128, 256, 512], help="an 8th or a 16th of the block"
+    )
 
     option = add(_sanitize, "launch both kernels a few times for compute-sanitizer")
     option("--device", choices=["cpu", "cuda"], default="cuda", help="default: cuda")
 
     option = add(_host, "measure the host time of a call, without a GPU")
-    option("--pairs", type=int, nargs="+", default=[291], metavar="N", help="default: 291")
-    option("--repeats", type=int, default=300, help="timed calls (default: 300)")
+    option("--pairs", type=_positive, nargs="+", default=[291], metavar="N", help="default: 291")
+    option("--repeats", type=_positive, default=300, help="timed calls (default: 300)")
 
     option = add(_shards, "count the communication of a synthesis, and compare sharded with whole gradients")
-    option("--shards", type=int, nargs="+", metavar="N", help="default: 1 2 3 8 64 255 1024")
+    option("--shards", type=_positive, nargs="+", metavar="N", help="default: 1 2 3 8 64 255 1024")
     option("--rule", nargs="+", choices=RULES, metavar="RULE")
     option("--dtype", nargs="+", choices=speed.DTYPES)
 
@@ -83,10 +99,10 @@ def _parser() -> argparse.ArgumentParser:
     option("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
     option("--rule", nargs="+", choices=RULES, default=["sago", "pcgrad"], metavar="RULE")
     option("--dtype", nargs="+", choices=speed.DTYPES, help="default: float32, on a GPU bfloat16")
-    option("--tokens", type=int, default=256, help="of each text (default: 256)")
-    option("--micro-batches", type=int, default=1, metavar="N", help="default: 1")
+    option("--tokens", type=_several, default=256, help="of each text, at least 2 (default: 256)")
+    option("--micro-batches", type=_positive, default=1, metavar="N", help="default: 1")
     option("--optimizer", choices=step.OPTIMIZERS, default="sgd", help="default: sgd")
-    option("--repeats", type=int, default=10, help="number of rounds; 0 measures no time (default: 10)")
+    option("--repeats", type=_count, default=10, help="number of rounds; 0 measures no time (default: 10)")
     return parser
 
 

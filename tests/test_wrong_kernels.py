@@ -362,14 +362,14 @@ ON_THE_CPU = {
         ),
     },
     (compiled, "_pack_sums"): {
-        "inf not seen": ("not math.isfinite(total)", "math.isnan(total)", sums_beside_inf),
+        "inf not seen": ("sums.isfinite()", "(~sums.isnan())", sums_beside_inf),
     },
     (packs, "Pack.fill"): {
         "padding of another pack": ("if self._padded or", "if", small_tensors),
         "a missing gradient of another pack": ("or len(pairs) < len(views)", "", small_tensors),
     },
     (compiled, "Batch.add_up"): {
-        "rows of other pairs": ("rows.argsort(stable=True)", "torch.arange(len(rows))", groups),
+        "rows of other pairs": ("add_(positions).argsort()", "argsort(descending=True)", groups),
     },
     (compiled, "_sums"): {
         "the last slice alone": ("x + y for", "y for", sums_of_slices),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sago.backends import graphs
 from sago.backends.graphs import BLOCK, TILE, Known, Wanted, compute_dtype
-from sago.backends.inductor import COMPILE_AT_ONCE, found
+from sago.backends.inductor import COMPILE_AT_ONCE, compiled_code
 from sago.backends.packs import Pack, lay_out
 from sago.backends.sums import Sums, insert_nonfinite
 from sago.rules import Coefficients, Gate, Rule, evaluate
@@ -62,18 +62,20 @@ class Batch:
         """The packs, and the positions of the pairs that are processed alone. Without packs, all are."""
         return (self._packs, self._alone) if packed else ((), range(len(self.rows)))
 
-    def add_up(self, found: Sequence[Tensor], sums: int, packed: bool) -> Tensor:
+    def add_up(self, of_pairs: Sequence[Tensor], sums: int, packed: bool) -> Tensor:
         """The table of the sums of all pairs, which are given in the order of `parts`."""
         if packed not in self._by_row:
             packs, alone = self.parts(packed)
             pairs = [*(i for pack in packs for i in pack.pairs), *alone]
-            rows = torch.tensor([self.rows[i] for i in pairs], dtype=torch.int64, device="cpu")
-            counts = torch.bincount(rows, minlength=self.row_count)
-            self._by_row[packed] = rows.argsort(stable=True), counts
-        if not found:
+            rows = torch.tensor(self.rows, dtype=torch.int64, device="cpu")
+            # In the order of the list, which does not depend on the pairs that are packed with them.
+            positions = torch.tensor(pairs, dtype=torch.int64, device="cpu")
+            order = (rows * len(rows))[positions].add_(positions).argsort()
+            self._by_row[packed] = order, torch.bincount(rows, minlength=self.row_count)
+        if not of_pairs:
             return torch.zeros(self.row_count, sums, dtype=torch.float64, device=self.device)
         order, counts = self._by_row[packed]
-        return _segments(torch.cat(list(found))[order], counts)
+        return _segments(torch.cat(list(of_pairs))[order], counts)
 
 
 @torch.no_grad()
@@ -134,7 +136,7 @@ def _wanted(sums: int, gate: Gate | None) -> Wanted:
 
 def _update(graph: Any, known: Known, tensors: Sequence[Tensor], coefficients: Tensor) -> Callable[..., None]:
     """A function that writes the update of a slice of the tensors, or of all their elements."""
-    call = found(graph, known, tensors, coefficients)
+    call = compiled_code(graph, known, tensors, coefficients)
 
     def write(piece: slice | None = None) -> None:
         parts = tensors if piece is None else [t[piece] for t in tensors]
@@ -153,21 +155,22 @@ def _pack_sums(batch: Batch, pack: Pack, wanted: Wanted) -> Tensor:
     sums = _segments(graphs.tile_sums(pack.forget, pack.retain, wanted), pack.tiles)
     if wanted[0] == Sums.PRODUCTS:
         return sums
-    # An inf or NaN in a gradient makes one of its squares, and so the sum of all numbers, not finite.
-    total: Any = sums.sum().tolist()
-    if not math.isfinite(total):
-        pairs = (_flat_pair(batch.forget[i], batch.retain[i]) for i in pack.pairs)
-        return torch.stack([_sums_of_any(f, r, wanted) for f, r in pairs])
+    # An inf or NaN in a gradient makes one of its squares not finite. The other pairs keep their sums.
+    finite: Any = sums.isfinite().all(1).tolist()
     if wanted[1] is not None:
         of_zeros = torch.tensor(_classes_of_zeros(wanted[1], 1), dtype=torch.float64, device="cpu")
         sums[:, -3:] -= torch.outer(pack.padding, of_zeros)
-    return insert_nonfinite(sums, sums.new_zeros(len(sums), 2))
+    sums = insert_nonfinite(sums, sums.new_zeros(len(sums), 2))
+    for k, i in enumerate(pack.pairs):
+        if not finite[k]:
+            sums[k] = _sums_of_any(*_flat_pair(batch.forget[i], batch.retain[i]), wanted)
+    return sums
 
 
 def _sums(batch: Batch, i: int, wanted: Wanted, update: Callable[[slice], None] | None = None) -> Tensor:
     """The sums of a pair, `[1, k]`. `update` is called for each slice after its sums are taken."""
     f, r = _flat_pair(batch.forget[i], batch.retain[i])
-    call = found(graphs.block_sums, wanted, (f, r))
+    call = compiled_code(graphs.block_sums, wanted, (f, r))
     dtype = compute_dtype(f, r)
     length = _SLICE[dtype] * (2 if wanted[0] == Sums.PRODUCTS else 1)
     total = [0.0] * wanted[0]
@@ -201,8 +204,8 @@ def _slice_sums(f: Tensor, r: Tensor, wanted: Wanted, call: Callable[..., Tensor
     if not all(map(math.isfinite, sums)):
         if isinstance(gate, Drawn):
             gate.at = start
-        found_sums: list[float] = _sums_of_any(f, r, wanted).tolist()
-        return found_sums
+        of_any: list[float] = _sums_of_any(f, r, wanted).tolist()
+        return of_any
     if gate is not None and padding:
         if isinstance(gate, Drawn):
             gate.at = start + numel
@@ -244,4 +247,6 @@ def has_compiler() -> bool:
     """Whether torch can compile code for the CPU on this machine. Compiles a small graph to find out."""
     example = torch.empty(COMPILE_AT_ONCE, dtype=torch.float32, device="cpu")
     pair = torch.empty(2, dtype=torch.float32, device="cpu")
-    return found(graphs.update, (("nonzero", "nonzero"), None, False), [example] * 3, pair) is not None
+    return (
+        compiled_code(graphs.update, (("nonzero", "nonzero"), None, False), [example] * 3, pair) is not None
+    )

@@ -31,7 +31,7 @@ _EXAMPLE = 1 << 21  # elements of the tensors that a graph is compiled with
 _log = logging.getLogger("sago")
 
 
-def found(
+def compiled_code(
     graph: Any, constant: Any, tensors: Sequence[Tensor], coefficients: Tensor | None = None
 ) -> Callable[..., Any] | None:
     """The compiled code of `graph(*tensors, coefficients, constant)`; None where it runs uncompiled.

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from sago.backends.graphs import TILE, compute_dtype
 
-PACK = 1 << 16  # elements of a pack: two buffers of fp32 take half a MiB
-SMALL = 1 << 15  # elements of a tensor that is processed alone
+PACK = 1 << 16  # the largest number of elements of a pack: two buffers of fp32 take half a MiB
+SMALL = 1 << 15  # the smallest number of elements of a tensor that is not packed
 
 
 class Pack:
@@ -86,17 +86,17 @@ def lay_out(
             alone.append(i)
             continue
         dtype, padded = compute_dtype(*present), -(-numel // TILE) * TILE
-        found, held = packed.setdefault(dtype, []), sizes.setdefault(dtype, [])
-        if not found or held[-1] + padded > PACK:
-            found.append([])
+        of_dtype, held = packed.setdefault(dtype, []), sizes.setdefault(dtype, [])
+        if not of_dtype or held[-1] + padded > PACK:
+            of_dtype.append([])
             held.append(0)
-        found[-1].append(i)
+        of_dtype[-1].append(i)
         held[-1] += padded
     packs = []
     # Tensors that are made in inference mode could not be written outside of it.
     with torch.inference_mode(False):
-        for dtype, found in packed.items():
+        for dtype, of_dtype in packed.items():
             buffers = torch.empty(2, max(sizes[dtype]), dtype=dtype, device="cpu").unbind()
-            for pairs in found:
+            for pairs in of_dtype:
                 packs.append(Pack(pairs, [like[i] for i in pairs], [rows[i] for i in pairs], buffers))
     return packs, alone

@@ -326,10 +326,10 @@ class GradientBuckets:
 
         Args:
             rule, gamma, alpha, eps, stats: As in `sago.synthesize_`.
-            on_update: Is called with each parameter as soon as its update is written, in `torch.no_grad`. In
-                the call, `p.grad` is the update, so that an optimizer of this parameter can step. After the
-                call and after the block, `p.grad` is None. An error inside the block then leaves some
-                parameters with a step and others without.
+            on_update: A function that is called with each parameter as soon as its update is written, under
+                `torch.no_grad`. During the call, `p.grad` is the update, so that an optimizer of this
+                parameter can step. After the call and after the block, `p.grad` is None. An error inside the
+                block then leaves some parameters with a step and others without.
 
         Raises:
             ValueError: If the result would not be exact: for rules of global scope, for groups that lie in
@@ -339,6 +339,10 @@ class GradientBuckets:
                 checkpointing, the window is lost.
         """
         window, retain = self._window, self._retain
+        if on_update is not None and not callable(on_update):
+            raise TypeError(
+                f"Parameter `on_update` should be None or a function. Found {type(on_update).__name__}."
+            )
         if on_update is not None and self._engine is not None:
             raise ValueError(
                 "Parameter `on_update` should be None with DeepSpeed, whose engine steps. Found "
@@ -364,7 +368,7 @@ class GradientBuckets:
             state=state,
             draw=draw,
         )
-        rows, keys = self._rows(call.rule)
+        rows, keys = of_rows = self._rows(call.rule)
         expected = [p.requires_grad for p in self._params]
         members: dict[int, list[int]] = {}
         if isinstance(retain, FreshGradients):
@@ -372,9 +376,11 @@ class GradientBuckets:
             for i, u in enumerate(unit):
                 members.setdefault(u, []).append(i)
             sizes = {u: sum(self._sizes[i] for i in found) for u, found in members.items()}
-            # Little beside the largest gradient, which has to fit beside the accumulators.
-            limit = min(max(self._sizes) // 16, _WAITING)
-            pipeline_of = partial(self._fresh_pipeline, call.rule, retain, members)
+            # This is small compared with the largest gradient, for which memory is needed anyway, or with
+            # all gradients.
+            limit = min(max(max(self._sizes) // 16, sum(self._sizes) // 100), _WAITING)
+            forget = self._forget.present(self._forget.views)
+            pipeline_of = partial(self._fresh_pipeline, of_rows, forget, retain, members)
         else:
             unit, sizes, limit = retain.owner, dict.fromkeys(retain.owner, 0), 0
             members = {b: found for b, found in self._positions.items() if b is not None}
@@ -634,13 +640,17 @@ class GradientBuckets:
         return self._pipeline(call, bucket)
 
     def _fresh_pipeline(
-        self, rule: Rule, retain: FreshGradients, members: Mapping[int, list[int]], units: Sequence[int]
+        self,
+        of_rows: tuple[list[int], list[Hashable]],
+        views: Sequence[Tensor | None],
+        retain: FreshGradients,
+        members: Mapping[int, list[int]],
+        units: Sequence[int],
     ) -> Pipeline:
-        """The pipeline of the gradients that a backward has just made."""
+        """The pipeline of the gradients that a backward has just made. `views` are the forget gradients."""
         positions = [i for u in units for i in members[u]]
-        rows, keys = self._rows(rule)
+        rows, keys = of_rows
         own = {row: k for k, row in enumerate(dict.fromkeys(rows[i] for i in positions))}
-        views = self._forget.present(self._forget.views)
         forget, fresh = [views[i] for i in positions], retain.take(positions)
         neither = [f is None and r is None for f, r in zip(forget, fresh, strict=True)]
         updates = [None if n else self._updates[i] for i, n in zip(positions, neither, strict=True)]

@@ -125,6 +125,13 @@ class GradHost:
     def collect(self, capture: Capture) -> None:
         side = capture.side
         if capture.alone:  # `_arrive` has recorded the gradients, and accumulators may hold updates now
+            for name, p, grad in zip(self._names, self._params, side.grads, strict=True):
+                if p.grad is not None and (side.fresh or p.grad is not grad):
+                    raise ValueError(
+                        f"`{name}.grad` should be written by the backward alone in synthesize_in_backward. "
+                        "Found that it was set to another tensor, which is in no update. Use retain() and "
+                        "synthesize_."
+                    )
             return
         kept = not any(side.touched)
         for i, (p, view) in enumerate(zip(self._params, side.views, strict=True)):

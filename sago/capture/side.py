@@ -80,6 +80,7 @@ class Side:
 
     def add(self, i: int, shard: Tensor) -> None:
         """Keeps gradient `i` of a side that has no accumulators."""
+        raise NotImplementedError
 
     def drop(self) -> None:
         """Clears accumulators with an incomplete gradient."""

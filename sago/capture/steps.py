@@ -60,15 +60,17 @@ class StepWatch:
         if window is None:
             return
         params = [p for g in optimizer.param_groups for p in g["params"]]
+        captured = {id(p) for p in self._params}
+        params = [p for p in params if id(p) in captured]
+        if not params:
+            return
         if window.lent is not None:
             if any(p.grad is not None and p is not window.lent for p in params):
                 raise ValueError(
-                    "An optimizer that steps in `on_update` should hold that parameter alone. Found others "
-                    "with a gradient, which is not an update yet. Make one optimizer for each parameter."
+                    "An optimizer that steps in `on_update` should hold no other captured parameter than the "
+                    "one that it was called with. Found another with a gradient, which is not an update yet. "
+                    "Make one optimizer for each parameter."
                 )
-            return
-        captured = {id(p) for p in self._params}
-        if not any(id(p) in captured for p in params):
             return
         capture = window.current
         if capture is not None:

@@ -65,16 +65,20 @@ class Pipeline:
         ]
         self._report_rows = report_rows
         self._no_draws: list[Tensor | None] = [None] * len(self.devices)
+        self.bound = True  # False between `release` and `bind`
 
     def release(self) -> bool:
         """Drops the references to the tensors, which the caller then keeps alive.
 
         Returns False if a backend or a copy still needs the tensors.
         """
-        return all(not (d.before or d.after) and d.batch.release() for d in self.devices)
+        released = all(not (d.before or d.after) and d.batch.release() for d in self.devices)
+        self.bound = not released
+        return released
 
     def bind(self, forget: Tensors, retain: Tensors, out: Tensors) -> None:
         """Uses these lists after a `release`. They have the memory and the metadata of the earlier ones."""
+        self.bound = True
         for there in self.devices:
             there.batch.bind(*([side[i] for i in there.positions] for side in (forget, retain, out)))
 

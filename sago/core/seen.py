@@ -42,7 +42,9 @@ class Found(NamedTuple):
 
 _PLAIN = (list, tuple)
 _seen = Cache(256)
-_seen_on_cpu = Cache(16)  # each has up to half a MiB for small tensors
+# On the CPU, a list keeps about 2 KiB for each small tensor, and buffers of up to 1 MiB.
+_seen_on_cpu, _long_on_cpu = Cache(16), Cache(2)
+_LONG = 4096  # tensors of a long list
 
 
 def find(
@@ -65,9 +67,11 @@ def find(
     if key is not None:
         devices = [tensors[0].device]
         on_cpu = devices[0].type == "cpu" and backend not in BY_ADDRESS
-        cache = _seen_on_cpu if on_cpu else _seen
+        cache = (_long_on_cpu if len(tensors) > _LONG else _seen_on_cpu) if on_cpu else _seen
         seen = cache.find(key, devices)
-        if seen is not None and seen.guards.hold(tensors):
+        # A `reduce_gram` that synthesizes the lists of its own call finds their pipeline in use.
+        in_use = on_cpu and seen is not None and seen.pipeline.bound
+        if seen is not None and not in_use and seen.guards.hold(tensors):
             updates = _written(forget, retain, out)
             lists = (_listed(forget), _listed(retain), updates) if on_cpu else None
             return Found(seen.pipeline, updates, lists)

@@ -266,7 +266,7 @@ class _LossesApart:
         loss = self._trainer.compute_forget_loss(model=model, forget_inputs=inputs["forget"])
         _check_loss("compute_forget_loss", loss)
         self._arguments = {"model": model, "retain_inputs": inputs["retain"]}
-        # Not narrower than fp32, because the losses may have different dtypes, and the sum has the wider one.
+        # The stand-in is at least fp32, because the retain loss may be wider than the forget loss.
         wide = torch.promote_types(loss.dtype, torch.float32)
         self._shape = loss.shape
         return self._gamma * loss + self._alpha * torch.zeros_like(loss, dtype=wide, requires_grad=True)
@@ -407,12 +407,18 @@ class _Synthesizer:
         if self._shared is None:
             self._shared = retain_loss is None and _share_graph(*([x for x, _ in side] for side in sides))
         losses = [_sum_of_means(sides[0])]
-        with self._buckets.forget():
-            self._backward(sides[0], retain_graph=self._shared)
-        if retain_loss is not None:
-            ((_, scale),) = sides[1]
-            loss = retain_loss()
-            sides[1] = [(loss, scale.to(loss.dtype))]
+        try:
+            with self._buckets.forget():
+                self._backward(sides[0], retain_graph=self._shared)
+                if retain_loss is not None:
+                    ((_, scale),) = sides[1]
+                    loss = retain_loss()
+                    sides[1] = [(loss, scale.to(loss.dtype))]
+        except BaseException:
+            # A trainer may skip the batch. Its forget gradient is dropped, unless the window has others.
+            if retain_loss is not None and self._count == 0:
+                self._buckets.zero_()
+            raise
         losses.append(_sum_of_means(sides[1]))
         with self._retain_capture(*weights) as step:
             self._backward(sides[1], retain_graph=False)

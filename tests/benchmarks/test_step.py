@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import re
 import sys
 from importlib.util import find_spec
 
@@ -321,6 +322,13 @@ def test_the_texts_make_the_global_rule_project(tokens):
     forget, retain = step.gradients(model.params, model.full)
     _, report = sago.synthesize(forget, retain, rule="pcgrad_global")
     assert report.summary()["cos_forget_retain"] < -0.1
+
+
+@pytest.mark.parametrize("argument", ["--tokens=1", "--micro-batches=0", "--repeats=-1", "--repeats=few"])
+def test_numbers_out_of_bounds_are_refused(argument, capsys):
+    with pytest.raises(SystemExit):
+        main(["step", argument])
+    assert re.search(r"argument --\S+: should be an integer of at least \d. Found '", capsys.readouterr().err)
 
 
 @pytest.mark.gpu

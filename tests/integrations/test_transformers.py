@@ -557,12 +557,12 @@ def assert_same_training(kinds, folder, model=llama, count=3, **options):
     )
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(("accumulation", "autocast"), [(1, False), (1, True), (2, False)])
 @pytest.mark.parametrize("rule", ["sago", "pcgrad_global"])
-def test_losses_apart_train_with_the_bits_of_losses_together(rule, accumulation, tmp_path):
+def test_losses_apart_train_with_the_bits_of_losses_together(rule, accumulation, autocast, tmp_path):
     """The model has dropout. Both trainers draw its random numbers in the same order."""
     kinds = [with_mixin(kind, rule=rule) for kind in (WithLosses, Apart)]
-    options = {"count": 4, "gradient_accumulation_steps": accumulation}
+    options = {"count": 4, "gradient_accumulation_steps": accumulation, "bf16": autocast}
     assert_same_training(kinds, tmp_path, with_dropout, **options)
 
 
@@ -573,6 +573,7 @@ def test_losses_apart_train_with_the_bits_of_losses_together(rule, accumulation,
         (NPO, BF16, {"rule": "sago_prefer_retain", "stats": False}, {}),
         (SimNPO, FP32, {"rule": "pcgrad", "groups": lambda name: name[:14]}, {}),
         (Apart, BF16, {"rule": "pcgrad"}, {"max_grad_norm": 0.25}),
+        (Apart, FP32, {"rule": "sago"}, {"bf16": True}),
         (WithLosses, FP32, {"rule": "ties"}, {"bf16": True}),
         (Apart, FP32, {"rule": "sago"}, {f"{CHECKPOINTING}": True}),
     ],
@@ -593,6 +594,51 @@ def test_one_copy_trains_with_the_bits_of_two(kind, dtype, how, options, tmp_pat
     assert_same_training(kinds, tmp_path, lambda: model(dtype), **options)
     two, one = dict.fromkeys(filter(None, sizes))
     assert two == 2 * one
+
+
+class Skipping:
+    """Skips a batch whose retain loss is too large for the memory, which is the second one."""
+
+    calls = 0
+
+    def compute_retain_loss(self, model, retain_inputs):
+        self.calls += 1
+        if self.calls == 2:
+            raise torch.OutOfMemoryError("The texts are too long.")
+        return super().compute_retain_loss(model, retain_inputs)
+
+    def training_step(self, *args):
+        try:
+            return super().training_step(*args)
+        except torch.OutOfMemoryError:
+            self.optimizer.zero_grad()
+            return torch.zeros(())
+
+
+@pytest.mark.parametrize("one_copy", [False, True])
+def test_a_batch_is_skipped_after_an_error_in_the_retain_loss(one_copy, tmp_path):
+    """As if its forget loss had not been computed, like an error where the losses are computed together."""
+
+    class Together(Apart):
+        def compute_losses(self, model, inputs):
+            forget_loss = self.compute_forget_loss(model, inputs["forget"])
+            return forget_loss, self.compute_retain_loss(model, inputs["retain"])
+
+    logs = []
+    for kind in (Together, Apart):
+        skipping = type("Trainer", (Skipping, with_mixin(kind, rule="sago", one_copy=one_copy)), {})
+        trainer = make(skipping, tmp_path, data=Pairs(3))
+        trainer.train()
+        assert trainer.calls == 3
+        logs.append(steps_of(trainer)[-1])
+    assert logs[0] == logs[1]
+
+
+def test_an_error_in_the_retain_loss_of_a_later_micro_batch_ends_the_window(tmp_path):
+    skipping = type("Trainer", (Skipping, with_mixin(Apart, rule="sago")), {})
+    trainer = make(skipping, tmp_path, data=Pairs(6), gradient_accumulation_steps=3)
+    with pytest.raises(ValueError, match="zero_"):
+        trainer.train()
 
 
 class Saved:

@@ -165,8 +165,10 @@ def test_a_step_with_one_copy_holds_as_much_as_a_plain_step(chain, rule):
     layers = (nn.Linear(m, n, bias=False) for m, n in itertools.pairwise(widths))
     unequal = nn.Sequential(*layers)
     sizes = [p.nbytes for p in unequal.parameters()]
-    # Complete gradients wait until they have 1/16 of the largest. Partial sums have less than 1 MiB.
-    assert peak(lambda: step(unequal)) <= sum(sizes) + (1 + 1 / 16) * max(sizes) + 2**20
+    # Complete gradients wait until they have 1/16 of the largest or 1/100 of all, and the last one may exceed
+    # this. Partial sums have less than 1 MiB.
+    waiting = max(max(sizes) / 16, sum(sizes) / 100) + min(sizes)
+    assert peak(lambda: step(unequal)) <= sum(sizes) + max(sizes) + waiting + 2**20
 
 
 def test_an_optimizer_that_steps_in_the_backward_adds_no_copy(chain):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import sago
-from sago.backends import compiled, graphs, inductor
+from sago.backends import compiled, graphs, inductor, packs
 from tests.support import checks, inputs, oracle, properties
 from tests.support.backends import Backend
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("compiled_at_once")
 
 @pytest.fixture
 def uncompiled(monkeypatch):
-    monkeypatch.setattr(compiled, "found", lambda *_: None)
+    monkeypatch.setattr(compiled, "compiled_code", lambda *_: None)
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_compiled_and_uncompiled_bits(monkeypatch, dtypes, rule):
             properties.assert_as_reference(COMPILED, [f], [r], rule, gamma=0.75, alpha=1.5)
         fast = results([f], [r], rule)
         with monkeypatch.context() as patch:
-            patch.setattr(compiled, "found", lambda *_: None)
+            patch.setattr(compiled, "compiled_code", lambda *_: None)
             eager = results([f], [r], rule)
         properties.assert_equal_bits(fast, eager)
 
@@ -169,6 +169,43 @@ def test_global_state_costs_no_compilation():
             expected = found if expected is None else expected
             properties.assert_equal_bits(found, expected)
     assert len(inductor._compiled) == 2  # the sums and the update
+
+
+@pytest.mark.parametrize("special", [torch.nan, torch.inf, 1e30])
+@pytest.mark.parametrize("rule", ["sago", "pcgrad", "ties"])
+def test_a_tensor_beside_one_that_is_not_finite(rule, special):
+    """Neither the update nor the sums of small tensors depend on the other tensors of a pack."""
+    forget, retain = ([inputs.normal(40 + i, 10 * k + i).float() for i in range(8)] for k in (1, 2))
+    expected, before = sago.synthesize(forget, retain, rule)
+    forget[3][7] = special
+    updates, report = sago.synthesize(forget, retain, rule)
+    others = [0, 1, 2, 4, 5, 6, 7]
+    properties.assert_equal_bits([updates[i] for i in others], [expected[i] for i in others])
+    for name in properties.FIELDS:
+        found, wanted = (getattr(x, name) for x in (report, before))
+        if found.numel() > 1:  # one row for each tensor
+            properties.assert_equal_bits([found[others]], [wanted[others]])
+
+
+def test_packs_are_bounded():
+    """Their buffers are memory that a synthesis adds."""
+    pairs = [torch.ones(101)] * 3000
+    packed, alone = packs.lay_out(pairs, pairs, range(3000))
+    assert not alone
+    assert sorted(i for pack in packed for i in pack.pairs) == list(range(3000))
+    assert packs.PACK - 128 < max(pack.numel for pack in packed) <= packs.PACK
+
+
+def test_the_sums_of_a_group_do_not_depend_on_other_groups():
+    dtypes = (FP64, FP32, FP64, FP32, FP64)
+    for seed in range(5):
+        forget, retain = (
+            [inputs.normal(301, 100 * seed + 10 * k + i).to(d) for i, d in enumerate(dtypes)] for k in (1, 2)
+        )
+        updates, report = sago.synthesize(forget, retain, "pcgrad", groups=["b", *"aaaa"])
+        alone, alone_report = sago.synthesize(forget[1:], retain[1:], "pcgrad", groups=["a"] * 4)
+        properties.assert_equal_bits(updates[1:], alone)
+        properties.assert_equal_bits([report.fr[1:], report.uu[1:]], [alone_report.fr, alone_report.uu])
 
 
 @pytest.mark.usefixtures("nothing_compiled")

@@ -8,6 +8,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sago
+from sago.capture import buckets as capture_buckets
+from sago.core import pipeline
 from tests.support import inputs, properties
 from tests.support.backends import ELEMENTWISE
 from tests.support.windows import (
@@ -249,6 +251,50 @@ def test_one_copy_of_small_gradients_that_are_synthesized_together(rule):
         assert_equal_results(one, two)
 
 
+def test_one_copy_beside_gradients_that_are_not_finite():
+    """A NaN or an inf changes no bit of the parameters that two copies synthesize in one pack with it."""
+    forget, retain = ([inputs.normal(40 + i, 10 * k + i).float() for i in range(8)] for k in (1, 2))
+    forget[2][3], retain[5][0] = NAN, torch.inf
+    two, one = (
+        bucketed(ANY, forget, retain, "pcgrad", {"one_copy": one_copy}, one_copy)
+        for one_copy in (False, True)
+    )
+    assert_equal_results(one, two)
+
+
+def test_one_copy_of_a_group_of_several_dtypes():
+    """The sums of a group are added in the order of its parameters, whatever is packed together."""
+    dtypes = (FP64, FP32, FP64, FP32, FP64)
+    forget, retain = ([inputs.normal(301, 10 * k + i).to(d) for i, d in enumerate(dtypes)] for k in (1, 2))
+    two, one = (
+        bucketed(ANY, forget, retain, "pcgrad", {"groups": [*"baaaa"], "one_copy": one_copy}, one_copy)
+        for one_copy in (False, True)
+    )
+    assert_equal_results(one, two)
+
+
+@pytest.mark.parametrize("cap", [None, 200])
+def test_one_copy_of_many_equal_gradients_makes_few_pipelines(cap, monkeypatch):
+    """Gradients wait for others until they have 1 % of the bytes of all, or as many bytes as the cap."""
+    made = []
+
+    class Counted(pipeline.Pipeline):
+        def __init__(self, pairs, *args):
+            made.append(sum(t.nbytes for t in pairs.out))
+            super().__init__(pairs, *args)
+
+    monkeypatch.setattr(capture_buckets, "Pipeline", Counted)
+    if cap is not None:
+        monkeypatch.setattr(capture_buckets, "_WAITING", cap)
+    count, size = 1000, 40
+    gradients = [torch.ones(size // 4)] * count
+    params, buckets = fresh(ANY, gradients, gradients, one_copy=True)
+    window(buckets, params, gradients, gradients, {"rule": "sago"})
+    waiting = cap or count * size // 100
+    assert set(made) == {waiting}
+    assert len(made) == count * size // waiting
+
+
 def test_one_copy_of_gradients_that_share_memory():
     """Autograd gives `p` and `q` views of one tensor. The second gradient of `p` is added to `p` alone."""
     found = []
@@ -279,6 +325,45 @@ def test_a_gradient_that_another_hook_takes():
 
     with pytest.raises(ValueError, match="another hook has taken it"):
         taken()
+
+
+@pytest.mark.parametrize("one_copy", [False, True])
+def test_a_gradient_that_is_set_by_hand_in_the_block(one_copy):
+    """It would be in no update. `retain()` counts it as a gradient."""
+    params, buckets = fresh(ANY, *small(), one_copy=one_copy)
+    with buckets.forget():
+        backward(params, small()[0])
+
+    def set_by_hand():
+        with buckets.synthesize_in_backward("sago"):
+            backward(params, [small()[1][0], None])
+            params[1].grad = torch.ones_like(params[1])
+
+    with pytest.raises(ValueError, match=r"`params\[1\]\.grad` should be written by the backward alone"):
+        set_by_hand()
+
+
+def test_on_update_is_a_function():
+    params, buckets = fresh(ANY, *small(), one_copy=True)
+    with buckets.forget():
+        backward(params, small()[0])
+    with pytest.raises(TypeError, match=r"`on_update` should be None or a function. Found int"):
+        buckets.synthesize_in_backward("sago", on_update=3).__enter__()
+    with buckets.synthesize_in_backward("sago") as step:  # the window goes on
+        backward(params, small()[1])
+    assert step.report.numel.sum() == sum(p.numel() for p in params)
+
+
+def test_an_optimizer_of_other_parameters_may_step_in_on_update():
+    params, buckets = fresh(ANY, *small(), one_copy=True)
+    other = nn.Parameter(torch.ones(2))
+    other.grad = torch.ones(2)
+    optimizer = torch.optim.SGD([other], 0.5)
+    with buckets.forget():
+        backward(params, small()[0])
+    with buckets.synthesize_in_backward("sago", on_update=lambda p: optimizer.step()):
+        backward(params, small()[1])
+    assert torch.equal(other, torch.ones(2) * (1 - 0.5 * len(params)))
 
 
 def test_an_optimizer_step_in_the_block_of_one_copy():
@@ -385,7 +470,7 @@ def test_an_optimizer_in_on_update_steps_on_one_parameter(one_copy):
         stepped(step)
         assert sorted(calls) == [(False, [False, True], False), (True, [True, False], False)]
     else:
-        with pytest.raises(ValueError, match=r"in `on_update` should hold that parameter alone"):
+        with pytest.raises(ValueError, match=r"in `on_update` should hold no other captured parameter"):
             stepped(step)
         assert_lost(buckets, params)
     buckets._engine = object()

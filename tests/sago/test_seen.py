@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from functools import partial
 from importlib import import_module
 
 import numpy as np
@@ -13,13 +14,14 @@ from sago.backends.streams import Cache
 from sago.core import checks as arguments
 from sago.core import seen
 from tests.conftest import FAST_BACKENDS, KERNEL_BACKENDS
-from tests.support import inputs, repeats
+from tests.support import inputs, properties, repeats
 
 
 @pytest.fixture(params=FAST_BACKENDS)
 def run(request, monkeypatch):
     monkeypatch.setattr(seen, "_seen", Cache(16))
     monkeypatch.setattr(seen, "_seen_on_cpu", Cache(16))
+    monkeypatch.setattr(seen, "_long_on_cpu", Cache(2))
     return request.param
 
 
@@ -58,6 +60,24 @@ def test_the_same_lists_are_checked_once(run, checks):
     assert len(checks) == 2
     sago.synthesize_([r], [f], backend=run.name)
     assert len(checks) == 3
+
+
+def test_the_lists_of_a_call_may_be_synthesized_within_it(run):
+    """By `reduce_gram`, for lists that are new and for lists that were seen."""
+    f, r = repeats.memory(run)
+    for _ in range(2):
+        forget, retain = [f.clone()], [r.clone()]
+        expected = sago.synthesize(forget, retain, "pcgrad", backend=run.name)[0]
+        again = partial(sago.synthesize_, forget, retain, "pcgrad", backend=run.name)
+
+        def reduce_gram(table, again=again, retain=retain):
+            again(gamma=0.0)
+            retain[0].copy_(r)
+
+        for _ in range(2):
+            again(reduce_gram=reduce_gram)
+            properties.assert_equal_bits(retain, expected)
+            retain[0].copy_(r)
 
 
 def test_lists_in_turn_are_checked_once_each(run, checks):
