@@ -19,7 +19,7 @@ from benchmarks.measure import table
 from examples.draw import pareto, save
 from examples.grid import Cell, Grid
 from examples.objectives import FORGET
-from examples.runs import described, opened, run
+from examples.runs import opened, run
 from examples.tables import broken
 from examples.worlds import Kind
 from examples.worlds.choose import WORLDS, kind_of
@@ -77,7 +77,7 @@ def measured(
 
 def compare(kind: Kind, grid: Grid, cells: Sequence[Cell], folder: Path) -> dict[str, Any]:
     """Runs the cells, and prints what they leave. Returns their record."""
-    described(kind, folder, [SEED])
+    kind.prepare(folder, SEED)
     world, known, choices = opened(kind, folder, SEED)
     counts = ", ".join(f"{len(facts)} {name}" for name, facts in world.facts.items())
     print(

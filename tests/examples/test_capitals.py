@@ -12,7 +12,7 @@ from examples.corpus import byte_tokenizer, random_model
 from examples.worlds import smollm
 from examples.worlds.capitals import Capitals, known, tables
 from examples.worlds.english import common_sense, passages, sums
-from examples.worlds.facts import Collator, chosen
+from examples.worlds.facts import Collator, Fact, chosen
 
 FACTS = {
     "capitals": [[f"The capital of country {i} is", f" town {i}", [" a", " b", " c"]] for i in range(12)],
@@ -78,12 +78,7 @@ def test_a_fact_is_known_if_it_is_said_and_chosen():
     with torch.no_grad():
         logits = model(torch.tensor([prompt])).logits[0, -1]
     first, last = (tokenizer.decode([token]) for token in (logits.argmax().item(), logits.argmin().item()))
-    right, wrong = ([*FACTS["capitals"][0]] for _ in range(2))
-    facts = [
-        type(tables()["sums"][0])("Where?", first, (last,)),
-        type(tables()["sums"][0])("Where?", last, (first,)),
-    ]
-    assert right == wrong
+    facts = [Fact("Where?", first, (last,)), Fact("Where?", last, (first,))]
     assert known(model, tokenizer, facts) == facts[:1]
     assert chosen(model, facts, tokenizer, Collator(0)).tolist() == [True, False]
 
