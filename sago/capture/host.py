@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sago.capture.flat import clear
+from sago.capture.fresh import FreshGradients
 from sago.capture.side import Capture, Side
 from sago.core.guards import Guards
 from sago.ranks import fsdp
@@ -130,7 +131,7 @@ class GradHost:
                     raise ValueError(
                         f"`{name}.grad` should be written by the backward alone in synthesize_in_backward. "
                         "Found that it was set to another tensor, which is in no update. Use retain() and "
-                        "synthesize_."
+                        "synthesize_, without `one_copy`."
                     )
             return
         kept = not any(side.touched)
@@ -238,7 +239,7 @@ class GradHost:
         )
 
     def _arrive(self, capture: Capture, arrived: Arrived, i: int, p: Tensor) -> None:
-        if capture.side.fresh:
+        if isinstance(capture.side, FreshGradients):
             if p.grad is None:
                 raise ValueError(
                     f"`{self._names[i]}.grad` should be the gradient that the backward has just made. Found "

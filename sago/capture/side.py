@@ -78,10 +78,6 @@ class Side:
             clear(self.buffers)
         self.written = False
 
-    def add(self, i: int, shard: Tensor) -> None:
-        """Keeps gradient `i` of a side that has no accumulators."""
-        raise NotImplementedError
-
     def drop(self) -> None:
         """Clears accumulators with an incomplete gradient."""
         self.clear()

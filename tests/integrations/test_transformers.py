@@ -617,7 +617,7 @@ class Skipping:
 
 @pytest.mark.parametrize("one_copy", [False, True])
 def test_a_batch_is_skipped_after_an_error_in_the_retain_loss(one_copy, tmp_path):
-    """As if its forget loss had not been computed, like an error where the losses are computed together."""
+    """The skipped batch changes nothing, whether the losses are computed apart or together."""
 
     class Together(Apart):
         def compute_losses(self, model, inputs):
