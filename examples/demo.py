@@ -8,6 +8,7 @@ draws abilities against forgetting. Exits with 1 if a rule breaks its promise.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from benchmarks.measure import table
 from examples.draw import pareto, save
 from examples.grid import Cell, Grid
 from examples.objectives import FORGET
+from examples.recovery import LEVELS, entries
 from examples.runs import opened, run
 from examples.tables import broken
 from examples.worlds import Kind
@@ -28,11 +30,7 @@ from examples.worlds.world import World
 
 SEED = 0
 RULES = ("sum", "pcgrad", "sago")
-# The learning rate and the weight of each rule that the experiment chose, see docs/experiment.md.
-CHOSEN = {
-    "capitals": {"sum": (2e-5, 1.0), "pcgrad": (2e-5, 1.0), "sago": (6e-5, 3.0)},
-    "people": {"sum": (4e-4, 1.0), "pcgrad": (4e-4, 1.0), "sago": (4e-4, 1.0)},
-}
+RECORD = Path(__file__).parent / "results" / "experiment.json"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -48,6 +46,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--out", type=Path, default=Path("build/demo"), help="folder for the model and the plots"
     )
     return parser.parse_args(argv)
+
+
+def cells_of(world: str, objective: str) -> list[Cell]:
+    """A run for each rule. Learning rate and weight are those that the experiment chose for the rule, if its
+    record is of this world."""
+    record = json.loads(RECORD.read_text())
+    if record["world"] != world:
+        rate = kind_of(world)[1].rates[0]
+        return [Cell(objective, rule, rate, 1.0, SEED) for rule in RULES]
+    chosen = {(entry.objective, entry.rule): entry for entry in entries(record, LEVELS[0])}
+    found = [chosen[objective, rule] for rule in RULES]
+    return [Cell(objective, entry.rule, entry.rate, entry.gamma, SEED) for entry in found]
 
 
 def prompts_of(world: World, count: int = 12) -> list[tuple[str, str, str]]:
@@ -118,7 +128,7 @@ def compare(kind: Kind, grid: Grid, cells: Sequence[Cell], folder: Path) -> dict
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     kind, grid = kind_of(args.world)
-    cells = [Cell(args.objective, rule, *CHOSEN[args.world][rule], SEED) for rule in RULES]
+    cells = cells_of(args.world, args.objective)
     rates = tuple(sorted({cell.rate for cell in cells}))
     grid = replace(grid, objectives=(args.objective,), rules=RULES, rates=rates, seeds=(SEED,), enough=0.05)
     args.out.mkdir(parents=True, exist_ok=True)

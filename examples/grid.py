@@ -36,7 +36,7 @@ class Grid:
     objectives: tuple[str, ...] = ("GradDiff", "NPO", "SimNPO")
     retain: str = "NLL"
     rules: tuple[str, ...] = ("sum", "pcgrad", "pcgrad_global", "sago")
-    rates: tuple[float, ...] = (2e-5, 6e-5)
+    rates: tuple[float, ...] = (2e-5, 6e-5, 1.8e-4)
     gammas: tuple[float, ...] = (0.2, 1.0, 5.0)
     trial_seed: int = 0
     seeds: tuple[int, ...] = (1, 2)

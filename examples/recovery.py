@@ -74,7 +74,7 @@ def at_level(run: Run, level: float) -> Reached | None:
         return values[before] + share * (values[after] - values[before])
 
     step = between(run["measured"])
-    seconds = statistics.fmean(run["seconds"][1:] or run["seconds"]) * step  # the first step warms up
+    seconds = statistics.median(run["seconds"]) * step
     return Reached(step, seconds, {name: between(ability(run, name)) for name in abilities(run)})
 
 

@@ -137,8 +137,7 @@ def test_a_broken_promise_is_told_and_exits_non_zero(ran, tmp_path, capsys):
     assert told == {"sum": "none", "pcgrad": "BROKEN", "pcgrad_global": "kept", "sago": "kept"}
 
 
-def test_the_demo_shows_what_a_person_can_judge(tiny, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(demo.CHOSEN, "people", dict.fromkeys(demo.RULES, (3e-3, 1.0)))
+def test_the_demo_shows_what_a_person_can_judge(tiny, tmp_path, capsys):
     assert demo.main(["--world=people", f"--out={tmp_path / 'out'}"]) == 0
     printed = capsys.readouterr().out
     for rule in ("before", *demo.RULES):
