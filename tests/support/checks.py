@@ -440,9 +440,11 @@ def traffic(run):
     forget, retain = ([t.float() for t in side] for side in zip(*map(inputs.pair, (3000, 33)), strict=True))
     forget, retain = [*forget, None, forget[1].clone()], [*retain, retain[1].clone(), None]
     out = [torch.empty_like(t) for t in (*retain[:3], forget[3])]
-    for rule, stats, reads in (("sago", True, 1), ("sago", False, 1), ("pcgrad", True, 2)):
+    cases = ("sago", True, 0.0, 1), ("sago", False, 0.0, 1), ("sago", True, 0.5, 2), ("pcgrad", True, 0.0, 2)
+    for rule, stats, floor, reads in cases:
+        options = {"stats": stats, "retain_floor": floor, "backend": run.name}
         with counted(*forget, *retain, *out) as found:
-            sago.synthesize_(forget, retain, rule, out=out, stats=stats, backend=run.name)
+            sago.synthesize_(forget, retain, rule, out=out, **options)
         assert_floor(found, forget, retain, out, reads)
 
 
