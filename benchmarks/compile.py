@@ -56,6 +56,7 @@ _GATE_FROM_TABLE = Rule(
 # NaN and inf propagate in GradientBuckets. The added code does not depend on the formula of the rule: a rule
 # without a gate, a rule with a gate and a rule that reads a table stand for all.
 _PROPAGATING = (RULES["sum"], RULES["sago"], _FROM_TABLE)
+_FLOORED = (RULES["sago"], _GATE)  # a rule with two classes and a rule with three
 
 
 class Launch(NamedTuple):
@@ -108,8 +109,10 @@ def launches(arch: str, quick: bool = False, configuration: Configuration = SHIP
     aligned, except those of the longest combine.
     """
     published = (RULES[name] for name in released.RULES)
-    rules = [(rule, False) for rule in (*published, _FROM_TABLE, _GATE, _GATE_FROM_TABLE)]
-    rules += [(rule, True) for rule in _PROPAGATING]
+    rules = [(rule, rule.name, False, None) for rule in (*published, _FROM_TABLE, _GATE, _GATE_FROM_TABLE)]
+    rules += [(rule, f"{rule.name} (propagate)", True, None) for rule in _PROPAGATING]
+    floors = torch.zeros(1, dtype=torch.float64)
+    rules += [(rule, f"{rule.name} (floor)", False, floors) for rule in _FLOORED]
     found: dict[Any, Launch] = {}
 
     def add(kernel: str, rule: str | None, sums: int, pair: Pair, aligned: bool, *arguments: Any) -> None:
@@ -123,7 +126,8 @@ def launches(arch: str, quick: bool = False, configuration: Configuration = SHIP
         forget, retain = (torch.zeros(65, dtype=dtype)[0 if aligned else 1 :] for dtype in pair)
         batch = Batch(retain.device, [forget], [retain], [retain], [0], 1)
         launch = Launch(labels, *record(arch, configuration, kernel, batch, *arguments))
-        key = kernel, *((k, id(v) if k in ("FORMULA", "GATE") else v) for k, v in launch.kwargs.items())
+        options = ((k, id(v) if k in ("FORMULA", "GATE") else v) for k, v in launch.kwargs.items())
+        key = kernel, arguments[-1] is None, *options
         if key in found:  # rules that share a coefficient function share a kernel
             found[key].labels["rule"] += f", {labels['rule']}"
         else:
@@ -132,11 +136,12 @@ def launches(arch: str, quick: bool = False, configuration: Configuration = SHIP
     for pair, aligned in product(PAIRS, (True, False)):
         for sums in (3, 6, 9):
             if not quick or (sums == 9 and aligned):
-                add("gram", None, sums, pair, aligned, sums)
+                add("gram", None, sums, pair, aligned, sums, None, None, None)
         if not quick:
-            add("gram", "(three classes)", 15, pair, aligned, 15, _GATE.gate)
-        for rule, propagate in rules:
-            name = f"{rule.name} (propagate)" if propagate else rule.name
+            add("gram", "(three classes)", 15, pair, aligned, 15, _GATE.gate, None, None)
+            add("gram", "(floor)", 9, pair, aligned, 9, None, None, floors)
+            add("gram", "(three classes, floor)", 15, pair, aligned, 15, _GATE.gate, None, floors)
+        for rule, name, propagate, floor in rules:
             elementwise = rule.scope == "element"
             gram = None if elementwise else torch.zeros(1, 6, dtype=torch.float64)
             statistics = 15 if rule.gate else 9 if rule.gated else 6
@@ -145,7 +150,7 @@ def launches(arch: str, quick: bool = False, configuration: Configuration = SHIP
                 every = arch == "sm_90" and not rule.gate
                 plain = sums == 0 and aligned and pair == PAIRS[0] and (every or name == "sago")
                 if not quick or plain or longest:
-                    arguments = rule, 1.0, 1.0, 0.0, gram, sums, None, propagate
+                    arguments = rule, 1.0, 1.0, 0.0, gram, sums, None, propagate, None, floor
                     add("combine", name, sums, pair, aligned, *arguments)
     return list(found.values())
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from itertools import accumulate
-from math import isfinite, nan
+from math import inf, isfinite, nan
 from typing import Any
 
 import torch
@@ -62,6 +62,7 @@ def synthesize(
     eps: float = 0.0,
     stats: bool = True,
     reduce_gram: Callable[[Tensor], Tensor | None] | None = None,
+    retain_floor: float = 0.0,
 ) -> tuple[Any, SynthesisReport]:
     """`sago.synthesize` in plain torch: new tensors of retain's dtype, and the report."""
     like = (
@@ -74,7 +75,8 @@ def synthesize(
         if isinstance(like, Tensor)
         else [None if t is None else torch.empty_like(t) for t in like]
     )
-    return out, synthesize_(forget, retain, rule, gamma, alpha, out, groups, eps, stats, reduce_gram)
+    more = groups, eps, stats, reduce_gram, retain_floor
+    return out, synthesize_(forget, retain, rule, gamma, alpha, out, *more)
 
 
 @torch.no_grad()
@@ -89,6 +91,7 @@ def synthesize_(
     eps: float = 0.0,
     stats: bool = True,
     reduce_gram: Callable[[Tensor], Tensor | None] | None = None,
+    retain_floor: float = 0.0,
 ) -> SynthesisReport:
     """`sago.synthesize_` in plain torch: the update is written to retain, to forget or to `out`."""
     forget, retain = _listed(forget), _listed(retain)
@@ -122,11 +125,21 @@ def synthesize_(
     draw = None if rule.seed is None else torch.tensor([rule.seed, 0])
     starts = [0, *accumulate(0 if pair is None else pair[0].numel() for pair in pairs)]
     device = next((p[0].device for p in pairs if p), torch.device("cpu"))
+    norms = torch.zeros(len(rows), 3, dtype=torch.float64, device=device)
+    for group, pair in zip(groups, pairs, strict=True):
+        if pair:
+            f, r = (t.double() for t in pair)
+            norms[rows.index(group)] += torch.stack([(f * f).sum(), (r * r).sum(), (r == r).sum()]).to(device)
+    if reduce_gram is not None and retain_floor:
+        reduced = reduce_gram(norms)
+        norms = norms if reduced is None else reduced
+    floors = [retain_floor and _floor(ff, rr, n, retain_floor) for ff, rr, n in norms.tolist()]
     table = torch.zeros(len(rows), 10 if gate is None else 16, dtype=torch.float64, device=device)
     for i, (group, pair) in enumerate(zip(groups, pairs, strict=True)):
         if pair:
             own = of_pair(gate, draw, starts, i)
-            taken = sums(*pair) if own is None else class_sums_of(*pair, own)
+            floor = floors[rows.index(group)]
+            taken = sums(*pair, floor) if own is None else class_sums_of(*pair, own, floor)
             both = torch.cat([taken, torch.tensor([pair[0].numel()], device=pair[0].device)])
             table[rows.index(group)] += both.to(device)
     if reduce_gram is not None and (stats or rule.scope != "element"):
@@ -141,13 +154,20 @@ def synthesize_(
         sixth = [] if classes is None else [classes[: rule.classes]]
         chosen.append(coefficients(ff + eps, fr, rr + eps, gamma, alpha, *sixth))
     updates = [
-        pair and update(*pair, chosen[rows.index(g)], of_pair(gate, draw, starts, i))
+        pair and update(*pair, chosen[rows.index(g)], of_pair(gate, draw, starts, i), floors[rows.index(g)])
         for i, (g, pair) in enumerate(zip(groups, pairs, strict=True))
     ]
     for target, u in zip(targets, updates, strict=True):
         if u is not None:
             write(u, target)
     return _report(rule, rows, table, chosen, stats)
+
+
+def _floor(ff: float, rr: float, numel: float, retain_floor: float) -> float:
+    """The magnitude below which an element of retain counts as 0 in a gate."""
+    if not isfinite(rr):
+        return 0.0
+    return inf if rr < 2.0**-40 * ff < inf else retain_floor * (rr / max(numel, 1)) ** 0.5
 
 
 def _laid_out(f: Tensor, r: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:

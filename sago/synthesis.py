@@ -30,6 +30,7 @@ def synthesize_(
     stats: bool = True,
     reduce_gram: ReduceGram | None = None,
     backend: str | None = None,
+    retain_floor: float = 0.0,
 ) -> SynthesisReport:
     """`retain = where(forget * retain < 0, alpha * retain, gamma * forget)` for the rule "sago".
 
@@ -56,9 +57,14 @@ def synthesize_(
             the rule does not need them.
         reduce_gram: A function that sums an fp64 tensor `[groups, k]` over the ranks that hold the other
             shards of the gradients. It works in place or returns the result; see `sago.distributed.SumOver`.
-            It is called once, if any sums are computed. DTensors do not need it. If it is given, it replaces
-            their all-reduce.
+            It is called once, if any sums are computed, and before that once for `retain_floor`. DTensors do
+            not need it. If it is given, it replaces their all-reduce.
         backend: "triton" (the default on CUDA and ROCm), "compiled" (the default on the CPU) or "reference".
+        retain_floor: A dead zone of the gate, for retain gradients with elements that are rounding noise. An
+            element `r_i` counts as 0 in the gate, so that it does not conflict, if `|r_i| < retain_floor *
+            (r * r).mean().sqrt()`, with the mean over the group. If `|r| < 2**-20 * |f|` in a group, the
+            whole retain gradient of the group is noise, and no element conflicts. The coefficients still
+            apply to `r_i`. The gradients are read once more for the norms. 0 is no dead zone.
 
     Returns:
         The report, whose statistics are on the device. Only reading it waits for the device.
@@ -72,7 +78,7 @@ def synthesize_(
     check_backend(backend)
     pipeline, updates, lists = find(forget, retain, rule, out, groups, reduce_gram, backend, dtensor)
     devices = [there.device for there in pipeline.devices]
-    call = check_call(rule, gamma, alpha, eps, stats, reduce_gram, devices)
+    call = check_call(rule, gamma, alpha, eps, stats, reduce_gram, devices, retain_floor=retain_floor)
     if lists is not None:
         pipeline.bind(*lists)
     try:
@@ -95,6 +101,7 @@ def synthesize(
     stats: bool = True,
     reduce_gram: ReduceGram | None = None,
     backend: str | None = None,
+    retain_floor: float = 0.0,
 ) -> tuple[Any, SynthesisReport]:
     """Like `synthesize_`, but returns new tensors. `forget` and `retain` are not modified.
 
@@ -105,7 +112,7 @@ def synthesize(
     """
     rule = resolve(rule)
     pairs = check_pairs(forget, retain, rule, NEW, groups, reduce_gram, backend, dtensor)
-    call = check_call(rule, gamma, alpha, eps, stats, reduce_gram, pairs.backends)
+    call = check_call(rule, gamma, alpha, eps, stats, reduce_gram, pairs.backends, retain_floor=retain_floor)
     report = Pipeline(pairs, pairs.numel()).synthesize(call)
     single = isinstance(forget, Tensor) and isinstance(retain, Tensor)
     return (pairs.updates[0] if single else pairs.updates), report
@@ -124,9 +131,9 @@ class Plan:
     a report gives the numbers of the latest replay, and the report keeps them.
 
     Args:
-        forget, retain, rule, out, groups, eps, stats, reduce_gram, backend: As in `sago.synthesize_`. The
-            plan keeps the memory that the tensors have now. Make a new plan when a tensor is resized or its
-            `data` is replaced.
+        forget, retain, rule, out, groups, eps, stats, reduce_gram, backend, retain_floor: As in
+            `sago.synthesize_`. The plan keeps the memory that the tensors have now. Make a new plan when a
+            tensor is resized or its `data` is replaced.
 
     Use a plan in one thread at a time. A call does not increment the version counters of the outputs, so
     autograd does not notice that a saved tensor was overwritten. `sago.synthesize_` has neither limit. Any
@@ -149,10 +156,12 @@ class Plan:
         stats: bool = True,
         reduce_gram: ReduceGram | None = None,
         backend: str | None = None,
+        retain_floor: float = 0.0,
     ) -> None:
         rule = resolve(rule)
         self._pairs = check_pairs(forget, retain, rule, out, groups, reduce_gram, backend, dtensor)
-        self._call = check_call(rule, 1.0, 1.0, eps, stats, reduce_gram, self._pairs.backends)
+        devices = self._pairs.backends
+        self._call = check_call(rule, 1.0, 1.0, eps, stats, reduce_gram, devices, retain_floor=retain_floor)
         if rule.seed is not None:
             raise ValueError(
                 "Parameter `rule` should have no random gate for a plan, whose calls would all draw the same "

@@ -21,17 +21,22 @@ from tests.support import repeats
 from tests.support.backends import INTERPRETED, Backend, import_with_triton
 from tests.support.checks import (
     CHECKS,
+    at_the_floor,
     chunks,
     clipping,
     clipping_of_inf,
     clipping_of_little,
     counts,
     counts_of_means,
+    floors,
+    floors_beside_inf,
+    floors_of_means,
     gated,
     gates,
     groups,
     means,
     missing,
+    noise,
     overflow,
     products,
     products_again,
@@ -92,9 +97,12 @@ SIGNS = "is_negative(f * r) & (smaller > 0)"
 GUARDS = " and seen.guards.hold(tensors)"
 ROW = "row = tl.load(shape + 3)"
 FORGET = "f = upcast(tl.load(forget + at, mask=at < forget_body, other=0.0), COMPUTE)"
-OF_BODY = "store(out + at, at < body, f, r, u, coefficients, OUT, GATED, GATE, DRAWN, PROPAGATE)"
-NO_TAIL = "at < size, f, r, u, coefficients, OUT, GATED, GATE, DRAWN, False", propagated
-NO_BODY = "at < body, f, r, u, coefficients, OUT, GATED, GATE, DRAWN, False", propagated
+OF_BODY = """store(
+                    out + at, at < body, f, r, floor, u, coefficients,
+                    OUT, GATED, GATE, DRAWN, FLOORED, PROPAGATE,
+                )"""
+OF_TAIL = """at < size, f, r, floor, u, coefficients,
+                OUT, GATED, GATE, DRAWN, FLOORED, PROPAGATE"""
 FACTOR = "values * torch.where(norm.isfinite(), clip, torch.nan)"
 KERNELS = {
     (stream, "in_conflict"): {
@@ -105,12 +113,14 @@ KERNELS = {
         "zeros of retain conflict": ("tl.abs(f), tl.abs(r),", "tl.abs(f), tl.abs(f),", specials),
     },
     (stream, "store"): {
-        "swapped branches": ("where(in_conflict(f, r)", "where(~in_conflict(f, r)", tails),
-        "a of the wrong branch": (
-            "(in_conflict(f, r), weighted(a_c, f",
-            "(in_conflict(f, r), weighted(a, f",
-            tails,
+        "swapped branches": ("where(conflict,", "where(~conflict,", tails),
+        "a of the wrong branch": ("(conflict, weighted(a_c, f", "(conflict, weighted(a, f", tails),
+        "the update is floored": (
+            "conflict = in_conflict(f, above(r, floor, FLOORED))",
+            "r = above(r, floor, FLOORED); conflict = in_conflict(f, r)",
+            floors,
         ),
+        "no floor for classes": ("class_of(f, above(r, floor, FLOORED)", "class_of(f, r", floors),
         "swapped gradients": (
             "    update = weighted(a, f, b, r)",
             "    update = weighted(a, r, b, f)",
@@ -140,6 +150,13 @@ KERNELS = {
             "update - (update - update)",
             propagated,
         ),
+    },
+    (stream, "above"): {
+        "negative elements are below": ("tl.abs(r) < floor", "r < floor", floors),
+        "elements at the floor are below": ("tl.abs(r) < floor", "tl.abs(r) <= floor", at_the_floor),
+    },
+    (stream, "start_floor"): {
+        "the floor of the first group": ("floors + tl.load(shape + 3)", "floors", floors),
     },
     (stream, "uniform"): {
         "one hash instead of two": ("mix(first ^ low(positions)) + second", "first ^ low(positions)", gates),
@@ -188,6 +205,8 @@ KERNELS = {
         "counted beyond the end": ("s13 + one", "s13 + 1.0", gates),
         "two classes": ("third = (k != 0.0) & (k != 1.0)", "third = k < 0.0", gates),
         "another class": ("s9 = tl.where(third", "s9 = tl.where(second", gates),
+        "conflicts without the floor": ("in_conflict(x, z)", "in_conflict(x, y)", floors),
+        "classes without the floor": ("class_of(x, z,", "class_of(x, y,", floors),
     },
     (combine, "_table"): {
         "those of the first row": ("found.expand(", "found[:1].expand(", gates),
@@ -200,7 +219,7 @@ KERNELS = {
         "computed in fp32": ("tl.float64 if", "tl.float32 if", weights),
     },
     (stream, "_stream"): {
-        "unwritten tail": ("store(out + at, at < size,", "store(out + at, at < body,", tails),
+        "unwritten tail": ("out + at, at < size,", "out + at, at < body,", tails),
         "one element too many": ("out + at, at < size,", "out + at, at < size + 1,", tails),
         "body past its end": ("out + at, at < body,", "out + at, at < size + 16,", tails),
         "read twice": (FORGET, f"{FORGET}; {FORGET}", traffic),
@@ -209,14 +228,9 @@ KERNELS = {
         "read without a mask": ("mask=at < retain_body, other=0.0", "", traffic),
         "written twice": (OF_BODY, f"{OF_BODY}; {OF_BODY}", traffic),
         "the last vector once more": ("at = body + tl", "at = tl.maximum(size - 16, 0) + tl", traffic),
-        "tail does not propagate": (
-            "at < size, f, r, u, coefficients, OUT, GATED, GATE, DRAWN, PROPAGATE",
-            *NO_TAIL,
-        ),
-        "body does not propagate": (
-            "at < body, f, r, u, coefficients, OUT, GATED, GATE, DRAWN, PROPAGATE",
-            *NO_BODY,
-        ),
+        "tail does not propagate": (OF_TAIL, OF_TAIL.replace("PROPAGATE", "False"), propagated),
+        "body does not propagate": (OF_BODY, OF_BODY.replace("PROPAGATE", "False"), propagated),
+        "tail without the floor": (OF_TAIL, OF_TAIL.replace("FLOORED", "False"), floors),
     },
     (stream, "locate"): {
         "offsets that wrap": ("start = index * CHUNK", "start = index * CHUNK & 0x7FFF", chunks),
@@ -290,7 +304,8 @@ KERNELS = {
         "out of range on the way": ("s1 = plus_product(s1, x, y)", "s1 += x * y * 1e3 * 1e-3", range_),
         "inf not counted": ("is_finite(x)", "x == x", counts),
         "not counted beside NaN": ("is_finite(y)", "is_finite(y) | (x != x)", counts),
-        "conflicts by the product": ("= in_conflict(x, y)", "= x * y < 0", counts),
+        "conflicts by the product": ("= in_conflict(x, above(y, floor, FLOORED))", "= x * y < 0", counts),
+        "conflicts without the floor": ("above(y, floor, FLOORED)", "y", floors),
         "the other branch": (
             "s0 = tl.where(conflict, s0, plus_product(s0, x, x))",
             "s0 = tl.where(conflict, plus_product(s0, x, x), s0)",
@@ -312,7 +327,20 @@ ON_THE_CPU = {
         "zeros conflict": ("< 0", "<= 0", specials),
     },
     (graphs, "update_by_class"): {
-        "swapped branches": ("where(_conflict(f, r)", "where(~_conflict(f, r)", tails),
+        "swapped branches": ("where(_conflict(f, read)", "where(~_conflict(f, read)", tails),
+        "no floor for classes": ("gate(f, read)", "gate(f, r)", floors),
+        "the update is floored": (
+            "of_classes = [",
+            "r = above(r, floor[0]) if floor else r; of_classes = [",
+            floors,
+        ),
+    },
+    (graphs, "above"): {
+        "negative elements are below": ("r.abs() < floor", "r < floor", floors),
+        "elements at the floor are below": ("r.abs() < floor", "r.abs() <= floor", at_the_floor),
+    },
+    (compiled, "_floor"): {
+        "the floor of the first group": ("floors[batch.rows[i]]", "floors[0]", floors),
     },
     (graphs, "update"): {
         "swapped gradients": (
@@ -352,6 +380,8 @@ ON_THE_CPU = {
     },
     (graphs, "_summands"): {
         "products of both branches": ("(p - q for", "(p for", report),
+        "conflicts without the floor": ("_signed(f, read)", "_signed(f, r)", floors),
+        "classes without the floor": ("gate(f, read)", "gate(f, r)", floors),
     },
     (graphs, "sums_of_any"): {
         "inf not counted": ("~t.isfinite()", "t.isnan()", counts),
@@ -360,8 +390,10 @@ ON_THE_CPU = {
             "_part(f, r, inside | ~inside)",
             sums_beside_inf,
         ),
+        "conflicts without the floor": ("above(r, floor)", "r", floors_beside_inf),
     },
     (compiled, "_pack_sums"): {
+        "the floors of other tiles": ("[pack.rows, None]", "[pack.rows.flip(0), None]", floors),
         "inf not seen": ("sums.isfinite()", "(~sums.isnan())", sums_beside_inf),
     },
     (packs, "Pack.fill"): {
@@ -376,6 +408,15 @@ ON_THE_CPU = {
     },
 }
 ON_BOTH = {
+    (coefficients, "floors"): {
+        "the norm for its mean": ("rr / elements", "rr", floors),
+        "noise is not seen": ("torch.where(noise, torch.inf, found)", "found", noise),
+        "noise by the norm of retain": ("rr < NOISE * NOISE * ff", "rr < NOISE * NOISE", noise),
+        "inf of forget makes retain noise": (" & ff.isfinite()", "", floors_beside_inf),
+        "inf makes all conflicts end": ("found.isfinite()", "~found.isnan()", floors_beside_inf),
+        "the floor of the means": ("found / call.scales[1]", "found", floors_of_means),
+        "the scale of forget": ("call.scales[1]", "call.scales[0]", floors_of_means),
+    },
     (coefficients, "gram"): {
         "products of a group for a global rule": (".sum(0, keepdim=True).expand(", "[:1].expand(", groups),
     },

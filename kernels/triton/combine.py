@@ -41,12 +41,12 @@ def _weight(weight, IN_MEMORY: tl.constexpr):
 # One compiled kernel serves all values. Its scalar loads gain nothing from aligned addresses.
 @triton.jit(
     do_not_specialize=[
-        *("addresses", "shapes", "owner", "rows", "partials", "counters", "table", "draws"),
+        *("addresses", "shapes", "owner", "rows", "partials", "counters", "table", "draws", "floors"),
         *("coefficients", "gram", "gamma", "alpha", "eps", "gram_stride"),
     ]
 )
 def _combine_kernel(
-    addresses, shapes, owner, rows, partials, counters, table, draws, coefficients, gram,
+    addresses, shapes, owner, rows, partials, counters, table, draws, floors, coefficients, gram,
     gamma: tl.int64, alpha: tl.int64, eps: tl.int64, gram_stride: tl.int32,
     GAMMA_IN_MEMORY: tl.constexpr, ALPHA_IN_MEMORY: tl.constexpr,
     FORGET: tl.constexpr, RETAIN: tl.constexpr, OUT: tl.constexpr, COMPUTE: tl.constexpr,
@@ -105,7 +105,7 @@ def _combine_kernel(
         if CLASSES == 2:
             a_2, b_2 = a, b
     sums = stream(
-        forget, retain, out, aligned, start, size, draws, shape,
+        forget, retain, out, aligned, start, size, draws, floors, shape,
         (a_c.to(COMPUTE), b_c.to(COMPUTE), a.to(COMPUTE), b.to(COMPUTE), a_2.to(COMPUTE), b_2.to(COMPUTE)),
         FORGET, RETAIN, OUT, COMPUTE, GATED, GATE, PROPAGATE, SUMS, BLOCK, THREADS, V, ALIGNED,
     )  # fmt: skip
@@ -124,6 +124,7 @@ def combine(
     coefficients: Coefficients | None = None,
     propagate: bool = False,
     draw: Tensor | None = None,
+    floors: Tensor | None = None,
 ) -> Tensor | None:
     """Writes the update of every pair to `out`. Returns the table of sums as `gram` does, or None.
 
@@ -138,6 +139,7 @@ def combine(
         coefficients: Used instead of the rule's function of `gram`, `gamma`, `alpha` and `eps`.
         propagate: Whether NaN or inf in either gradient makes the element of the update NaN.
         draw: The seed and the step of a random gate, int64 `[2]`.
+        floors: As in `gram`.
     """
     gate = gate_on_device(rule.gate)
     formula = None if coefficients or rule.by_class else on_device(rule.coefficients)
@@ -177,11 +179,12 @@ def combine(
         }
 
     function = None if formula is None else rule.coefficients
+    absent = draws is None, floors is None
     launch(
         _combine_kernel,
         batch,
-        ("combine", function, rule.gated, gate, propagate, gram is not None, sums, *in_memory, draws is None),
-        (partials, counters, table, draws, values, gram),
+        ("combine", function, rule.gated, gate, propagate, gram is not None, sums, *in_memory, *absent),
+        (partials, counters, table, draws, floors, values, gram),
         (bits(gamma), bits(alpha), bits(eps), 0 if gram is None else gram.stride(0)),
         constants,
         partial(options, spills=formula is None or sums in (6, 15)),

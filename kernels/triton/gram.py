@@ -27,10 +27,12 @@ from .stream import finish, locate, stream
 
 
 @triton.jit(
-    do_not_specialize=["addresses", "shapes", "owner", "rows", "partials", "counters", "table", "draws"]
+    do_not_specialize=[
+        *("addresses", "shapes", "owner", "rows", "partials", "counters", "table", "draws", "floors")
+    ]
 )
 def _gram_kernel(
-    addresses, shapes, owner, rows, partials, counters, table, draws,
+    addresses, shapes, owner, rows, partials, counters, table, draws, floors,
     FORGET: tl.constexpr, RETAIN: tl.constexpr, COMPUTE: tl.constexpr, GATE: tl.constexpr,
     SUMS: tl.constexpr,
     CHUNK: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr, V: tl.constexpr,
@@ -39,13 +41,19 @@ def _gram_kernel(
     """table[row] = the sums over the elements of the row that `accumulate` or `accumulate_classes` lists."""
     forget, retain, out, aligned, start, size, shape = locate(addresses, shapes, owner, CHUNK)
     sums = stream(
-        forget, retain, out, aligned, start, size, draws, shape, (0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+        forget, retain, out, aligned, start, size, draws, floors, shape, (0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
         FORGET, RETAIN, None, COMPUTE, False, GATE, False, SUMS, BLOCK, THREADS, V, ALIGNED,
     )  # fmt: skip
     finish(sums, shape, partials, counters, table, rows, SUMS, SPAN)
 
 
-def gram(batch: Batch, sums: int, gate: Gate | None = None, draw: Tensor | None = None) -> Tensor:
+def gram(
+    batch: Batch,
+    sums: int,
+    gate: Gate | None = None,
+    draw: Tensor | None = None,
+    floors: Tensor | None = None,
+) -> Tensor:
     """The sums of every row, fp64 `[rows, sums]`.
 
     With `sums` = 3, the columns are `ff, fr, rr`. 6 adds the numbers of conflicts and of non-finite elements
@@ -53,6 +61,8 @@ def gram(batch: Batch, sums: int, gate: Gate | None = None, draw: Tensor | None 
     rr` of the elements in conflict. 15 has `ff, fr, rr` of class 0 of the gate, the three counts, `ff, fr,
     rr` of class 1 and of class 2, and the numbers of elements of the classes. Each gradient is read once, in
     one launch for each combination of dtypes. `draw` is the seed and the step of a random gate, int64 `[2]`.
+    `floors` has the number of each row below which the magnitude of a retain element counts as 0 in the gate
+    and in the number of conflicts, fp64 `[rows]`.
     """
     device_gate = gate_on_device(gate if sums == 15 else None)
     partials, counters = batch.scratch(sums, batch.join())
@@ -75,7 +85,15 @@ def gram(batch: Batch, sums: int, gate: Gate | None = None, draw: Tensor | None 
             "ALIGNED": one.aligned,
         }
 
-    tensors = partials, counters, table, draws
-    key = "gram", sums, device_gate, draws is None
-    launch(_gram_kernel, batch, key, tensors, (), constants, partial(options, spills=sums == 15))
+    tensors = partials, counters, table, draws, floors
+    key = "gram", sums, device_gate, draws is None, floors is None
+    launch(
+        _gram_kernel,
+        batch,
+        key,
+        tensors,
+        (),
+        constants,
+        partial(options, spills=sums == 15 or floors is not None),
+    )
     return table

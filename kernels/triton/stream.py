@@ -129,12 +129,30 @@ def uniform(key, positions, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def start_floor(floors, shape, COMPUTE: tl.constexpr, FLOORED: tl.constexpr):
+    """The floor of the chunk's row."""
+    floor = tl.full((), 0.0, COMPUTE)
+    if FLOORED:
+        floor = tl.load(floors + tl.load(shape + 3)).to(COMPUTE)
+    return floor
+
+
+@triton.jit
+def above(r, floor, FLOORED: tl.constexpr):
+    """r as a gate reads it: 0 where its magnitude is below the floor."""
+    return tl.where(tl.abs(r) < floor, 0.0, r) if FLOORED else r
+
+
+@triton.jit
 def class_of(f, r, u, GATE: tl.constexpr, DRAWN: tl.constexpr):
     return GATE(f, r, u) if DRAWN else GATE(f, r)
 
 
 @triton.jit
-def accumulate(f, r, s0, s1, s2, s3, s4, s5, s6, s7, s8, SUMS: tl.constexpr, NEAR: tl.constexpr):
+def accumulate(
+    f, r, floor, s0, s1, s2, s3, s4, s5, s6, s7, s8,
+    SUMS: tl.constexpr, FLOORED: tl.constexpr, NEAR: tl.constexpr,
+):  # fmt: skip
     """Adds the elements of a block to the sums, of which each has a lane for every V elements of the block.
 
     SUMS = 3: ff, fr, rr. SUMS = 6 adds the numbers of conflicts and of non-finite elements of f and of r.
@@ -146,7 +164,7 @@ def accumulate(f, r, s0, s1, s2, s3, s4, s5, s6, s7, s8, SUMS: tl.constexpr, NEA
         y = piece(r, i, PIECES, NEAR)
         # A selected sum compiles to one addition with a predicate.
         if SUMS > 3:
-            conflict = in_conflict(x, y)
+            conflict = in_conflict(x, above(y, floor, FLOORED))
             s3 = tl.where(conflict, s3 + 1.0, s3)
             s4 = tl.where(is_finite(x), s4, s4 + 1.0)
             s5 = tl.where(is_finite(y), s5, s5 + 1.0)
@@ -166,8 +184,8 @@ def accumulate(f, r, s0, s1, s2, s3, s4, s5, s6, s7, s8, SUMS: tl.constexpr, NEA
 
 @triton.jit
 def accumulate_classes(
-    f, r, u, valid, s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14,
-    GATE: tl.constexpr, DRAWN: tl.constexpr, NEAR: tl.constexpr,
+    f, r, floor, u, valid, s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14,
+    GATE: tl.constexpr, DRAWN: tl.constexpr, FLOORED: tl.constexpr, NEAR: tl.constexpr,
 ):  # fmt: skip
     """Like `accumulate`, for the classes of GATE. `valid` is 1 for an element, and 0 beyond the last one.
     `u` has the numbers of a random gate.
@@ -180,10 +198,11 @@ def accumulate_classes(
         x = piece(f, i, PIECES, NEAR)
         y = piece(r, i, PIECES, NEAR)
         one = piece(valid, i, PIECES, NEAR)
-        s3 = tl.where(in_conflict(x, y), s3 + 1.0, s3)
+        z = above(y, floor, FLOORED)
+        s3 = tl.where(in_conflict(x, z), s3 + 1.0, s3)
         s4 = tl.where(is_finite(x), s4, s4 + 1.0)
         s5 = tl.where(is_finite(y), s5, s5 + 1.0)
-        k = class_of(x, y, piece(u, i, PIECES, NEAR), GATE, DRAWN)
+        k = class_of(x, z, piece(u, i, PIECES, NEAR), GATE, DRAWN)
         first = k == 0.0
         second = k == 1.0
         third = (k != 0.0) & (k != 1.0)
@@ -229,7 +248,7 @@ def pointer(address, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def stream(
-    forget, retain, out, aligned, start, size, draws, shape, coefficients,
+    forget, retain, out, aligned, start, size, draws, floors, shape, coefficients,
     FORGET: tl.constexpr, RETAIN: tl.constexpr, OUT: tl.constexpr, COMPUTE: tl.constexpr,
     GATED: tl.constexpr, GATE: tl.constexpr, PROPAGATE: tl.constexpr, SUMS: tl.constexpr,
     BLOCK: tl.constexpr, THREADS: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr,
@@ -243,23 +262,27 @@ def stream(
     gradient. Loads are upcast to COMPUTE, and the store rounds once. ALIGNED means that every address of the
     launch is a multiple of 16. Without it, `aligned` tells whether the addresses of this tensor are. `draws`
     has the seed, the step and the first position of every chunk for a random gate, and is None for others.
+    `floors` has a number for each row. A gate reads an element of retain as 0 if its magnitude is below the
+    number. None is no floor.
     """
     DRAWN: tl.constexpr = draws is not None
+    FLOORED: tl.constexpr = floors is not None
     key, position = start_draws(draws, shape, DRAWN)
+    floor = start_floor(floors, shape, COMPUTE, FLOORED)
     if ALIGNED:
         sums = _stream(
-            forget, retain, out, start, size, key, position, coefficients, DRAWN,
+            forget, retain, out, start, size, key, position, floor, coefficients, DRAWN, FLOORED,
             FORGET, RETAIN, OUT, COMPUTE, GATED, GATE, PROPAGATE, SUMS, BLOCK, 1, THREADS, V, True, True,
         )  # fmt: skip
     else:
         if aligned != 0:
             sums = _stream(
-                forget, retain, out, start, size, key, position, coefficients, DRAWN,
+                forget, retain, out, start, size, key, position, floor, coefficients, DRAWN, FLOORED,
                 FORGET, RETAIN, OUT, COMPUTE, GATED, GATE, PROPAGATE, SUMS, BLOCK, 1, THREADS, V, True, False,
             )  # fmt: skip
         else:
             sums = _stream(
-                forget, retain, out, start, size, key, position, coefficients, DRAWN,
+                forget, retain, out, start, size, key, position, floor, coefficients, DRAWN, FLOORED,
                 FORGET, RETAIN, OUT, COMPUTE, GATED, GATE, PROPAGATE, SUMS, BLOCK // 2, 2, THREADS, V // 2,
                 False, False,
             )  # fmt: skip
@@ -268,7 +291,8 @@ def stream(
 
 @triton.jit
 def _stream(
-    forget, retain, out, start, size, key, position, coefficients, DRAWN: tl.constexpr,
+    forget, retain, out, start, size, key, position, floor, coefficients,
+    DRAWN: tl.constexpr, FLOORED: tl.constexpr,
     FORGET: tl.constexpr, RETAIN: tl.constexpr, OUT: tl.constexpr, COMPUTE: tl.constexpr,
     GATED: tl.constexpr, GATE: tl.constexpr, PROPAGATE: tl.constexpr, SUMS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, THREADS: tl.constexpr, V: tl.constexpr, VECTOR: tl.constexpr,
@@ -312,15 +336,18 @@ def _stream(
             if SUMS == 15:
                 valid = (at < body).to(COMPUTE)
                 p0, p1, p2, s3, s4, s5, p6, p7, p8, p9, p10, p11, s12, s13, s14 = accumulate_classes(
-                    f, r, u, valid, p0, p1, p2, s3, s4, s5, p6, p7, p8, p9, p10, p11, s12, s13, s14,
-                    GATE, DRAWN, VECTOR,
+                    f, r, floor, u, valid, p0, p1, p2, s3, s4, s5, p6, p7, p8, p9, p10, p11, s12, s13, s14,
+                    GATE, DRAWN, FLOORED, VECTOR,
                 )  # fmt: skip
             else:
                 p0, p1, p2, s3, s4, s5, p6, p7, p8 = accumulate(
-                    f, r, p0, p1, p2, s3, s4, s5, p6, p7, p8, SUMS, VECTOR
+                    f, r, floor, p0, p1, p2, s3, s4, s5, p6, p7, p8, SUMS, FLOORED, VECTOR
                 )  # fmt: skip
             if OUT is not None:
-                store(out + at, at < body, f, r, u, coefficients, OUT, GATED, GATE, DRAWN, PROPAGATE)
+                store(
+                    out + at, at < body, f, r, floor, u, coefficients,
+                    OUT, GATED, GATE, DRAWN, FLOORED, PROPAGATE,
+                )  # fmt: skip
         s0, s1, s2, s6, s7, s8 = s0 + p0, s1 + p1, s2 + p2, s6 + p6, s7 + p7, s8 + p8
         s9, s10, s11 = s9 + p9, s10 + p10, s11 + p11
     if VECTOR:
@@ -331,15 +358,18 @@ def _stream(
         u = uniform(key, position + at, COMPUTE) if DRAWN else f
         if SUMS == 15:
             t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14 = accumulate_classes(
-                f, r, u, (at < size).to(COMPUTE), t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13,
-                t14, GATE, DRAWN, VECTOR,
+                f, r, floor, u, (at < size).to(COMPUTE), t0, t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11,
+                t12, t13, t14, GATE, DRAWN, FLOORED, VECTOR,
             )  # fmt: skip
         else:
             t0, t1, t2, t3, t4, t5, t6, t7, t8 = accumulate(
-                f, r, t0, t1, t2, t3, t4, t5, t6, t7, t8, SUMS, VECTOR
+                f, r, floor, t0, t1, t2, t3, t4, t5, t6, t7, t8, SUMS, FLOORED, VECTOR
             )  # fmt: skip
         if OUT is not None:
-            store(out + at, at < size, f, r, u, coefficients, OUT, GATED, GATE, DRAWN, PROPAGATE)
+            store(
+                out + at, at < size, f, r, floor, u, coefficients,
+                OUT, GATED, GATE, DRAWN, FLOORED, PROPAGATE,
+            )  # fmt: skip
     return (
         lanes(s0, t0), lanes(s1, t1), lanes(s2, t2), lanes(s3, t3), lanes(s4, t4),
         lanes(s5, t5), lanes(s6, t6), lanes(s7, t7), lanes(s8, t8), lanes(s9, t9),
@@ -360,16 +390,17 @@ def pairs(x, i, body, BLOCK: tl.constexpr):
 
 @triton.jit
 def store(
-    at, mask, f, r, u, coefficients, OUT: tl.constexpr, GATED: tl.constexpr, GATE: tl.constexpr,
-    DRAWN: tl.constexpr, PROPAGATE: tl.constexpr,
+    at, mask, f, r, floor, u, coefficients, OUT: tl.constexpr, GATED: tl.constexpr, GATE: tl.constexpr,
+    DRAWN: tl.constexpr, FLOORED: tl.constexpr, PROPAGATE: tl.constexpr,
 ):  # fmt: skip
     a_c, b_c, a, b, a_2, b_2 = coefficients
     if GATE is not None:
-        k = class_of(f, r, u, GATE, DRAWN)
+        k = class_of(f, above(r, floor, FLOORED), u, GATE, DRAWN)
         update = tl.where(k == 0.0, weighted(a_c, f, b_c, r), weighted(a_2, f, b_2, r))
         update = tl.where(k == 1.0, weighted(a, f, b, r), update)
     elif GATED:
-        update = tl.where(in_conflict(f, r), weighted(a_c, f, b_c, r), weighted(a, f, b, r))
+        conflict = in_conflict(f, above(r, floor, FLOORED))
+        update = tl.where(conflict, weighted(a_c, f, b_c, r), weighted(a, f, b, r))
     else:
         update = weighted(a, f, b, r)
     if PROPAGATE:

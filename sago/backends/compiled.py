@@ -79,15 +79,21 @@ class Batch:
 
 
 @torch.no_grad()
-def gram(batch: Batch, sums: int, gate: Gate | None = None, draw: Tensor | None = None) -> Tensor:
+def gram(
+    batch: Batch,
+    sums: int,
+    gate: Gate | None = None,
+    draw: Tensor | None = None,
+    floors: Tensor | None = None,
+) -> Tensor:
     """The table of these sums, fp64 `[rows, sums]`."""
     packs, alone = batch.parts(draw is None)
     table = []
     for pack in packs:
         pack.fill(batch.forget, batch.retain)
-        table.append(_pack_sums(batch, pack, _wanted(sums, gate)))
+        table.append(_pack_sums(batch, pack, _wanted(sums, gate), floors))
     for i in alone:
-        table.append(_sums(batch, i, _wanted(sums, of_pair(gate, draw, batch.origins, i))))
+        table.append(_sums(batch, i, _wanted(sums, of_pair(gate, draw, batch.origins, i)), floors))
     return batch.add_up(table, sums, draw is None)
 
 
@@ -103,16 +109,19 @@ def combine(
     coefficients: Coefficients | None = None,
     propagate: bool = False,
     draw: Tensor | None = None,
+    floors: Tensor | None = None,
 ) -> Tensor | None:
     """Writes the update of every pair to `out`; see `sago.backends.protocol`."""
     values, terms, _ = coefficients or evaluate(rule, gram, gamma, alpha, eps, batch.device)
+    if floors is not None:
+        values = torch.cat([values.expand(batch.row_count, -1), floors[:, None]], dim=1)
     graph = graphs.update_by_class if rule.classes > 1 else graphs.update
     packs, alone = batch.parts(draw is None)
     table = []
     for pack in packs:
         pack.fill(batch.forget, batch.retain)
         if sums:
-            table.append(_pack_sums(batch, pack, _wanted(sums, rule.gate)))
+            table.append(_pack_sums(batch, pack, _wanted(sums, rule.gate), floors))
         rows = 0 if len(values) == 1 else pack.rows if pack.row is None else pack.row
         tensors = pack.forget, pack.retain, pack.retain
         _update(graph, (terms, rule.gate, propagate), tensors, values.to(pack.retain.dtype)[rows])()
@@ -124,7 +133,8 @@ def combine(
         row = of_rows[compute_dtype(f, r)][batch.rows[i]]
         update = _update(graph, known, (f, r, _flat(batch.out[i])), row)
         if sums:
-            table.append(_sums(batch, i, _wanted(sums, of_pair(rule.gate, draw, batch.origins, i)), update))
+            wanted = _wanted(sums, of_pair(rule.gate, draw, batch.origins, i))
+            table.append(_sums(batch, i, wanted, floors, update))
         else:
             update()
     return batch.add_up(table, sums, draw is None) if sums else None
@@ -150,9 +160,10 @@ def _update(graph: Any, known: Known, tensors: Sequence[Tensor], coefficients: T
     return write
 
 
-def _pack_sums(batch: Batch, pack: Pack, wanted: Wanted) -> Tensor:
+def _pack_sums(batch: Batch, pack: Pack, wanted: Wanted, floors: Tensor | None) -> Tensor:
     """The sums of each pair of a pack, `[pairs, k]`."""
-    sums = _segments(graphs.tile_sums(pack.forget, pack.retain, wanted), pack.tiles)
+    of_tiles = None if floors is None else floors.to(pack.retain.dtype)[pack.rows, None]
+    sums = _segments(graphs.tile_sums(pack.forget, pack.retain, wanted, of_tiles), pack.tiles)
     if wanted[0] == Sums.PRODUCTS:
         return sums
     # An inf or NaN in a gradient makes one of its squares not finite. The other pairs keep their sums.
@@ -163,38 +174,56 @@ def _pack_sums(batch: Batch, pack: Pack, wanted: Wanted) -> Tensor:
     sums = insert_nonfinite(sums, sums.new_zeros(len(sums), 2))
     for k, i in enumerate(pack.pairs):
         if not finite[k]:
-            sums[k] = _sums_of_any(*_flat_pair(batch.forget[i], batch.retain[i]), wanted)
+            f, r = _flat_pair(batch.forget[i], batch.retain[i])
+            sums[k] = _sums_of_any(f, r, wanted, _floor(batch, i, floors, f, r))
     return sums
 
 
-def _sums(batch: Batch, i: int, wanted: Wanted, update: Callable[[slice], None] | None = None) -> Tensor:
+def _floor(batch: Batch, i: int, floors: Tensor | None, f: Tensor, r: Tensor) -> Tensor | None:
+    """The floor of a pair, `[1]`, in the dtype of its computation."""
+    return None if floors is None else floors[batch.rows[i]].to(compute_dtype(f, r)).view(1)
+
+
+def _sums(
+    batch: Batch,
+    i: int,
+    wanted: Wanted,
+    floors: Tensor | None,
+    update: Callable[[slice], None] | None = None,
+) -> Tensor:
     """The sums of a pair, `[1, k]`. `update` is called for each slice after its sums are taken."""
     f, r = _flat_pair(batch.forget[i], batch.retain[i])
-    call = compiled_code(graphs.block_sums, wanted, (f, r))
+    floor = _floor(batch, i, floors, f, r)
+    graph = graphs.block_sums if floor is None else graphs.block_sums_above
+    call = compiled_code(graph, wanted, (f, r), floor)
     dtype = compute_dtype(f, r)
     length = _SLICE[dtype] * (2 if wanted[0] == Sums.PRODUCTS else 1)
     total = [0.0] * wanted[0]
     for start in range(0, f.numel(), length):
         piece = slice(start, start + length)
-        of_slice = _slice_sums(f[piece], r[piece], wanted, call)
+        of_slice = _slice_sums(f[piece], r[piece], wanted, floor, call)
         total = [x + y for x, y in zip(total, of_slice, strict=True)]
         if update is not None:
             update(piece)
     return torch.tensor([total], dtype=torch.float64, device="cpu")
 
 
-def _slice_sums(f: Tensor, r: Tensor, wanted: Wanted, call: Callable[..., Tensor] | None) -> list[float]:
+def _slice_sums(
+    f: Tensor, r: Tensor, wanted: Wanted, floor: Tensor | None, call: Callable[..., Tensor] | None
+) -> list[float]:
     gate, numel = wanted[1], f.numel()
+    more = () if floor is None else (floor,)
+    graph: Any = graphs.block_sums if floor is None else graphs.block_sums_above
     start = gate.at if isinstance(gate, Drawn) else 0
     whole, padding = numel // BLOCK * BLOCK, -numel % BLOCK
     pairs = [(f[:whole], r[:whole])] if padding else [(f, r)]
     if padding:
         pairs.append((graphs.padded(f[whole:]), graphs.padded(r[whole:])))
     if call is not None:
-        blocks = [call(*pair) for pair in pairs if len(pair[0])]
+        blocks = [call(*pair, *more) for pair in pairs if len(pair[0])]
     else:
         pieces = (zip(*(t.split(_EAGER) for t in pair), strict=True) for pair in pairs if len(pair[0]))
-        blocks = [graphs.block_sums(f, r, wanted) for f, r in chain(*pieces)]
+        blocks = [graph(f, r, *more, wanted) for f, r in chain(*pieces)]
     # A sum of fewer than 32768 numbers is taken in one thread.
     of_blocks = [x.sum(-1, dtype=torch.float64) for x in blocks]
     sums: list[float] = (torch.cat(of_blocks, dim=1) if len(of_blocks) > 1 else of_blocks[0]).sum(-1).tolist()
@@ -204,7 +233,7 @@ def _slice_sums(f: Tensor, r: Tensor, wanted: Wanted, call: Callable[..., Tensor
     if not all(map(math.isfinite, sums)):
         if isinstance(gate, Drawn):
             gate.at = start
-        of_any: list[float] = _sums_of_any(f, r, wanted).tolist()
+        of_any: list[float] = _sums_of_any(f, r, wanted, floor).tolist()
         return of_any
     if gate is not None and padding:
         if isinstance(gate, Drawn):
@@ -214,9 +243,9 @@ def _slice_sums(f: Tensor, r: Tensor, wanted: Wanted, call: Callable[..., Tensor
     return [*sums[:4], 0.0, 0.0, *sums[4:]]
 
 
-def _sums_of_any(f: Tensor, r: Tensor, wanted: Wanted) -> Tensor:
+def _sums_of_any(f: Tensor, r: Tensor, wanted: Wanted, floor: Tensor | None) -> Tensor:
     pieces = zip(f.split(_EAGER), r.split(_EAGER), strict=True)
-    return torch.stack([graphs.sums_of_any(*pair, wanted) for pair in pieces]).sum(0)
+    return torch.stack([graphs.sums_of_any(*pair, wanted, floor) for pair in pieces]).sum(0)
 
 
 def _classes_of_zeros(gate: Gate, numel: int) -> list[int]:

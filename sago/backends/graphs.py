@@ -34,17 +34,22 @@ _SUMS = 16  # of a block: the sum of 256 squares of 1e18 is finite in fp32
 
 
 def update_by_class(f: Tensor, r: Tensor, out: Tensor, coefficients: Tensor, known: Known) -> None:
-    """Writes the update of a rule that has several classes of elements; see `update`."""
+    """Writes the update of a rule that has several classes of elements; see `update`.
+
+    A column of the coefficients after those of the classes is the floor of `above`.
+    """
     terms, gate, propagate = known
     f, r, columns = _computed(f, r, coefficients)
+    values, floor = columns[: len(terms)], columns[len(terms) :]
     of_classes = [
         _weighted(a, f, b, r, terms[2 * k : 2 * k + 2])
-        for k, (a, b) in enumerate(zip(columns[0::2], columns[1::2], strict=True))
+        for k, (a, b) in enumerate(zip(values[0::2], values[1::2], strict=True))
     ]
+    read = above(r, floor[0]) if floor else r
     if gate is None:
-        u = torch.where(_conflict(f, r), of_classes[0], of_classes[1])
+        u = torch.where(_conflict(f, read), of_classes[0], of_classes[1])
     else:
-        classes = gate(f, r)
+        classes = gate(f, read)
         u = of_classes[-1]
         for k, other in enumerate(of_classes[:-1]):
             u = torch.where(classes == k, other, u)
@@ -64,6 +69,11 @@ def update(f: Tensor, r: Tensor, out: Tensor, coefficients: Tensor, known: Known
     _write(f, r, _weighted(a, f, b, r, terms), out, propagate)
 
 
+def above(r: Tensor, floor: Tensor | None) -> Tensor:
+    """`r` as a gate reads it: 0 where its magnitude is below the floor."""
+    return r if floor is None else torch.where(r.abs() < floor, 0.0, r)
+
+
 def simplified(known: Known, f: Tensor, r: Tensor, coefficients: Tensor) -> Known:
     """Returns `known` with the terms and the propagation that these values need.
 
@@ -71,7 +81,7 @@ def simplified(known: Known, f: Tensor, r: Tensor, coefficients: Tensor) -> Know
     """
     terms, gate, propagate = known
     if "any" in terms:
-        is_zero = (coefficients == 0).view(-1, len(terms))
+        is_zero = (coefficients[..., : len(terms)] == 0).view(-1, len(terms))
         some, every = is_zero.any(0).tolist(), is_zero.all(0).tolist()
         terms = tuple(
             term if term != "any" else "zero" if every[k] else "any" if some[k] else "nonzero"
@@ -136,14 +146,27 @@ def _downcast(u: Tensor, dtype: torch.dtype) -> Tensor:
     return u.to(torch.float32).to(dtype) if dtype.itemsize == 2 else u.to(dtype)
 
 
-def tile_sums(f: Tensor, r: Tensor, wanted: Wanted) -> Tensor:
-    """Sums of every tile, fp64 `[tiles, k]`, without the non-finite counts. It is not compiled."""
-    return torch.stack([v.sum(1) for v in _summands(f, r, (-1, TILE), wanted)], dim=1).to(torch.float64)
+def tile_sums(f: Tensor, r: Tensor, wanted: Wanted, floor: Tensor | None = None) -> Tensor:
+    """Sums of every tile, fp64 `[tiles, k]`, without the non-finite counts. It is not compiled.
+
+    `floor` has the number of each tile, `[tiles, 1]`.
+    """
+    found = _summands(f, r, (-1, TILE), wanted, floor)
+    return torch.stack([v.sum(1) for v in found], dim=1).to(torch.float64)
 
 
 def block_sums(f: Tensor, r: Tensor, wanted: Wanted) -> Tensor:
     """Sums of every block, `[k, blocks, 16]`, without the non-finite counts. The last 16 are to be added."""
-    runs = torch.stack([v.sum(2) for v in _summands(f, r, (-1, _RUNS, _ROWS, _LANES), wanted)])
+    return _block_sums(f, r, None, wanted)
+
+
+def block_sums_above(f: Tensor, r: Tensor, floor: Tensor, wanted: Wanted) -> Tensor:
+    """The same with a floor `[1]`."""
+    return _block_sums(f, r, floor, wanted)
+
+
+def _block_sums(f: Tensor, r: Tensor, floor: Tensor | None, wanted: Wanted) -> Tensor:
+    runs = torch.stack([v.sum(2) for v in _summands(f, r, (-1, _RUNS, _ROWS, _LANES), wanted, floor)])
     return _pairwise(_pairwise(runs.transpose(-1, -2), 1).squeeze(-1), _SUMS)
 
 
@@ -160,7 +183,9 @@ def _pairwise(x: Tensor, size: int) -> Tensor:
     return x
 
 
-def _summands(f: Tensor, r: Tensor, shape: tuple[int, ...], wanted: Wanted) -> list[Tensor]:
+def _summands(
+    f: Tensor, r: Tensor, shape: tuple[int, ...], wanted: Wanted, floor: Tensor | None
+) -> list[Tensor]:
     """The terms of each sum in this shape. Those of SPLIT are right where they are all finite."""
     dtype = compute_dtype(f, r)
     f, r = f.to(dtype).view(shape), r.to(dtype).view(shape)
@@ -168,26 +193,27 @@ def _summands(f: Tensor, r: Tensor, shape: tuple[int, ...], wanted: Wanted) -> l
     products = _products(f, r)
     if sums == Sums.PRODUCTS:
         return products
-    counted = _signed(f, r).lt_(0)  # 0 and 1; uncompiled, faster than a conversion of bools
+    read = above(r, floor)
+    counted = _signed(f, read).lt_(0)  # 0 and 1; uncompiled, faster than a conversion of bools
     if sums == Sums.COUNTED:
         return [*products, counted]
     if gate is None:
         # Factors of 0 and 1 instead of `where`, which is slow uncompiled. The differences are exact.
         inside = [p * counted for p in products]
         return [*(p - q for p, q in zip(products, inside, strict=True)), counted, *inside]
-    classes = gate(f, r)
+    classes = gate(f, read)
     parts = [classes == 0, classes == 1, (classes != 0) & (classes != 1)]
     first, second, third = (_part(f, r, part) for part in parts)
     return [*first, counted, *second, *third, *(part.to(dtype) for part in parts)]
 
 
-def sums_of_any(f: Tensor, r: Tensor, wanted: Wanted) -> Tensor:
+def sums_of_any(f: Tensor, r: Tensor, wanted: Wanted, floor: Tensor | None = None) -> Tensor:
     """All sums of elements of which some are NaN or inf, fp64 `[k]`."""
     dtype = compute_dtype(f, r)
     f, r = f.to(dtype), r.to(dtype)
-    found = _summands(f, r, (-1,), wanted)
+    found = _summands(f, r, (-1,), wanted, floor)
     if wanted[0] == Sums.SPLIT:
-        inside = _conflict(f, r)
+        inside = _conflict(f, above(r, floor))
         found = [*_part(f, r, ~inside), found[3], *_part(f, r, inside)]
     counts = [(~t.isfinite()).to(dtype) for t in (f, r)]
     return torch.stack([v.sum(dtype=torch.float64) for v in (*found[:4], *counts, *found[4:])])

@@ -61,10 +61,19 @@ class Backend(Protocol):
     ) -> Any:
         """Lays the pairs out for `gram` and `combine`; see `Batch` above."""
 
-    def gram(self, batch: Any, sums: Sums, gate: Gate | None = None, draw: Tensor | None = None) -> Tensor:
+    def gram(
+        self,
+        batch: Any,
+        sums: Sums,
+        gate: Gate | None = None,
+        draw: Tensor | None = None,
+        floors: Tensor | None = None,
+    ) -> Tensor:
         """The table of these sums, fp64 `[rows, sums]`; see `sago.backends.sums`.
 
-        `gate` is for CLASSES. `draw` is the seed and the step of a random gate, int64 `[2]`.
+        `gate` is for CLASSES. `draw` is the seed and the step of a random gate, int64 `[2]`. `floors` is fp64
+        `[rows]`: where the magnitude of a retain element is below the number of its row, gates and the
+        number of conflicts take the element as 0.
         """
 
     def combine(
@@ -79,6 +88,7 @@ class Backend(Protocol):
         coefficients: Coefficients | None = None,
         propagate: bool = False,
         draw: Tensor | None = None,
+        floors: Tensor | None = None,
     ) -> Tensor | None:
         """Writes the update of every pair to `out`. Returns the table of `sums`, or None if `sums` is 0.
 
@@ -92,5 +102,5 @@ class Backend(Protocol):
             sums: The sums of the gradients to compute in the same call.
             coefficients: Used instead of the rule's function of `gram`, `gamma`, `alpha` and `eps`.
             propagate: Whether NaN or inf in either gradient makes the element of the update NaN.
-            draw: As in `gram`.
+            draw, floors: As in `gram`.
         """

@@ -51,19 +51,28 @@ def weighted(a: float, f: Tensor, b: float, r: Tensor) -> Tensor:
     return a * f + b * r
 
 
-def update(f: Tensor, r: Tensor, coefficients: Sequence[float], gate: Gate | None = None) -> Tensor:
+def update(
+    f: Tensor, r: Tensor, coefficients: Sequence[float], gate: Gate | None = None, floor: float = 0.0
+) -> Tensor:
     """The update of one pair, in fp32 (fp64 if either is fp64). Without a gate, conflicts are class 0."""
     f, r = _computed(f, r)
+    read = above(r, floor)
     values = torch.tensor(coefficients, dtype=torch.float64).to(f.dtype).tolist()
     pairs = list(zip(values[0::2], values[1::2], strict=True))
     if gate is None:
         (a_c, b_c), (a, b) = pairs
-        return torch.where(conflict(f, r), weighted(a_c, f, b_c, r), weighted(a, f, b, r))
-    classes = gate(f, r)
+        return torch.where(conflict(f, read), weighted(a_c, f, b_c, r), weighted(a, f, b, r))
+    classes = gate(f, read)
     u = weighted(pairs[-1][0], f, pairs[-1][1], r)
     for k, (a, b) in enumerate(pairs[:-1]):
         u = torch.where(classes == k, weighted(a, f, b, r), u)
     return u
+
+
+def above(r: Tensor, floor: float) -> Tensor:
+    """`r` as a gate reads it: 0 where its magnitude is below the floor, which is rounded to r's dtype."""
+    limit = torch.tensor(floor, dtype=torch.float64).to(r)
+    return torch.where(r.abs() < limit, 0.0, r) if floor else r
 
 
 def _computed(f: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,30 +85,33 @@ def write(u: Tensor, out: Tensor) -> None:
     out.copy_(u.float() if out.dtype.itemsize == 2 else u)
 
 
-def sums_of(f: Tensor, r: Tensor) -> Tensor:
+def sums_of(f: Tensor, r: Tensor, floor: float = 0.0) -> Tensor:
     """The sums of one pair, fp64 `[9]`.
 
     They are ff, fr and rr of the elements out of conflict, the number of conflicts, the numbers of NaN and
     inf in f and in r, and ff, fr and rr of the elements in conflict.
     """
+    f, r = _computed(f, r)
+    c = conflict(f, above(r, floor))
     f, r = f.double(), r.double()
-    c = conflict(f, r)
     outside, inside = ((f.where(part, 0.0), r.where(part, 0.0)) for part in (~c, c))
     values = [*_products(*outside), c, ~f.isfinite(), ~r.isfinite(), *_products(*inside)]
     return torch.stack([v.sum(dtype=torch.float64) for v in values])
 
 
-def class_sums_of(f: Tensor, r: Tensor, gate: Gate) -> Tensor:
+def class_sums_of(f: Tensor, r: Tensor, gate: Gate, floor: float = 0.0) -> Tensor:
     """The sums of one pair by class, fp64 `[15]`.
 
     They are ff, fr and rr of class 0, the number of conflicts, the numbers of NaN and inf in f and in r, ff,
     fr and rr of class 1 and of class 2, and the numbers of elements of the three classes.
     """
-    classes = gate(*_computed(f, r))
+    f, r = _computed(f, r)
+    read = above(r, floor)
+    classes, c = gate(f, read), conflict(f, read)
     parts = [classes == 0, classes == 1, (classes != 0) & (classes != 1)]
     f, r = f.double(), r.double()
     first, second, third = (_products(f.where(part, 0.0), r.where(part, 0.0)) for part in parts)
-    values = [*first, conflict(f, r), ~f.isfinite(), ~r.isfinite(), *second, *third, *parts]
+    values = [*first, c, ~f.isfinite(), ~r.isfinite(), *second, *third, *parts]
     return torch.stack([v.sum(dtype=torch.float64) for v in values])
 
 
@@ -114,18 +126,31 @@ def _products(f: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def gram(batch: Batch, sums: int, gate: Gate | None = None, draw: Tensor | None = None) -> Tensor:
+def gram(
+    batch: Batch,
+    sums: int,
+    gate: Gate | None = None,
+    draw: Tensor | None = None,
+    floors: Tensor | None = None,
+) -> Tensor:
     """The table of these sums, fp64 `[rows, sums]`."""
-    return _table(batch, sums, gate, draw)
+    return _table(batch, sums, gate, draw, _listed(floors, batch))
 
 
-def _table(batch: Batch, sums: int, gate: Gate | None, draw: Tensor | None) -> Tensor:
+def _listed(floors: Tensor | None, batch: Batch) -> list[float]:
+    return [0.0] * batch.row_count if floors is None else floors.tolist()
+
+
+def _table(
+    batch: Batch, sums: int, gate: Gate | None, draw: Tensor | None, floors: Sequence[float]
+) -> Tensor:
     width = Sums.SPLIT if gate is None else Sums.CLASSES
     table = torch.zeros(batch.row_count, width, dtype=torch.float64, device=batch.device)
     for i, (f, r, row) in enumerate(zip(batch.forget, batch.retain, batch.rows, strict=True)):
         pair = with_zeros(f, r)
         own = of_pair(gate, draw, batch.origins, i)
-        table[row] += sums_of(*pair) if own is None else class_sums_of(*pair, own)
+        floor = floors[row]
+        table[row] += sums_of(*pair, floor) if own is None else class_sums_of(*pair, own, floor)
     return merge(table, Sums(sums))
 
 
@@ -141,16 +166,18 @@ def combine(
     coefficients: Coefficients | None = None,
     propagate: bool = False,
     draw: Tensor | None = None,
+    floors: Tensor | None = None,
 ) -> Tensor | None:
     """Writes the update of every pair to `out`; see `sago.backends.protocol`."""
-    table = _table(batch, sums, rule.gate, draw) if sums else None
+    floor_of = _listed(floors, batch)
+    table = _table(batch, sums, rule.gate, draw, floor_of) if sums else None
     values, *_ = coefficients or evaluate(rule, gram, gamma, alpha, eps, batch.device)
     all_classes = values if rule.classes > 1 else values.repeat(1, 2)
     rows = all_classes.expand(batch.row_count, -1).tolist()
     pairs = zip(batch.forget, batch.retain, batch.out, batch.rows, strict=True)
     for i, (f, r, out, row) in enumerate(pairs):
         f, r = with_zeros(f, r)
-        u = update(f, r, rows[row], of_pair(rule.gate, draw, batch.origins, i))
+        u = update(f, r, rows[row], of_pair(rule.gate, draw, batch.origins, i), floor_of[row])
         if propagate:
             u = u.where(f.isfinite() & r.isfinite(), torch.nan)
         write(u, out)

@@ -240,6 +240,7 @@ class GradientBuckets:
         eps: float = 0.0,
         stats: bool = True,
         reduce_gram: ReduceGram | None = None,
+        retain_floor: float = 0.0,
     ) -> SynthesisReport:
         """Sets `p.grad` of every parameter to the update that `sago.synthesize_` gives, and ends the window.
 
@@ -248,7 +249,7 @@ class GradientBuckets:
         were checked when the buckets were made.
 
         Args:
-            rule, gamma, alpha, eps, stats, reduce_gram: As in `sago.synthesize_`.
+            rule, gamma, alpha, eps, stats, reduce_gram, retain_floor: As in `sago.synthesize_`.
             max_norm: Clips the update as `torch.nn.utils.clip_grad_norm_(params, max_norm)` would, except
                 that a norm that is not finite makes the whole update NaN. `report.total_norm` is the norm
                 before clipping. The norm follows from the inner products, so the update is not read for it.
@@ -287,6 +288,7 @@ class GradientBuckets:
             self._scales(self._retain.captures),
             state,
             draw,
+            retain_floor,
         )
         self._check_unscaled(call)
         self._meet()
@@ -310,6 +312,7 @@ class GradientBuckets:
         eps: float = 0.0,
         stats: bool = True,
         on_update: Callable[[Tensor], object] | None = None,
+        retain_floor: float = 0.0,
     ) -> Iterator[InBackward]:
         """Combines the last retain capture with `synthesize_`: the backward itself writes the updates.
 
@@ -325,7 +328,7 @@ class GradientBuckets:
         first, so only `synthesize_` has it. Clip after the block.
 
         Args:
-            rule, gamma, alpha, eps, stats: As in `sago.synthesize_`.
+            rule, gamma, alpha, eps, stats, retain_floor: As in `sago.synthesize_`.
             on_update: A function that is called with each parameter as soon as its update is written, under
                 `torch.no_grad`. During the call, `p.grad` is the update, so that an optimizer of this
                 parameter can step. After the call and after the block, `p.grad` is None. An error inside the
@@ -367,12 +370,13 @@ class GradientBuckets:
             scales=self._scales(retain.captures + 1),
             state=state,
             draw=draw,
+            retain_floor=retain_floor,
         )
         rows, keys = of_rows = self._rows(call.rule)
         expected = [p.requires_grad for p in self._params]
         members: dict[int, list[int]] = {}
         if isinstance(retain, FreshGradients):
-            unit = rows if call.rule.scope == "tensor" else list(range(len(rows)))
+            unit = rows if call.by_row else list(range(len(rows)))
             for i, u in enumerate(unit):
                 members.setdefault(u, []).append(i)
             sizes = {u: sum(self._sizes[i] for i in found) for u, found in members.items()}
@@ -622,7 +626,7 @@ class GradientBuckets:
         if bucket is not None:
             forget, retain = [forget[i] for i in positions], [retain[i] for i in positions]
         one_row = call.rule.scope == "global" and not self._grouped
-        no_rows = call.rule.scope == "element" and call.sums == 0
+        no_rows = call.rule.scope == "element" and call.sums == 0 and not call.by_row
         # If parameters need no rows of their own, their whole buffer is synthesized as one tensor.
         whole = (one_row or no_rows) and self._in_place and all(forget) and all(retain)
         # The zeros between parameters would count as elements, and shift the positions of the others.

@@ -140,7 +140,7 @@ def check_exact(
             "synthesize_in_backward should be used on one device, because each has a backward thread of its "
             f"own. Found {', '.join(map(str, devices))}. {instead}"
         )
-    if call.rule.scope == "tensor":
+    if call.by_row:
         buffer_of: dict[int, int] = {}
         for row, buffer in zip(rows, unit, strict=True):
             if buffer_of.setdefault(row, buffer) != buffer:

@@ -92,6 +92,7 @@ def check_call(
     scales: tuple[float, float] = (1.0, 1.0),
     state: Tensor | None = None,
     draw: Tensor | None = None,
+    retain_floor: float = 0.0,
 ) -> Call:
     if reduce_gram is not None and not callable(reduce_gram):
         raise TypeError(f"Parameter `reduce_gram` should be a callable. Found {type(reduce_gram).__name__}.")
@@ -132,7 +133,19 @@ def check_call(
         scales=scales,
         state=state,
         draw=draw,
+        retain_floor=check_floor(found, retain_floor),
     )
+
+
+def check_floor(rule: Rule, retain_floor: float) -> float:
+    floor = non_negative("retain_floor", retain_floor)
+    if floor and rule.classes == 1:
+        raise ValueError(
+            "Parameter `retain_floor` should be 0 for a rule without a gate, because it changes which "
+            f"elements conflict. Found {retain_floor} with {rule.name!r}. Use a rule with a gate, for "
+            "example 'sago'."
+        )
+    return floor
 
 
 def _checked(reduce_gram: ReduceGram) -> Callable[[Tensor], Tensor]:

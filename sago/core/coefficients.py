@@ -1,4 +1,7 @@
-"""The coefficients of an update: those of the rule, changed by clipping, scales and NaN or inf."""
+"""The coefficients of an update: those of the rule, changed by clipping, scales and NaN or inf.
+
+Also the floors of `retain_floor`, which follow from the same sums.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from torch import Tensor
 
 from sago.backends import sums
 from sago.core.pairs import Call
+from sago.core.report import NOISE
 from sago.rules import Coefficients, Rule, evaluate
 
 
@@ -43,6 +47,19 @@ def limited(call: Call, table: Tensor | None, gram: Tensor | None, device: torch
     # A clip of NaN also reaches coefficients that are literal zeros in the rule.
     kept = "zero" if call.max_norm is None else None
     return Coefficients(values, tuple(term if term == kept else "any" for term in terms), state)
+
+
+def floors(call: Call, table: Tensor, elements: Tensor) -> Tensor:
+    """The magnitude of each row below which an element of retain, as it lies in memory, does not conflict.
+
+    It is `retain_floor` times the root mean square of the retain gradient, and inf if that gradient is
+    rounding noise. It is 0 if the root mean square is not finite.
+    """
+    ff, _, rr = sums.products(table).unbind(1)
+    found = call.retain_floor * (rr / elements).sqrt()
+    found = torch.where(found.isfinite(), found / call.scales[1], 0.0)
+    noise = (rr < NOISE * NOISE * ff) & ff.isfinite()
+    return torch.where(noise, torch.inf, found)
 
 
 def of_update(nonfinite: str | None, table: Tensor, values: Tensor) -> list[Tensor]:

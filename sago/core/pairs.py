@@ -122,6 +122,7 @@ class Call(NamedTuple):
         scales: Factors that forget and retain are multiplied by before the rule sees them.
         state: The numbers that the rule keeps, fp64 `[rows, n]`. The synthesis replaces them in place.
         draw: The seed and the step of a random gate, int64 `[2]`. None for other rules.
+        retain_floor: As in `sago.synthesize_`.
     """
 
     rule: Rule
@@ -135,6 +136,7 @@ class Call(NamedTuple):
     scales: tuple[float, float] = (1.0, 1.0)
     state: Tensor | None = None
     draw: Tensor | None = None
+    retain_floor: float = 0.0
 
     @property
     def sums(self) -> Sums:
@@ -144,6 +146,11 @@ class Call(NamedTuple):
                 return Sums.CLASSES
             return Sums.SPLIT if self.rule.gated else Sums.COUNTED
         return Sums.NONE if self.rule.scope == "element" else Sums.PRODUCTS
+
+    @property
+    def by_row(self) -> bool:
+        """Whether the update of an element depends on sums over its row."""
+        return self.rule.scope == "tensor" or self.retain_floor > 0.0
 
     @property
     def limited(self) -> bool:

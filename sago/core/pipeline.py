@@ -13,7 +13,7 @@ from sago.backends.protocol import Backend
 from sago.backends.streams import Cache, Streams
 from sago.backends.sums import Sums
 from sago.backends.upload import upload
-from sago.core.coefficients import gram, limited
+from sago.core.coefficients import floors, gram, limited
 from sago.core.overlap import is_dense
 from sago.core.pairs import Call, Pairs
 from sago.core.report import SynthesisReport
@@ -64,7 +64,7 @@ class Pipeline:
             for device, backend in pairs.backends.items()
         ]
         self._report_rows = report_rows
-        self._no_draws: list[Tensor | None] = [None] * len(self.devices)
+        self._none: list[Tensor | None] = [None] * len(self.devices)
         self.bound = True  # False between `release` and `bind`
 
     def release(self) -> bool:
@@ -94,7 +94,7 @@ class Pipeline:
         `begin` is called before the first write. An earlier error leaves all gradients as they are.
         """
         rule, wanted = call.rule, call.sums
-        draws = self._no_draws
+        draws = of_rows = self._none
         if call.draw is not None:
             draws = [call.draw.to(there.device) for there in self.devices]
         if call.draw is not None and not self._located:
@@ -111,16 +111,12 @@ class Pipeline:
         # because it may raise. For DTensors, sums that only the report needs are started after the update.
         ahead = wanted > 0 and (rule.scope != "element" or call.limited or call.reduce_gram is not None)
         taken = inner = coefficients = None
-        if wanted and self._spread is not None:
+        if (wanted or call.retain_floor) and self._spread is not None:
             self._spread.over.check_same(self._spread.layout, self.devices[0].device)
+        if call.retain_floor:
+            of_rows = self._floors(call)
         if ahead:
-            grams = [
-                there.backend.gram(there.batch, wanted, rule.gate, draw)
-                for there, draw in zip(self.devices, draws, strict=True)
-            ]
-            taken = self._reduced(grams, call)
-            taken.wait()
-            taken = taken._replace(wait=nothing)
+            taken = self._gram(call, wanted, draws, of_rows)
             inner = gram(rule, taken.table)
         if call.limited or call.scales != (1.0, 1.0) or call.state is not None:
             table = None if taken is None else taken.table
@@ -130,7 +126,7 @@ class Pipeline:
             inner = self._all_rows(inner)
         tables = []
         begin()
-        for there, draw in zip(self.devices, draws, strict=True):
+        for there, draw, floor in zip(self.devices, draws, of_rows, strict=True):
             table = there.backend.combine(
                 there.batch,
                 rule,
@@ -142,6 +138,7 @@ class Pipeline:
                 coefficients and coefficients._replace(values=_to(coefficients.values, there.device)),
                 call.nonfinite == "propagate",
                 draw,
+                floor,
             )
             if table is not None:
                 tables.append(table)
@@ -152,6 +149,27 @@ class Pipeline:
         if tables:
             taken = self._reduced(tables, call)  # an error here leaves the update already written
         return taken
+
+    def _gram(
+        self, call: Call, wanted: Sums, draws: Sequence[Tensor | None], of_rows: Sequence[Tensor | None]
+    ) -> Statistics:
+        """The sums, which include those of other ranks. `of_rows` has the floors for each device."""
+        grams = [
+            there.backend.gram(there.batch, wanted, call.rule.gate, draw, floor)
+            for there, draw, floor in zip(self.devices, draws, of_rows, strict=True)
+        ]
+        taken = self._reduced(grams, call)
+        taken.wait()
+        return taken._replace(wait=nothing)
+
+    def _floors(self, call: Call) -> list[Tensor | None]:
+        """The floors of all rows, for each device."""
+        taken = self._gram(call, Sums.PRODUCTS, self._none, self._none)
+        elements = taken.elements
+        if not isinstance(elements, Tensor):
+            elements = self._upload("numel", self.numel, torch.float64, taken.table.device)
+        found = self._all_rows(floors(call, taken.table, elements))
+        return [found.to(there.device) for there in self.devices]
 
     def _reduced(self, tables: Sequence[Tensor], call: Call) -> Statistics:
         """Adds up the tables of all devices and ranks."""

@@ -10,6 +10,10 @@ from torch import Tensor
 
 from sago.backends.upload import upload
 
+# A retain gradient with a norm below this share of the forget gradient's norm is regarded as rounding noise:
+# 2 ** -24 is the rounding of fp32, and a gradient adds up several roundings.
+NOISE = 2.0**-20
+
 _COUNTS = ("nonfinite_forget", "nonfinite_retain")
 # The fields that can be read, and the columns that each is computed from.
 _FIELDS = {
@@ -44,9 +48,10 @@ class SynthesisReport:
     ==================== =========================================================
 
     A field that was not computed (`stats=False`) is None, and `absent` has its name. Reading a field enqueues
-    at most a few operations on `[groups]` values. Only `summary`, `table` and `to_dict` wait for the device.
-    The first read fixes the values. For DTensors, and where the synthesis was given `reduce_gram`, they are
-    the values of whole gradients. For other shards they are the values of the shard of this rank.
+    at most a few operations on `[groups]` values. Only `summary`, `table`, `to_dict` and `warnings` wait for
+    the device. The first read fixes the values. For DTensors, and where the synthesis was given
+    `reduce_gram`, they are the values of whole gradients. For other shards they are the values of the shard
+    of this rank.
 
     A report can be copied and pickled. Both count as a first read, and the copy holds the values.
 
@@ -169,8 +174,29 @@ class SynthesisReport:
         """Every field that was computed, over all groups together. Waits for the device."""
         return {name: values[0] for name, values in self.total().to_dict().items()}
 
+    def warnings(self) -> list[str]:
+        """Sentences on what makes the update questionable. Waits for the device.
+
+        A warning is given if the retain gradient of a group is not 0 and its norm is below `2**-20` of that
+        of the forget gradient. Such a gradient is rounding noise, and its signs are random.
+        """
+        ff, rr = self.ff, self.rr
+        if ff is None or rr is None:
+            return []
+        noise = int(((rr > 0) & (rr < NOISE * NOISE * ff)).sum())
+        if noise == 0:
+            return []
+        return [
+            f"The retain gradient is rounding noise in {noise} of {len(self.groups)} groups: its norm is "
+            "below 2**-20 of that of the forget gradient. Its signs are random, and so are conflicts and "
+            "cosines. With `retain_floor` above 0, it does not conflict."
+        ]
+
     def table(self) -> str:
-        """An aligned text table with one line for each group and a line of totals. Waits for the device."""
+        """An aligned text table with one line for each group and a line of totals, and the warnings.
+
+        Waits for the device.
+        """
         columns = [name for name in _FIELDS if name not in ("ff", "fr", "rr", "uu", "uf", "ur")]
         rows, totals = self.to_dict(), self.summary()
         columns = [name for name in columns if name in rows]
@@ -179,12 +205,13 @@ class SynthesisReport:
             lines.append([str(group), *(f"{rows[name][i]:.4g}" for name in columns)])
         lines.append(["total", *(f"{totals[name]:.4g}" for name in columns)])
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        return "\n".join(
+        aligned = [
             "  ".join(
                 [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]
             )
             for line in lines
-        )
+        ]
+        return "\n".join([*aligned, *self.warnings()])
 
     def __getstate__(self) -> dict[str, Any]:
         """The state of copies and pickles, in which the values replace the function that computes them."""

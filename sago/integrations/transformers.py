@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import operator
 import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -20,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sago.capture.buckets import GradientBuckets
 from sago.capture.streamed import InBackward
+from sago.core.checks import check_floor
 from sago.core.report import SynthesisReport
 from sago.integrations import deepspeed
 from sago.private import has_since, require
@@ -60,6 +62,7 @@ class Synthesis:
         one_copy: As in `sago.GradientBuckets`. The updates have the same bits with half of the memory. This
             needs a rule of scope "element" or "tensor" without a memory, `nonfinite="propagate"`, no
             `accumulate_dtype`, one micro-batch in a window, and one process or FSDP2.
+        retain_floor: As in `sago.synthesize_`.
     """
 
     rule: str | Rule = "sago"
@@ -68,9 +71,11 @@ class Synthesis:
     accumulate_dtype: torch.dtype | None = None
     stats: bool = True
     one_copy: bool = False
+    retain_floor: float = 0.0
 
     def __post_init__(self) -> None:
         rule = resolve(self.rule)
+        check_floor(rule, self.retain_floor)
         if self.one_copy:
             _check_one_copy(rule, self)
         if self.groups is not None and not callable(self.groups):
@@ -438,12 +443,18 @@ class _Synthesizer:
     def _retain_capture(self, gamma: float, alpha: float) -> AbstractContextManager[InBackward | None]:
         if not self._how.one_copy:
             return self._buckets.retain()
-        return self._buckets.synthesize_in_backward(self._rule, gamma, alpha, stats=self._how.stats)
+        options = {"stats": self._how.stats, "retain_floor": self._how.retain_floor}
+        return self._buckets.synthesize_in_backward(self._rule, gamma, alpha, **options)
 
     def synthesize(self, gamma: float, alpha: float, accelerator: Any) -> None:
         if not self._how.one_copy:  # `capture` has done it
             self._report = self._buckets.synthesize_(
-                self._rule, gamma, alpha, nonfinite=self._how.nonfinite, stats=self._how.stats
+                self._rule,
+                gamma,
+                alpha,
+                nonfinite=self._how.nonfinite,
+                stats=self._how.stats,
+                retain_floor=self._how.retain_floor,
             )
         self._weights = None
         if self._engine is not None:
@@ -459,6 +470,8 @@ class _Synthesizer:
         forget, retain = accelerator.reduce(self._losses / self._count, reduction="mean").tolist()
         self._losses, self._count = None, 0
         found = self._report.summary()
+        for warning in self._report.warnings():
+            _warn_once(warning)
         scale = float(self._loss_scale)
         logged = {n: found[n] / scale if n in _NORMS else found[n] for n in _LOGGED if n in found}
         return {"forget_loss": forget, "retain_loss": retain, **logged}
@@ -713,6 +726,11 @@ def _check_one_copy(rule: Rule, how: Synthesis) -> None:
             f"Parameter `one_copy` should be False with {found}, which {because}. Found True. Leave "
             "`one_copy` out, or change the other parameter."
         )
+
+
+@cache
+def _warn_once(text: str) -> None:
+    logging.getLogger("sago").warning("sago: %s", text)
 
 
 def _check_one_micro_batch(trainer: Any) -> None:

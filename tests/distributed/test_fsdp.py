@@ -110,7 +110,7 @@ def test_as_on_one_process(ranks_of, layout, world, replicas, order):
 def with_one_copy():
     """The parameters and the last reports, of two copies, of one, and of one with steps in the backward."""
     found = []
-    for rule in ("sago", "pcgrad"):
+    for rule, more in (("sago", {}), ("pcgrad", {}), ("sago", {"retain_floor": 0.73})):
         for one_copy, stepping in ((False, False), (True, False), (True, True)):
             model, _, part = laid_out("fsdp")
             buckets = sago.GradientBuckets(model, one_copy=one_copy)
@@ -122,13 +122,13 @@ def with_one_copy():
                 with buckets.forget():
                     forget().backward()
                 if one_copy:
-                    with buckets.synthesize_in_backward(rule, **WEIGHTS, **options) as block:
+                    with buckets.synthesize_in_backward(rule, **WEIGHTS, **options, **more) as block:
                         retain().backward()
                     report = block.report
                 else:
                     with buckets.retain():
                         retain().backward()
-                    report = buckets.synthesize_(rule, **WEIGHTS)
+                    report = buckets.synthesize_(rule, **WEIGHTS, **more)
                 optimizer.step()
                 buckets.zero_()
             found.append((parameters(model)[0], fields(report)))
@@ -165,7 +165,7 @@ def test_one_copy_where_ranks_reach_other_parameters(ranks2):
 
 def test_one_copy_has_the_updates_of_two(ranks2):
     for found in ranks2(with_one_copy):
-        for two, one, stepped in (found[:3], found[3:]):
+        for two, one, stepped in (found[:3], found[3:6], found[6:]):
             assert_equal_tensors(one[0], two[0])
             assert_equal_reports(one[1], two[1])
             assert_equal_bits(list(stepped[0].values()), list(one[0].values()))

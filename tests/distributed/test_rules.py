@@ -108,6 +108,16 @@ def drawn_on_shards():
     )
 
 
+def floored_on_shards():
+    mesh = mesh_of(shard=2)
+    placements = [[Shard(0)], [Replicate()], [Shard(0)]]
+    sides = [
+        [distribute_tensor(t, mesh, p) for t, p in zip(side, placements, strict=True)] for side in gradients()
+    ]
+    updates, report = sago.synthesize(*sides, retain_floor=0.73)
+    return [whole(u) for u in updates], report.to_dict()
+
+
 def gradients():
     shapes = (7, 5), (3,), (1, 4)  # one rank holds no row of the last tensor
     return [[torch.randn(s, generator=torch.manual_seed(i)) for s in shapes] for i in range(2)]
@@ -120,6 +130,13 @@ def test_shards_draw_the_numbers_of_the_whole(ranks2):
         # All terms are positive. Each of the two sums has at most 4 times the error of a sum, 1e-6.
         torch.testing.assert_close(torch.tensor(uu), report.uu.cpu(), rtol=1e-5, atol=0.0, check_dtype=False)
         assert "sharded along their first dimension" in error[1]
+
+
+def test_shards_have_the_floors_of_the_whole(ranks2):
+    expected, report = sago.synthesize(*gradients(), retain_floor=0.73)
+    for updates, fields in ranks2(floored_on_shards):
+        assert_equal_bits(updates, expected)
+        assert fields["conflict_fraction"] == report.to_dict()["conflict_fraction"]
 
 
 @pytest.mark.skipif(not FSDP2_ON_CPU, reason=NO_FSDP2)

@@ -576,6 +576,7 @@ def test_losses_apart_train_with_the_bits_of_losses_together(rule, accumulation,
         (Apart, FP32, {"rule": "sago"}, {"bf16": True}),
         (WithLosses, FP32, {"rule": "ties"}, {"bf16": True}),
         (Apart, FP32, {"rule": "sago"}, {f"{CHECKPOINTING}": True}),
+        (Apart, FP32, {"rule": "sago", "retain_floor": 0.5}, {}),
     ],
 )
 def test_one_copy_trains_with_the_bits_of_two(kind, dtype, how, options, tmp_path):
@@ -594,6 +595,13 @@ def test_one_copy_trains_with_the_bits_of_two(kind, dtype, how, options, tmp_pat
     assert_same_training(kinds, tmp_path, lambda: model(dtype), **options)
     two, one = dict.fromkeys(filter(None, sizes))
     assert two == 2 * one
+
+
+@pytest.mark.parametrize("one_copy", [False, True])
+def test_no_element_conflicts_below_a_high_floor(one_copy, tmp_path):
+    trainer = make(with_mixin(Apart, retain_floor=1e6, one_copy=one_copy), tmp_path)
+    trainer.train()
+    assert [log["conflict_fraction"] for log in steps_of(trainer)] == [0.0] * trainer.state.max_steps
 
 
 class Skipping:
@@ -1029,6 +1037,8 @@ def test_options_are_checked_when_they_are_written():
         Synthesis(rule="sagoo")
     with pytest.raises(TypeError, match=r"`groups` should be None or a function"):
         Synthesis(groups=["a"])
+    with pytest.raises(ValueError, match=r"`retain_floor` should be 0 for a rule without a gate"):
+        Synthesis(rule="pcgrad", retain_floor=0.1)
     refused = {
         "rule='pcgrad_global'": {"rule": "pcgrad_global"},
         "rule='gradvac'": {"rule": "gradvac"},

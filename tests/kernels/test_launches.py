@@ -62,6 +62,12 @@ def test_an_elementwise_rule_is_one_launch(launches, gradients, rule, stats):
     assert launches(lambda: sago.synthesize_(*gradients, rule, stats=stats, backend="triton")) == (0, 1)
 
 
+@pytest.mark.parametrize("stats", [True, False])
+def test_a_floor_is_one_more_launch(launches, gradients, stats):
+    call = lambda: sago.synthesize_(*gradients, retain_floor=0.1, stats=stats, backend="triton")  # noqa: E731
+    assert launches(call) == (1, 1)
+
+
 @pytest.mark.parametrize("groups", [None, list("aabbccdda")])
 @pytest.mark.parametrize("stats", [True, False])
 @pytest.mark.parametrize("rule", ["pcgrad", "pcgrad_global", "blur"])

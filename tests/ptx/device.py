@@ -24,9 +24,9 @@ from .program import parse
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 NAMES = {
-    "gram": ("addresses", "shapes", "owner", "rows", "partials", "counters", "table", "draws"),
+    "gram": ("addresses", "shapes", "owner", "rows", "partials", "counters", "table", "draws", "floors"),
     "combine": (
-        *("addresses", "shapes", "owner", "rows", "partials", "counters", "table", "draws"),
+        *("addresses", "shapes", "owner", "rows", "partials", "counters", "table", "draws", "floors"),
         *("coefficients", "gram", "gamma", "alpha", "eps", "gram_stride"),
     ),
 }

@@ -218,6 +218,79 @@ def gates(run):
             assert torch.equal(found.conflict_fraction, report.conflict_fraction)
 
 
+def floors(run):
+    """The dead zone of the gate, whose width each row has from its own norm."""
+    for family, dtypes in (
+        (inputs.tails, (BF16, BF16)),
+        (inputs.unaligned, (BF16, FP32)),
+        (inputs.missing, (FP32, FP64)),
+    ):
+        forget, retain = family(*dtypes)
+        retain = [r if r is None or i % 3 else r * 64.0 for i, r in enumerate(retain)]
+        keys = [i // 2 for i in range(len(forget))]
+        for rule in ("sago", "sago_prefer_retain", "ties", graddrop(3)):
+            options = {"retain_floor": 0.73, "groups": keys, **WEIGHTS}
+            updates, found = run(forget, retain, rule, **options)
+            expected, report = sago.reference.synthesize(forget, retain, rule, **options)
+            properties.assert_equal_bits(updates, expected)
+            assert torch.equal(found.conflict_fraction, report.conflict_fraction)
+            size = (found.ff * found.rr).sqrt() + found.ff + found.rr
+            for name in ("uu", "uf", "ur"):
+                error = (getattr(found, name) - getattr(report, name)).abs()
+                assert (error <= 4 * oracle.PROMISED * 1.5**2 * size).all()
+
+
+def noise(run):
+    """A retain gradient that is rounding noise conflicts nowhere, and one of other rows is as it was."""
+    f, r = (t.float() for t in inputs.pair(300))
+    options = {"retain_floor": 1e-6, **WEIGHTS}
+    forget = [f, f * 2.0**40, f]
+    updates, report = run(forget, [r * 2.0**-26, r * 2.0**14, r], "sago", **options)
+    expected, _ = sago.reference.synthesize([f], [r], "sago", **WEIGHTS)
+    properties.assert_equal_bits(updates, [0.75 * forget[0], 0.75 * forget[1], *expected])
+    assert report.conflict_fraction.count_nonzero() == 1
+
+
+def at_the_floor(run):
+    """All magnitudes are 1, which is the root mean square: no rounding, and none is below it."""
+    f, r = torch.ones(64), torch.ones(64)
+    r[::2] = -1.0
+    (found,), _ = run([f], [r], "sago", retain_floor=1.0)
+    properties.assert_equal_bits([found], [r.where(r < 0, f)])
+    (found,), _ = run([f], [r], "sago", retain_floor=1.0 + 2.0**-20)
+    properties.assert_equal_bits([found], [f])
+
+
+def floors_beside_inf(run):
+    """A row whose retain norm is not finite has no dead zone. NaN and inf are counted as without one."""
+    f, r = (t.float() for t in inputs.pair(200))
+    for value in (torch.inf, torch.nan):
+        bad = r.clone()
+        bad[3] = value
+        updates, report = run([f, f], [bad, r], "sago", retain_floor=0.5)
+        plain, _ = run([f], [bad], "sago")
+        properties.assert_equal_bits(updates[:1], plain)
+        assert report.nonfinite_retain.tolist() == [1, 0]
+        bad = f.clone()
+        bad[3], r[3] = value, -8.0
+        updates, report = run([bad, f], [r, r], "sago", retain_floor=0.5)
+        expected, exact = sago.reference.synthesize([bad, f], [r, r], "sago", retain_floor=0.5)
+        properties.assert_equal_bits(updates, expected)
+        assert report.nonfinite_forget.tolist() == [1, 0]
+        assert torch.equal(report.conflict_fraction, exact.conflict_fraction)
+        # An inf of forget that conflicts is left out of the update and of its norm.
+        torch.testing.assert_close(report.uu, exact.uu, rtol=4e-6, atol=0.0, equal_nan=True)
+
+
+def floors_of_means(run):
+    """The accumulators of buckets hold sums, whose dead zone is that of the means."""
+    forget, retain = inputs.tails(FP32, FP32)
+    exact = mean(forget, 2), mean(retain, 4)
+    expected, _ = sago.reference.synthesize(*exact, "sago", retain_floor=0.73)
+    found, _ = averaged(run, forget, retain, "sago", (2, 4), retain_floor=0.73)
+    properties.assert_equal_bits(found, expected)
+
+
 def groups(run):
     forget, retain = inputs.tails(FP32, FP32)
     for rule in ("pcgrad", "pcgrad_global"):
@@ -367,9 +440,11 @@ def traffic(run):
     forget, retain = ([t.float() for t in side] for side in zip(*map(inputs.pair, (3000, 33)), strict=True))
     forget, retain = [*forget, None, forget[1].clone()], [*retain, retain[1].clone(), None]
     out = [torch.empty_like(t) for t in (*retain[:3], forget[3])]
-    for rule, stats, reads in (("sago", True, 1), ("sago", False, 1), ("pcgrad", True, 2)):
+    cases = ("sago", True, 0.0, 1), ("sago", False, 0.0, 1), ("sago", True, 0.5, 2), ("pcgrad", True, 0.0, 2)
+    for rule, stats, floor, reads in cases:
+        options = {"stats": stats, "retain_floor": floor, "backend": run.name}
         with counted(*forget, *retain, *out) as found:
-            sago.synthesize_(forget, retain, rule, out=out, stats=stats, backend=run.name)
+            sago.synthesize_(forget, retain, rule, out=out, **options)
         assert_floor(found, forget, retain, out, reads)
 
 
@@ -392,6 +467,7 @@ CHECKS = [
     *(products_again, products_over_blocks, products_over_chunks, sums_over_chunks, sums_over_spans, range_),
     equal_gradients,
     gates,
+    *(floors, noise, at_the_floor, floors_beside_inf, floors_of_means),
     *(groups, report, counts, company, switched_off, gated),
     *(propagated, clipping, clipping_of_little, clipping_of_inf, zero_update, means, counts_of_means),
 ]
