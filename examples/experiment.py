@@ -26,6 +26,8 @@ from examples.tables import broken, tell
 from examples.worlds.choose import WORLDS, kind_of
 from examples.worlds.smollm import Unavailable
 
+FLOORS = (0.0, 1e-3)  # `retain_floor` in the first steps with a KL divergence as the retain loss
+
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.experiment", description=__doc__.split("\n")[0])
@@ -77,7 +79,7 @@ def main(argv: Sequence[str] | None = None, grid: Grid | None = None) -> int:
         trials = completed(kind, args.out, grid, grid.trials(), args.workers, "trials")
         cells = grid.final(grid.chosen(trials))
         runs = completed(kind, args.out, grid, cells, args.workers, "results")
-        noise = first_steps(kind, args.out, grid, grid.trial_seed)
+        noise = [first_steps(kind, args.out, grid, grid.trial_seed, floor) for floor in FLOORS]
         record = record_of(args.world, grid, worlds, trials, runs, noise, args.workers)
         write(record, args.out / "experiment.json")
     print(tell(record))

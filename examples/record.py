@@ -26,12 +26,12 @@ def record_of(
     worlds: Sequence[dict[str, Any]],
     trials: Sequence[dict[str, Any]],
     runs: Sequence[dict[str, Any]],
-    noise: Mapping[str, Sequence[float]],
+    noise: Sequence[dict[str, Any]],
     workers: int,
 ) -> dict[str, Any]:
     """The record of a grid on the world called `name`, with `workers` processes of one thread each.
 
-    `noise` is what `first_steps` returns.
+    `noise` has what `first_steps` returns for each floor.
     """
     return {
         **origin("cpu", *SOURCES),
@@ -40,7 +40,7 @@ def record_of(
         "workers": workers,
         "world": name,
         "grid": asdict(grid),
-        "noise": dict(noise),
+        "noise": list(noise),
         "worlds": list(worlds),
         "trials": list(trials),
         "runs": list(runs),
@@ -51,7 +51,7 @@ def write(record: Mapping[str, Any], path: Path) -> None:
     """JSON with one line for each world and each run."""
     parts = []
     for name, value in record.items():
-        if name in ("worlds", "trials", "runs"):
+        if name in ("noise", "worlds", "trials", "runs"):
             text = "[\n  " + ",\n  ".join(json.dumps(row, separators=(",", ":")) for row in value) + "\n ]"
         else:
             text = json.dumps(value)

@@ -94,14 +94,20 @@ def run(
     return found
 
 
-def first_steps(kind: Kind, folder: Path, grid: Grid, seed: int, count: int = 3) -> dict[str, list[float]]:
+def first_steps(
+    kind: Kind, folder: Path, grid: Grid, seed: int, retain_floor: float, count: int = 3
+) -> dict[str, Any]:
     """The norms, the cosine of update and forget gradient, and the share of conflicts in the first steps of
     `sago` with NPO and the KL divergence to the start model, whose gradient is rounding noise in step 1."""
     world, _, _ = opened(kind, folder, seed)
     losses, batches = OfAnswers("NPO", "KL"), world.batches(count, grid.batch_size, seed)
-    steps = list(unlearn(copy.deepcopy(world.model), losses, batches, "sago", grid.rates[0]))
+    model = copy.deepcopy(world.model)
+    steps = list(unlearn(model, losses, batches, "sago", grid.rates[0], retain_floor=retain_floor))
     names = ("norm_forget", "norm_retain", "conflict_fraction", "cos_update_forget")
-    return _columns([{name: step[name] for name in names} for step in steps], 3)
+    return {
+        "retain_floor": retain_floor,
+        **_columns([{name: step[name] for name in names} for step in steps], 3),
+    }
 
 
 def _rounded(values: Mapping[str, float]) -> dict[str, float]:

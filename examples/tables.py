@@ -20,22 +20,20 @@ those with the largest mean recovery on the trial seed. Seconds: of training, wi
 
 
 def worlds_told(record: Record) -> str:
-    """The facts of each seed, and what the model and a random model know of them."""
-    rows = []
-    for world in record["worlds"]:
-        for name, count in world["facts"].items():
-            known, choices = world["known"][name], world["choices"].get(name)
-            rows.append(
-                {
-                    "seed": world["seed"],
-                    "set": name,
-                    "facts": count,
-                    "right": f"{known['answers']:.0%}",
-                    "probability": f"{known['probability']:.2f}",
-                    "of four": "" if choices is None else f"{choices:.0%}",
-                    "of four, random model": "" if choices is None else f"{world['random'][name]:.0%}",
-                }
-            )
+    """The facts, and what the model and a random model know of them: means over the seeds."""
+    worlds, rows = record["worlds"], []
+    for name, count in worlds[0]["facts"].items():
+        known = [world["known"][name] for world in worlds]
+        row = {
+            "set": name,
+            "facts": str(count),
+            "right": f"{statistics.fmean(values['answers'] for values in known):.0%}",
+            "probability": f"{statistics.fmean(values['probability'] for values in known):.2f}",
+        }
+        for column, key in (("of four", "choices"), ("of four, random model", "random")):
+            shares = [world[key][name] for world in worlds if name in world[key]]
+            row[column] = f"{statistics.fmean(shares):.0%}" if shares else ""
+        rows.append(row)
     return table(rows, list(rows[0]))
 
 
@@ -136,17 +134,37 @@ def _mean_told(runs: Sequence[Mapping[str, Any]], level: float) -> str:
     return told if len(runs) == 1 else f"{told} ({len(there)} of {len(runs)})"
 
 
+def front_page(record: Record) -> str:
+    """The table of README.md: the mean recovery over all abilities at the first level, and the steps to it."""
+    rules, found = record["grid"]["rules"], {}
+    for entry in entries(record, LEVELS[0]):
+        there = [
+            mean_recovery(seen)
+            for run in runs_of(record, entry.objective, entry.rule, entry.rate)
+            if (seen := at_level(run, LEVELS[0])) is not None
+        ]
+        told = f"{100 * statistics.fmean(there):.0f} % in {entry.step:.0f} steps" if there else "not reached"
+        found[entry.objective, entry.rule] = told
+    lines = ["| | " + " | ".join(f"`{rule}`" for rule in rules) + " |", "|---" * (1 + len(rules)) + "|"]
+    lines += [
+        f"| {objective} | " + " | ".join(found[objective, rule] for rule in rules) + " |"
+        for objective in record["grid"]["objectives"]
+    ]
+    return "\n".join(lines)
+
+
 def noise_told(record: Record) -> str:
     """The first steps of `sago` with NPO and a KL divergence as the retain loss."""
-    noise = record["noise"]
     rows = [
         {
+            "retain_floor": f"{noise['retain_floor']:g}",
             "step": i + 1,
             "|f|": f"{noise['norm_forget'][i]:.2g}",
             "|r|": f"{noise['norm_retain'][i]:.2g}",
             "conflict": f"{noise['conflict_fraction'][i]:.0%}",
             "cos(u,f)": f"{noise['cos_update_forget'][i]:+.2f}",
         }
+        for noise in record["noise"]
         for i in range(len(noise["norm_retain"]))
     ]
     return table(rows, list(rows[0]))

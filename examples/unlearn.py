@@ -22,6 +22,7 @@ def unlearn(
     gamma: float = 1.0,
     alpha: float = 1.0,
     max_norm: float | None = None,
+    retain_floor: float = 0.0,
 ) -> Iterator[dict[str, float]]:
     """Trains the parameters that `losses` names, in place: a step of AdamW for each pair of batches.
 
@@ -44,7 +45,7 @@ def unlearn(
             with buckets.retain():
                 retain_loss = losses.retain_loss(model, frozen, retain_batch)
                 retain_loss.backward()
-            report = buckets.synthesize_(rule, gamma, alpha, max_norm=max_norm)
+            report = buckets.synthesize_(rule, gamma, alpha, max_norm, retain_floor=retain_floor)
             optimizer.step()
             buckets.zero_()
             yield {

@@ -4,6 +4,7 @@ import io
 import json
 import re
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict
 
 import pytest
 
@@ -11,7 +12,17 @@ from benchmarks.measure import ROOT
 from examples import demo, experiment
 from examples.draw import STYLES
 from examples.grid import Grid
-from examples.tables import broken, tell
+from examples.recovery import LEVELS, entries
+from examples.tables import (
+    broken,
+    cosines_told,
+    front_page,
+    noise_told,
+    rates_told,
+    recovery_told,
+    tell,
+    worlds_told,
+)
 from examples.worlds import smollm
 from examples.worlds.invented import Invented
 
@@ -88,6 +99,51 @@ def check_record(record):
     for run in record["runs"]:
         starts.setdefault((run["objective"], run["seed"]), set()).add(run["steps"]["cos_forget_retain"][0])
     assert all(len(values) == 1 for values in starts.values())
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return json.loads(RECORD.read_text())
+
+
+def test_the_committed_record_is_of_the_present_grid(committed):
+    check_record(committed)
+    assert committed["world"] == "capitals"
+    assert committed["grid"] == json.loads(json.dumps(asdict(Grid())))
+
+
+def test_only_facts_that_the_model_knows_were_counted(committed):
+    """By word and among four. A random model chooses one of four by chance."""
+    facts = right = 0
+    for world in committed["worlds"]:
+        assert world["parameters"] == 134_515_008
+        for name, count in world["facts"].items():
+            assert world["known"][name]["answers"] == world["choices"][name] == 1.0
+            facts, right = facts + count, right + count * world["random"][name]
+    deviation = (0.25 * 0.75 * facts) ** 0.5
+    assert abs(right - 0.25 * facts) < 4 * deviation
+
+
+def test_pages_show_the_committed_record(committed):
+    page = (ROOT / "docs" / "experiment.md").read_text(encoding="utf-8")
+    shown = (
+        worlds_told(committed),
+        cosines_told(committed),
+        rates_told(committed, LEVELS[0]),
+        noise_told(committed),
+    )
+    for text in (*shown, *(recovery_told(committed, level) for level in LEVELS)):
+        assert text in page
+    assert front_page(committed) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_demo_takes_the_choice_of_the_committed_record(committed):
+    for objective in Grid().objectives:
+        chosen = {
+            entry.rule: entry for entry in entries(committed, LEVELS[0]) if entry.objective == objective
+        }
+        for cell in demo.cells_of("capitals", objective):
+            assert (cell.rate, cell.gamma) == (chosen[cell.rule].rate, chosen[cell.rule].gamma)
 
 
 def test_an_experiment_has_every_cell(ran):
