@@ -135,7 +135,7 @@ def _mean_told(runs: Sequence[Mapping[str, Any]], level: float) -> str:
 
 
 def front_page(record: Record) -> str:
-    """The table of README.md: the mean recovery over all abilities at the first level, and the steps to it."""
+    """The table of README.md: the mean recovery over all abilities at the first level, and the steps."""
     rules, found = record["grid"]["rules"], {}
     for entry in entries(record, LEVELS[0]):
         there = [
