@@ -82,25 +82,24 @@ def pareto(record: Record) -> Figure:
         panels[names[-1], objective].set_xlabel("mean probability of a forget answer")
     for name in names:
         panels[name, grid["objectives"][0]].set_ylabel(f"{name} (% of before)")
-    rates = ", ".join(f"{rate:g}" for rate in grid["rates"])
     _finish(
         figure,
         panels,
         "Recovery of abilities against forgetting, which grows to the right: all measurements, and the front "
-        f"of each rule\n{len(grid['seeds'])} seeds; learning rates {rates}; vertical lines: the levels "
-        + ", ".join(f"{level:g}" for level in LEVELS),
+        f"of each rule\n{len(grid['seeds'])} seeds, the best learning rates of each rule; vertical lines: "
+        "the levels " + ", ".join(f"{level:g}" for level in LEVELS),
     )
     return figure
 
 
 def cosines(record: Record) -> Figure:
-    """The three cosines over steps, with the smallest learning rate."""
+    """The three cosines over steps, with the smaller of the learning rates of each rule."""
     grid = record["grid"]
-    rate = grid["rates"][0]
     figure, panels = _panels(tuple(COSINES), grid["objectives"])
     for (name, objective), axes in panels.items():
         for i, rule in enumerate(grid["rules"]):
-            series = [run["steps"][name] for run in runs_of(record, objective, rule, rate)]
+            found = (runs_of(record, objective, rule, rate) for rate in grid["rates"])
+            series = [run["steps"][name] for run in next(filter(None, found))]
             _lines(axes, series, rule, (i, len(grid["rules"])))
         axes.axhline(0, color="0.6", linewidth=0.8, zorder=0)
         axes.set_ylim(-1.05, 1.05)
@@ -111,9 +110,9 @@ def cosines(record: Record) -> Figure:
     _finish(
         figure,
         panels,
-        f"Cosines of the forget gradient f, the retain gradient r and the update u, learning rate {rate:g}\n"
-        f"means over {len(grid['seeds'])} seeds, bands from the least to the most; a run ends when it has "
-        "forgotten",
+        "Cosines of the forget gradient f, the retain gradient r and the update u\n"
+        f"means over {len(grid['seeds'])} seeds with the smaller learning rate of each rule, bands from the "
+        "least to the most; a run ends when it has forgotten",
     )
     return figure
 

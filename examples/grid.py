@@ -27,8 +27,9 @@ class Cell(NamedTuple):
 class Grid:
     """Every loss with every rule and learning rate.
 
-    The weight `gamma` is chosen for each of them by one run with every value in `gammas` on the trial seed.
-    The results are those of the other seeds. A run measures before the first step and after each step in
+    The trials are one run with every value in `gammas` for each of them, on the trial seed. They choose the
+    `kept` best learning rates of a rule, and the weight `gamma` for each of these. The results are those of
+    the other seeds. A run measures before the first step and after each step in
     `measured`, more often in the beginning, because some rules forget within a few steps. It ends after the
     last of them, or when the mean probability of the forget answers is at most `enough`.
     """
@@ -38,6 +39,7 @@ class Grid:
     rules: tuple[str, ...] = ("sum", "pcgrad", "pcgrad_global", "sago")
     rates: tuple[float, ...] = (2e-5, 6e-5, 1.8e-4)
     gammas: tuple[float, ...] = (0.2, 1.0, 5.0)
+    kept: int = 2
     trial_seed: int = 0
     seeds: tuple[int, ...] = (1, 2)
     measured: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24)
@@ -51,7 +53,7 @@ class Grid:
         return self.measured[-1]
 
     def trials(self) -> list[Cell]:
-        """The runs that choose the weights."""
+        """The runs that choose the weights and the learning rates."""
         grid = itertools.product(self.objectives, self.rules, self.rates, self.gammas)
         return [Cell(*cell, self.trial_seed) for cell in grid]
 
@@ -60,19 +62,23 @@ class Grid:
         return [Cell(*key, gamma, seed) for seed in self.seeds for key, gamma in gammas.items()]
 
     def chosen(self, trials: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, float], float]:
-        """The weight of each loss, rule and learning rate.
+        """The weight of each loss and rule with each of its best learning rates.
 
-        Among the trials that reach the first level of forgetting, it is the weight with the largest mean
-        recovery over all abilities there. If no trial reaches the level, it is the weight that forgets most.
+        A trial that reaches the first level of forgetting is better than one that does not. Among those that
+        reach it, the one with the largest mean recovery over all abilities there is best. Among the others,
+        the one that forgets most is best.
         """
-        best = {}
-        for key in self._keys():
-            runs = [run for run in trials if (run["objective"], run["rule"], run["rate"]) == key]
-            best[key] = max(runs, key=self._score)["gamma"]
-        return best
-
-    def _keys(self) -> list[tuple[str, str, float]]:
-        return list(itertools.product(self.objectives, self.rules, self.rates))
+        found = {}
+        for objective, rule in itertools.product(self.objectives, self.rules):
+            best = []
+            for rate in self.rates:
+                key = objective, rule, rate
+                runs = [run for run in trials if (run["objective"], run["rule"], run["rate"]) == key]
+                best.append(max(runs, key=self._score))
+            best.sort(key=self._score, reverse=True)
+            kept = sorted(best[: self.kept], key=lambda run: run["rate"])
+            found.update({(objective, rule, run["rate"]): run["gamma"] for run in kept})
+        return found
 
     def _score(self, run: Mapping[str, Any]) -> tuple[bool, float]:
         seen = at_level(run, LEVELS[0])
@@ -81,13 +87,15 @@ class Grid:
         return True, mean_recovery(seen)
 
     def __str__(self) -> str:
-        cells, weights, size = len(self._keys()), len(self.gammas), self.batch_size
-        losses, rules, rates = (len(part) for part in (self.objectives, self.rules, self.rates))
+        pairs = len(self.objectives) * len(self.rules)
         return (
-            f"{losses} forget losses x {rules} rules x {rates} learning rates\n"
-            f"{cells * weights} trials with seed {self.trial_seed} choose one of {weights} weights gamma\n"
-            f"{cells * len(self.seeds)} runs with other seeds give the results\n"
-            f"A run has at most {self.steps} steps of AdamW with {size} facts to forget and to retain.\n"
+            f"{len(self.objectives)} forget losses x {len(self.rules)} rules\n"
+            f"{len(self.trials())} trials with seed {self.trial_seed}: {len(self.rates)} learning rates x "
+            f"{len(self.gammas)} weights gamma\n"
+            f"{pairs * self.kept * len(self.seeds)} runs with {len(self.seeds)} other seeds give the results: "
+            f"the {self.kept} best learning rates of each rule\n"
+            f"A run has at most {self.steps} steps of AdamW with {self.batch_size} facts to forget and to "
+            "retain.\n"
             f"The norm of the update is clipped to {self.max_norm:g}, the retain loss is {self.retain}, and "
             "alpha = 1."
         )

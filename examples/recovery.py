@@ -83,7 +83,7 @@ def mean_recovery(reached: Reached) -> float:
 
 
 def runs_of(record: Record, objective: str, rule: str, rate: float) -> list[Run]:
-    """One run for each seed of the results."""
+    """One run for each seed of the results. None if it is not one of the best learning rates of the rule."""
     wanted = objective, rule, rate
     return [run for run in record["runs"] if (run["objective"], run["rule"], run["rate"]) == wanted]
 
@@ -110,7 +110,9 @@ def _entry(record: Record, objective: str, rule: str, level: float) -> Entry:
         ]
         return len(reached(runs)), max((mean_recovery(seen) for seen in reached(trials)), default=-1.0)
 
-    rate = max(record["grid"]["rates"], key=merit)
+    rate = max(
+        (rate for rate in record["grid"]["rates"] if runs_of(record, objective, rule, rate)), key=merit
+    )
     runs = runs_of(record, objective, rule, rate)
     rows, gamma = reached(runs), runs[0]["gamma"]
     if not rows:

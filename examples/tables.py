@@ -104,7 +104,7 @@ def rates_told(record: Record, level: float) -> str:
         row = {"loss": objective, "rule": rule}
         for rate in grid["rates"]:
             runs = runs_of(record, objective, rule, rate)
-            row[f"lr {rate:g}"] = f"gamma {runs[0]['gamma']:g}: {_mean_told(runs, level)}"
+            row[f"lr {rate:g}"] = f"gamma {runs[0]['gamma']:g}: {_mean_told(runs, level)}" if runs else ""
         rows.append(row)
     return table(rows, list(rows[0]))
 

@@ -43,7 +43,7 @@ def test_the_experiment_is_that_of_the_paper():
     assert grid.objectives == ("GradDiff", "NPO", "SimNPO")
     assert grid.rules == ("sum", "pcgrad", "pcgrad_global", "sago")
     assert len(grid.seeds) >= 2
-    assert len(grid.rates) >= 2
+    assert len(grid.rates) >= grid.kept >= 2
     assert grid.trial_seed not in grid.seeds
 
 
@@ -54,16 +54,16 @@ def test_every_cell_once():
     assert {cell.seed for cell in trials} == {grid.trial_seed}
     gammas = {(cell.objective, cell.rule, cell.rate): 2.0 for cell in trials}
     cells = grid.final(gammas)
-    assert len(cells) == len(set(cells)) == 3 * 4 * len(grid.rates) * len(grid.seeds)
+    assert len(cells) == len(set(cells)) == len(gammas) * len(grid.seeds)
     assert {(cell.gamma, cell.seed) for cell in cells} == {(2.0, seed) for seed in grid.seeds}
 
 
-def a_trial(rule, gamma, forget, right):
+def a_trial(rule, gamma, forget, right, rate=1e-3):
     known = {"forget": {"probability": forget}, "retain": {"answers": right}}
     return {
         "objective": "NPO",
         "rule": rule,
-        "rate": 1e-3,
+        "rate": rate,
         "gamma": gamma,
         "known": known,
         "measured": [0, 1],
@@ -79,6 +79,23 @@ def test_the_weight_that_keeps_most_at_the_level_is_chosen():
         a_trial("sago", 3.0, [0.5, 0.0], [1.0, 0.9]),
     ]
     assert GRID.chosen(trials) == {("NPO", "sum", 1e-3): 3.0, ("NPO", "sago", 1e-3): 3.0}
+
+
+def test_the_best_learning_rates_of_each_rule_are_kept():
+    """Here the best two of three, in the order of the grid. A rate that does not reach the level is last."""
+    grid = replace(GRID, rules=("sago",), rates=(1e-3, 2e-3, 3e-3))
+    trials = [
+        a_trial("sago", gamma, [0.5, forget], [1.0, right], rate)
+        for rate, gamma, forget, right in (
+            (1e-3, 1.0, 0.0, 0.7),
+            (1e-3, 3.0, 0.0, 0.2),
+            (2e-3, 1.0, 0.3, 1.0),
+            (2e-3, 3.0, 0.4, 1.0),
+            (3e-3, 1.0, 0.0, 0.3),
+            (3e-3, 3.0, 0.0, 0.9),
+        )
+    ]
+    assert list(grid.chosen(trials).items()) == [(("NPO", "sago", 1e-3), 1.0), (("NPO", "sago", 3e-3), 3.0)]
 
 
 def test_the_weight_that_forgets_most_is_chosen_if_none_reaches_the_level():
