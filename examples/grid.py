@@ -87,13 +87,13 @@ class Grid:
         return True, mean_recovery(seen)
 
     def __str__(self) -> str:
-        pairs = len(self.objectives) * len(self.rules)
+        kept = min(self.kept, len(self.rates))
+        runs = len(self.objectives) * len(self.rules) * kept * len(self.seeds)
         return (
             f"{len(self.objectives)} forget losses x {len(self.rules)} rules\n"
             f"{len(self.trials())} trials with seed {self.trial_seed}: {len(self.rates)} learning rates x "
             f"{len(self.gammas)} weights gamma\n"
-            f"{pairs * self.kept * len(self.seeds)} runs with {len(self.seeds)} other seeds give the results: "
-            f"the {self.kept} best learning rates of each rule\n"
+            f"{runs} runs with other seeds give the results: the {kept} best learning rates of each rule\n"
             f"A run has at most {self.steps} steps of AdamW with {self.batch_size} facts to forget and to "
             "retain.\n"
             f"The norm of the update is clipped to {self.max_norm:g}, the retain loss is {self.retain}, and "
