@@ -20,7 +20,7 @@ from benchmarks.measure import table
 from examples.draw import pareto, save
 from examples.grid import Cell, Grid
 from examples.objectives import FORGET
-from examples.recovery import LEVELS, entries
+from examples.recovery import CHOICE, entries
 from examples.runs import opened, run
 from examples.tables import broken
 from examples.worlds import Kind
@@ -55,7 +55,7 @@ def cells_of(world: str, objective: str) -> list[Cell]:
     if record["world"] != world:
         rate = kind_of(world)[1].rates[0]
         return [Cell(objective, rule, rate, 1.0, SEED) for rule in RULES]
-    chosen = {(entry.objective, entry.rule): entry for entry in entries(record, LEVELS[0])}
+    chosen = {(entry.objective, entry.rule): entry for entry in entries(record, CHOICE)}
     found = [chosen[objective, rule] for rule in RULES]
     return [Cell(objective, entry.rule, entry.rate, entry.gamma, SEED) for entry in found]
 

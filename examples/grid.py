@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from examples.recovery import LEVELS, at_level, mean_recovery
+from examples.recovery import CHOICE, at_level, mean_recovery
 
 
 class Cell(NamedTuple):
@@ -64,7 +64,7 @@ class Grid:
     def chosen(self, trials: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, float], float]:
         """The weight of each loss and rule with each of its best learning rates.
 
-        A trial that reaches the first level of forgetting is better than one that does not. Among those that
+        A trial that reaches the level `CHOICE` of forgetting is better than one that does not. Among those that
         reach it, the one with the largest mean recovery over all abilities there is best. Among the others,
         the one that forgets most is best.
         """
@@ -81,7 +81,7 @@ class Grid:
         return found
 
     def _score(self, run: Mapping[str, Any]) -> tuple[bool, float]:
-        seen = at_level(run, LEVELS[0])
+        seen = at_level(run, CHOICE)
         if seen is None:
             return False, -min(run["known"]["forget"]["probability"])
         return True, mean_recovery(seen)

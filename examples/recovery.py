@@ -7,8 +7,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-# Of the mean probability of the forget answers.
-LEVELS = (0.1, 0.02)
+# Of the mean probability of the forget answers: those of the tables, and the one at which weights and
+# learning rates are chosen.
+LEVELS = (0.2, 0.1, 0.02)
+CHOICE = 0.1
 
 Run = Mapping[str, Any]
 Record = Mapping[str, Any]

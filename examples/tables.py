@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.measure import table
-from examples.recovery import LEVELS, Record, at_level, entries, mean_recovery, runs_of
+from examples.recovery import CHOICE, LEVELS, Record, at_level, entries, mean_recovery, runs_of
 
 SAFE = ("pcgrad", "pcgrad_global", "sago")  # the rules that promise <u, r> >= 0
 
@@ -135,13 +135,13 @@ def _mean_told(runs: Sequence[Mapping[str, Any]], level: float) -> str:
 
 
 def front_page(record: Record) -> str:
-    """The table of README.md: the mean recovery over all abilities at the first level, and the steps."""
+    """The table of README.md: the mean recovery over all abilities at `CHOICE`, and the steps."""
     rules, found = record["grid"]["rules"], {}
-    for entry in entries(record, LEVELS[0]):
+    for entry in entries(record, CHOICE):
         there = [
             mean_recovery(seen)
             for run in runs_of(record, entry.objective, entry.rule, entry.rate)
-            if (seen := at_level(run, LEVELS[0])) is not None
+            if (seen := at_level(run, CHOICE)) is not None
         ]
         told = f"{100 * statistics.fmean(there):.0f} % in {entry.step:.0f} steps" if there else "not reached"
         found[entry.objective, entry.rule] = told
@@ -183,10 +183,10 @@ def tell(record: Record) -> str:
         f"{cosines_told(record)}",
         DEFINITION,
         *levels,
-        f"Mean recovery over all abilities at {LEVELS[0]:g} with every learning rate (seeds that get there)"
-        f"\n\n{rates_told(record, LEVELS[0])}",
-        f"The trials: mean recovery at {LEVELS[0]:g} with every learning rate / gamma, seed "
-        f"{record['grid']['trial_seed']}\n\n{trials_told(record, LEVELS[0])}",
+        f"Mean recovery over all abilities at {CHOICE:g} with every learning rate (seeds that get there)"
+        f"\n\n{rates_told(record, CHOICE)}",
+        f"The trials: mean recovery at {CHOICE:g} with every learning rate / gamma, seed "
+        f"{record['grid']['trial_seed']}\n\n{trials_told(record, CHOICE)}",
         f"The first steps of sago with NPO and the KL divergence to the start model\n\n{noise_told(record)}",
     )
     return "\n\n".join(parts)

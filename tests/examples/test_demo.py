@@ -12,7 +12,7 @@ from benchmarks.measure import ROOT
 from examples import demo, experiment
 from examples.draw import STYLES
 from examples.grid import Grid
-from examples.recovery import LEVELS, entries
+from examples.recovery import CHOICE, LEVELS, entries
 from examples.tables import (
     broken,
     cosines_told,
@@ -129,7 +129,7 @@ def test_pages_show_the_committed_record(committed):
     shown = (
         worlds_told(committed),
         cosines_told(committed),
-        rates_told(committed, LEVELS[0]),
+        rates_told(committed, CHOICE),
         noise_told(committed),
     )
     for text in (*shown, *(recovery_told(committed, level) for level in LEVELS)):
@@ -139,9 +139,7 @@ def test_pages_show_the_committed_record(committed):
 
 def test_the_demo_takes_the_choice_of_the_committed_record(committed):
     for objective in Grid().objectives:
-        chosen = {
-            entry.rule: entry for entry in entries(committed, LEVELS[0]) if entry.objective == objective
-        }
+        chosen = {entry.rule: entry for entry in entries(committed, CHOICE) if entry.objective == objective}
         for cell in demo.cells_of("capitals", objective):
             assert (cell.rate, cell.gamma) == (chosen[cell.rule].rate, chosen[cell.rule].gamma)
 

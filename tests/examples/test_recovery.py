@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from examples.recovery import LEVELS, abilities, ability, at_level, entries, mean_recovery
+from examples.recovery import CHOICE, LEVELS, abilities, ability, at_level, entries, mean_recovery
 
 
 def a_run(rule, rate, forget, general, retain, seed=1, gamma=1.0):
@@ -118,3 +118,4 @@ def test_a_rule_that_gets_nowhere_is_in_the_table():
 
 def test_levels_go_down():
     assert sorted(LEVELS, reverse=True) == list(LEVELS)
+    assert CHOICE in LEVELS
