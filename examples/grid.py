@@ -64,9 +64,9 @@ class Grid:
     def chosen(self, trials: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, float], float]:
         """The weight of each loss and rule with each of its best learning rates.
 
-        A trial that reaches the level `CHOICE` of forgetting is better than one that does not. Among those that
-        reach it, the one with the largest mean recovery over all abilities there is best. Among the others,
-        the one that forgets most is best.
+        A trial that reaches the level `CHOICE` of forgetting is better than one that does not. Among those
+        that reach it, the one with the largest mean recovery over all abilities there is best. Among the
+        others, the one that forgets most is best.
         """
         found = {}
         for objective, rule in itertools.product(self.objectives, self.rules):
