@@ -404,6 +404,7 @@ class _Synthesizer:
         sides = [_scaled("gamma", "forget", forget), _scaled("alpha", "retain", retain)]
         self._check_nothing_else()
         weights = float(forget), float(retain)
+        _warn_of_retain(self._rule, *weights)
         if self._weights not in (None, weights):
             raise ValueError(
                 "`self.gamma` and `self.alpha` should stay the same over the micro-batches of a window. "
@@ -725,6 +726,17 @@ def _check_one_copy(rule: Rule, how: Synthesis) -> None:
         raise ValueError(
             f"Parameter `one_copy` should be False with {found}, which {because}. Found True. Leave "
             "`one_copy` out, or change the other parameter."
+        )
+
+
+def _warn_of_retain(rule: Rule, gamma: float, alpha: float) -> None:
+    """Warns if `alpha` is 0 and the update depends on the retain gradient all the same."""
+    read = frozenset().union(*rule.reads[gamma == 0.0, True])
+    if alpha == 0.0 and (rule.classes > 1 or not read <= {"ff"}):
+        _warn_once(
+            f"`self.alpha` is 0, but the update of the rule {rule.name!r} depends on the retain gradient all "
+            "the same: on its signs, or on inner products with it. Set `self.alpha` to a positive number, or "
+            "use rule='sum', with which a retain loss of weight 0 changes nothing."
         )
 
 

@@ -597,6 +597,24 @@ def test_one_copy_trains_with_the_bits_of_two(kind, dtype, how, options, tmp_pat
     assert two == 2 * one
 
 
+@pytest.mark.parametrize(
+    ("rule", "warns"),
+    [("sago", True), ("pcgrad", True), ("ties", True), ("sum", False), ("ngdiff", False), ("blur", False)],
+)
+def test_a_retain_weight_of_0_is_told_once_if_the_rule_reads_the_retain_gradient(
+    rule, warns, tmp_path, caplog
+):
+    """OpenUnlearning's UNDIAL is configured with 0. `ngdiff` and `blur` are then multiples of f."""
+    integration._warn_once.cache_clear()
+    trainer = make(with_mixin(GradDiff, rule=rule), tmp_path, data=Pairs(4))
+    trainer.alpha = 0.0
+    trainer.train()
+    assert trainer.state.global_step > 1
+    told = [record.message for record in caplog.records if "`self.alpha` is 0" in record.message]
+    assert len(told) == warns
+    assert all(f"{rule!r}" in text and "rule='sum'" in text for text in told)
+
+
 @pytest.mark.parametrize("one_copy", [False, True])
 def test_no_element_conflicts_below_a_high_floor(one_copy, tmp_path):
     trainer = make(with_mixin(Apart, retain_floor=1e6, one_copy=one_copy), tmp_path)
