@@ -9,7 +9,7 @@ import operator
 import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -24,6 +24,7 @@ from sago.capture.streamed import InBackward
 from sago.core.checks import check_floor
 from sago.core.report import SynthesisReport
 from sago.integrations import deepspeed
+from sago.integrations.configuration import dtype_of, groups_of, rule_of
 from sago.private import has_since, require
 from sago.ranks.ddp import reduce_in_backward
 from sago.rules import Rule, resolve
@@ -53,6 +54,9 @@ _LOGGED = (
 class Synthesis:
     """The options of the synthesis in a trainer.
 
+    All of them can come from a configuration file: see `sago.integrations.configuration` for the forms of
+    `rule`, `groups` and `accumulate_dtype` there.
+
     Attributes:
         rule: As in `sago.synthesize_`.
         groups: A function from the name of a parameter to the key of its group, for rules that take inner
@@ -75,15 +79,34 @@ class Synthesis:
     retain_floor: float = 0.0
 
     def __post_init__(self) -> None:
+        read = {"rule": rule_of, "groups": groups_of, "accumulate_dtype": dtype_of}
+        for name, function in read.items():
+            object.__setattr__(self, name, function(getattr(self, name)))
         rule = resolve(self.rule)
         check_floor(rule, self.retain_floor)
         if self.one_copy:
             _check_one_copy(rule, self)
-        if self.groups is not None and not callable(self.groups):
+
+    @classmethod
+    def of(cls, options: Any) -> Synthesis:
+        """The options from a mapping, for example a part of a YAML file.
+
+        Raises:
+            ValueError, TypeError: For an unknown option or an invalid value.
+        """
+        if isinstance(options, cls):
+            return options
+        if not isinstance(options, Mapping):
             raise TypeError(
-                "Parameter `groups` should be None or a function of a parameter's name. Found "
-                f"{type(self.groups).__name__}."
+                f"Parameter `synthesis` should be a Synthesis or a mapping. Found {type(options).__name__}."
             )
+        names = [field.name for field in fields(cls)]
+        unknown = [name for name in options if name not in names]
+        if unknown:
+            raise ValueError(
+                f"Parameter `synthesis` should have options among {', '.join(names)}. Found {unknown[0]!r}."
+            )
+        return cls(**options)
 
 
 class GradientSynthesisMixin(_Trainer):
@@ -117,7 +140,8 @@ class GradientSynthesisMixin(_Trainer):
     ranks, and the report of the last synthesis over all groups.
 
     Attributes:
-        synthesis: The options, which are read at the first step of `train`.
+        synthesis: The options, a `Synthesis` or a mapping with the same names. They are an attribute of the
+            class or an argument of the constructor, and are read at the first step of `train`.
 
     Raises:
         ValueError: In a training step, unless both losses are found and nothing else reaches the parameters.
@@ -127,8 +151,13 @@ class GradientSynthesisMixin(_Trainer):
     Source: arXiv 2604.14808; the trainers of OpenUnlearning (arXiv 2506.12618).
     """
 
-    synthesis: Synthesis = Synthesis()
+    synthesis: Synthesis | Mapping[str, Any] = Synthesis()
     _synthesizer: _Synthesizer | None = None
+
+    def __init__(self, *args: Any, synthesis: Synthesis | Mapping[str, Any] | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if synthesis is not None:
+            self.synthesis = Synthesis.of(synthesis)
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -335,8 +364,8 @@ class _Synthesizer:
         self._engine = _engine(trainer.accelerator, model)
         self._backward_options: dict[str, Any] = {}  # those of the trainer's call for DeepSpeed
         self._named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        self._rule, groups = _rule_and_groups(trainer, model, self._engine)
-        self._how = trainer.synthesis
+        self._how = Synthesis.of(trainer.synthesis)
+        self._rule, groups = _rule_and_groups(trainer, self._how, model, self._engine)
         if self._how.one_copy:
             _check_one_micro_batch(trainer)
         self._buckets = GradientBuckets(
@@ -479,8 +508,9 @@ class _Synthesizer:
     def _retain_capture(self, gamma: float, alpha: float) -> AbstractContextManager[InBackward | None]:
         if not self._how.one_copy:
             return self._buckets.retain()
-        options = {"stats": self._how.stats, "retain_floor": self._how.retain_floor}
-        return self._buckets.synthesize_in_backward(self._rule, gamma, alpha, **options)
+        return self._buckets.synthesize_in_backward(
+            self._rule, gamma, alpha, stats=self._how.stats, retain_floor=self._how.retain_floor
+        )
 
     def synthesize(self, accelerator: Any) -> None:
         if not self._how.one_copy:  # else `capture` has done it
@@ -697,9 +727,11 @@ def _reducing(model: torch.nn.Module) -> Iterator[Any]:
     return (m for m in model.modules() if isinstance(m, (DistributedDataParallel, *sharded)))
 
 
-def _rule_and_groups(trainer: Any, model: torch.nn.Module, engine: Any) -> tuple[Rule, list[Hashable] | None]:
+def _rule_and_groups(
+    trainer: Any, how: Synthesis, model: torch.nn.Module, engine: Any
+) -> tuple[Rule, list[Hashable] | None]:
     """The rule and a key for each parameter, so that no sum mixes parameters of the optimizer with others."""
-    rule, groups = resolve(trainer.synthesis.rule), trainer.synthesis.groups
+    rule, groups = resolve(how.rule), how.groups
     named = [(_clean(n), p) for n, p in model.named_parameters()]
     if rule.scope != "global":
         return rule, None if groups is None else [groups(n) for n, _ in named]

@@ -3,9 +3,11 @@
 import copy
 import gc
 import inspect
+import re
 import subprocess
 import sys
 import weakref
+from functools import partial
 from types import SimpleNamespace
 
 import accelerate
@@ -1129,7 +1131,7 @@ def test_refuses_to_be_the_last_of_the_bases():
 def test_options_are_checked_when_they_are_written():
     with pytest.raises(ValueError, match=r"`rule` should be"):
         Synthesis(rule="sagoo")
-    with pytest.raises(TypeError, match=r"`groups` should be None or a function"):
+    with pytest.raises(TypeError, match=r"`groups` should be None, a function"):
         Synthesis(groups=["a"])
     with pytest.raises(ValueError, match=r"`retain_floor` should be 0 for a rule without a gate"):
         Synthesis(rule="pcgrad", retain_floor=0.1)
@@ -1145,6 +1147,27 @@ def test_options_are_checked_when_they_are_written():
             ValueError, match=rf"`one_copy` should be False with {found}.*Leave `one_copy` out"
         ):
             Synthesis(one_copy=True, **how)
+
+
+def test_options_from_a_configuration(tmp_path):
+    """As a mapping that the constructor takes, or that the class has."""
+    options = {"rule": "pcgrad", "groups": "layer", "stats": False}
+
+    class Configured(GradientSynthesisMixin, GradDiff):
+        pass
+
+    class Named(Configured):
+        synthesis = options
+
+    by_hand = with_mixin(GradDiff, rule="pcgrad", groups=lambda name: re.sub(r"(\.\d+)\..*", r"\1", name))
+    trainers = [make(kind, tmp_path) for kind in (by_hand, partial(Configured, synthesis=options), Named)]
+    for trainer in trainers:
+        trainer.train()
+    expected, *found = (weights(trainer.model) for trainer in trainers)
+    for other in found:
+        torch.testing.assert_close(other, expected, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="Found 'rulle'"):
+        make(partial(Configured, synthesis={"rulle": "sago"}), tmp_path)
 
 
 def test_one_copy_of_several_micro_batches_is_refused(tmp_path):
