@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Hashable, Mapping
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -56,10 +56,9 @@ def rule_of(value: Any) -> str | Rule:
 
 
 def _imported(path: str) -> Any:
-    module, _, name = path.partition(":")
     try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
+        return resolve_name(path)
+    except (ImportError, AttributeError, ValueError) as error:  # ValueError: not of this form
         raise ValueError(
             f"Parameter `rule` should be 'module:name' of something that can be imported. Found {path!r}, "
             f"which raises {error!r}."
