@@ -39,10 +39,9 @@ _ACCELERATE = "accelerate 1.15"
 _SIDES = {"gamma": "forget", "alpha": "retain"}
 _PRODUCTS = ("mul", "multiply", "__mul__", "__rmul__")
 _NORMS = ("norm_forget", "norm_retain", "norm_update")
+_COSINES = ("cos_forget_retain", "cos_update_forget", "cos_update_retain")
 _LOGGED = (
-    "cos_forget_retain",
-    "cos_update_forget",
-    "cos_update_retain",
+    *_COSINES,
     "conflict_fraction",
     *_NORMS,
     "nonfinite_forget",
@@ -137,9 +136,11 @@ class GradientSynthesisMixin(_Trainer):
     Then the mixin runs the backward of each loss with that scale, into its side of `sago.GradientBuckets`.
 
     Whenever the trainer logs its loss, the mixin adds both unweighted losses, averaged over micro-batches and
-    ranks, and the report of the last synthesis over all groups.
+    ranks, and the report of the last synthesis over all groups. A cosine that is not defined, because a norm
+    is 0 or not finite, is left out. `sago.integrations.callbacks` writes the values of each group to a file.
 
     Attributes:
+        synthesis_report: The report of the last synthesis. None before the first one.
         synthesis: The options, a `Synthesis` or a mapping with the same names. They are an attribute of the
             class or an argument of the constructor, and are read at the first step of `train`.
 
@@ -152,6 +153,7 @@ class GradientSynthesisMixin(_Trainer):
     """
 
     synthesis: Synthesis | Mapping[str, Any] = Synthesis()
+    synthesis_report: SynthesisReport | None = None
     _synthesizer: _Synthesizer | None = None
 
     def __init__(self, *args: Any, synthesis: Synthesis | Mapping[str, Any] | None = None, **kwargs: Any):
@@ -213,7 +215,7 @@ class GradientSynthesisMixin(_Trainer):
             for weight in weights.values():
                 weight.products = None
         if _steps_next(self):
-            synthesizer.synthesize(self.accelerator)
+            self.synthesis_report = synthesizer.synthesize(self.accelerator)
         return loss if apart is None else loss + apart.weighed / _micro_batches(self)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -512,7 +514,7 @@ class _Synthesizer:
             self._rule, gamma, alpha, stats=self._how.stats, retain_floor=self._how.retain_floor
         )
 
-    def synthesize(self, accelerator: Any) -> None:
+    def synthesize(self, accelerator: Any) -> SynthesisReport:
         if not self._how.one_copy:  # else `capture` has done it
             assert self._weights is not None  # `capture` sets them
             gamma, alpha = self._weights
@@ -530,6 +532,8 @@ class _Synthesizer:
             self._engine.engine.step()
         elif self._losses is not None:
             self._loss_scale = _gradient_scale(accelerator, self._losses)
+        assert self._report is not None  # set here or by `capture`
+        return self._report
 
     def summary(self, accelerator: Any) -> dict[str, float]:
         """The values to log. Waits for the device."""
@@ -542,6 +546,7 @@ class _Synthesizer:
             _warn_once(warning)
         scale = float(self._loss_scale)
         logged = {n: found[n] / scale if n in _NORMS else found[n] for n in _LOGGED if n in found}
+        logged = {n: x for n, x in logged.items() if n not in _COSINES or not math.isnan(x)}
         return {"forget_loss": forget, "retain_loss": retain, **logged}
 
     def _backward(self, side: Sequence[tuple[Tensor, Tensor]], retain_graph: bool) -> None:

@@ -1,6 +1,7 @@
 """Trainers with nothing but the mixin added, against the reference on the same micro-batches by hand."""
 
 import copy
+import csv
 import gc
 import inspect
 import re
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sago
 from sago.integrations import transformers as integration
+from sago.integrations.callbacks import ReportWriter
 from sago.integrations.transformers import GradientSynthesisMixin, Synthesis
 from tests.support.backends import RULES
 from tests.support.oracle import rounding_error
@@ -1168,6 +1170,50 @@ def test_options_from_a_configuration(tmp_path):
         torch.testing.assert_close(other, expected, rtol=0, atol=0)
     with pytest.raises(ValueError, match="Found 'rulle'"):
         make(partial(Configured, synthesis={"rulle": "sago"}), tmp_path)
+
+
+@pytest.mark.parametrize("one_copy", [False, True])
+def test_reports_of_each_group_in_a_file(one_copy, tmp_path):
+    kind = with_mixin(GradDiff, groups=lambda name: name.rpartition(".")[2], one_copy=one_copy)
+    trainer, path, reports = make(kind, tmp_path, data=Pairs(3)), tmp_path / "new" / "reports.csv", []
+    trainer.add_callback(Looking(lambda: reports.append(trainer.synthesis_report)))
+    trainer.add_callback(ReportWriter(trainer, path))
+    assert trainer.synthesis_report is None
+    trainer.train()
+    trainer.log({"loss": 0.0})  # of the same report
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == [str(step) for step in (1, 2, 3) for _ in reports[0].groups]
+    for report, step in zip(reports, (1, 2, 3), strict=True):
+        values = report.to_dict()
+        of_step = [row for row in rows if row["step"] == str(step)]
+        assert [row["group"] for row in of_step] == list(report.groups)
+        for name, expected in values.items():
+            assert [float(row[name]) for row in of_step] == expected
+    assert reports[-1] is trainer.synthesis_report
+
+
+def test_a_writer_continues_its_file_and_leaves_out_what_is_absent(tmp_path):
+    path = tmp_path / "reports.csv"
+    for _ in range(2):
+        trainer = make(with_mixin(GradDiff, stats=False), tmp_path, data=Pairs(1))
+        trainer.add_callback(ReportWriter(trainer, path))
+        trainer.train()
+    lines = path.read_text().splitlines()
+    assert len(lines) == 1 + 2 * len(trainer.synthesis_report.groups)
+    assert lines[0].startswith("step,group,ff,fr,rr,")
+    assert lines[1].endswith(",,,,")
+    with pytest.raises(TypeError, match="`trainer` should have GradientSynthesisMixin"):
+        ReportWriter(make(GradDiff, tmp_path), path)
+
+
+def test_a_cosine_that_is_not_defined_is_not_logged(tmp_path):
+    trainer = make(with_mixin(variant(lambda self, f, r: self.gamma * f + self.alpha * (0 * r))), tmp_path)
+    trainer.train()
+    for log in steps_of(trainer):
+        assert log["norm_retain"] == 0.0
+        assert "cos_update_forget" in log
+        assert not {"cos_forget_retain", "cos_update_retain"} & set(log)
 
 
 def test_one_copy_of_several_micro_batches_is_refused(tmp_path):
