@@ -16,7 +16,7 @@ NOISE = 2.0**-20
 
 _COUNTS = ("nonfinite_forget", "nonfinite_retain")
 # The fields that can be read, and the columns that each is computed from.
-_FIELDS = {
+FIELDS = {
     **{name: (name,) for name in ("ff", "fr", "rr", "uu", "uf", "ur")},
     "conflict_fraction": ("conflicts",),
     **{name: (name,) for name in _COUNTS},
@@ -152,7 +152,7 @@ class SynthesisReport:
     @property
     def absent(self) -> tuple[str, ...]:
         present = self._read()
-        return tuple(name for name, columns in _FIELDS.items() if any(c not in present for c in columns))
+        return tuple(name for name, columns in FIELDS.items() if any(c not in present for c in columns))
 
     def total(self) -> SynthesisReport:
         """The report with all groups summed into one row."""
@@ -161,7 +161,7 @@ class SynthesisReport:
 
     def to_dict(self) -> dict[str, list[float]]:
         """Every field that was computed, as a list with one number for each group. Waits for the device."""
-        present = {name: values for name in _FIELDS if (values := getattr(self, name)) is not None}
+        present = {name: values for name in FIELDS if (values := getattr(self, name)) is not None}
         if not present:
             return {}
         rows = torch.stack([values.double() for values in present.values()]).tolist()  # one transfer
@@ -197,7 +197,7 @@ class SynthesisReport:
 
         Waits for the device.
         """
-        columns = [name for name in _FIELDS if name not in ("ff", "fr", "rr", "uu", "uf", "ur")]
+        columns = [name for name in FIELDS if name not in ("ff", "fr", "rr", "uu", "uf", "ur")]
         rows, totals = self.to_dict(), self.summary()
         columns = [name for name in columns if name in rows]
         lines = [["group", *columns]]

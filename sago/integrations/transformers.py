@@ -9,7 +9,7 @@ import operator
 import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -24,6 +24,7 @@ from sago.capture.streamed import InBackward
 from sago.core.checks import check_floor
 from sago.core.report import SynthesisReport
 from sago.integrations import deepspeed
+from sago.integrations.configuration import dtype_of, groups_of, rule_of
 from sago.private import has_since, require
 from sago.ranks.ddp import reduce_in_backward
 from sago.rules import Rule, resolve
@@ -35,12 +36,12 @@ else:
 
 _TESTED = "transformers 4.45 to 5.24"
 _ACCELERATE = "accelerate 1.15"
+_SIDES = {"gamma": "forget", "alpha": "retain"}
 _PRODUCTS = ("mul", "multiply", "__mul__", "__rmul__")
 _NORMS = ("norm_forget", "norm_retain", "norm_update")
+_COSINES = ("cos_forget_retain", "cos_update_forget", "cos_update_retain")
 _LOGGED = (
-    "cos_forget_retain",
-    "cos_update_forget",
-    "cos_update_retain",
+    *_COSINES,
     "conflict_fraction",
     *_NORMS,
     "nonfinite_forget",
@@ -51,6 +52,9 @@ _LOGGED = (
 @dataclass(frozen=True)
 class Synthesis:
     """The options of the synthesis in a trainer.
+
+    All of them can come from a configuration file: see `sago.integrations.configuration` for the forms of
+    `rule`, `groups` and `accumulate_dtype` there.
 
     Attributes:
         rule: As in `sago.synthesize_`.
@@ -74,15 +78,34 @@ class Synthesis:
     retain_floor: float = 0.0
 
     def __post_init__(self) -> None:
+        read = {"rule": rule_of, "groups": groups_of, "accumulate_dtype": dtype_of}
+        for name, function in read.items():
+            object.__setattr__(self, name, function(getattr(self, name)))
         rule = resolve(self.rule)
         check_floor(rule, self.retain_floor)
         if self.one_copy:
             _check_one_copy(rule, self)
-        if self.groups is not None and not callable(self.groups):
+
+    @classmethod
+    def of(cls, options: Any) -> Synthesis:
+        """The options from a mapping, for example a part of a YAML file.
+
+        Raises:
+            ValueError, TypeError: For an unknown option or an invalid value.
+        """
+        if isinstance(options, cls):
+            return options
+        if not isinstance(options, Mapping):
             raise TypeError(
-                "Parameter `groups` should be None or a function of a parameter's name. Found "
-                f"{type(self.groups).__name__}."
+                f"Parameter `synthesis` should be a Synthesis or a mapping. Found {type(options).__name__}."
             )
+        names = [field.name for field in fields(cls)]
+        unknown = [name for name in options if name not in names]
+        if unknown:
+            raise ValueError(
+                f"Parameter `synthesis` should have options among {', '.join(names)}. Found {unknown[0]!r}."
+            )
+        return cls(**options)
 
 
 class GradientSynthesisMixin(_Trainer):
@@ -113,10 +136,13 @@ class GradientSynthesisMixin(_Trainer):
     Then the mixin runs the backward of each loss with that scale, into its side of `sago.GradientBuckets`.
 
     Whenever the trainer logs its loss, the mixin adds both unweighted losses, averaged over micro-batches and
-    ranks, and the report of the last synthesis over all groups.
+    ranks, and the report of the last synthesis over all groups. A cosine that is not defined, because a norm
+    is 0 or not finite, is left out. `sago.integrations.callbacks` writes the values of each group to a file.
 
     Attributes:
-        synthesis: The options, which are read at the first step of `train`.
+        synthesis_report: The report of the last synthesis. None before the first one.
+        synthesis: The options, a `Synthesis` or a mapping with the same names. They are an attribute of the
+            class or an argument of the constructor, and are read at the first step of `train`.
 
     Raises:
         ValueError: In a training step, unless both losses are found and nothing else reaches the parameters.
@@ -126,8 +152,14 @@ class GradientSynthesisMixin(_Trainer):
     Source: arXiv 2604.14808; the trainers of OpenUnlearning (arXiv 2506.12618).
     """
 
-    synthesis: Synthesis = Synthesis()
+    synthesis: Synthesis | Mapping[str, Any] = Synthesis()
+    synthesis_report: SynthesisReport | None = None
     _synthesizer: _Synthesizer | None = None
+
+    def __init__(self, *args: Any, synthesis: Synthesis | Mapping[str, Any] | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if synthesis is not None:
+            self.synthesis = Synthesis.of(synthesis)
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -153,16 +185,16 @@ class GradientSynthesisMixin(_Trainer):
             self._synthesizer = _Synthesizer(self, model)
         synthesizer = self._synthesizer
         synthesizer.begin(self)
-        forget, retain = _weights(self)
-        instead: dict[str, Any] = {"gamma": forget, "alpha": retain}
+        weights = _weights(self)
+        instead: dict[str, Any] = {**weights}
         unweighted = _unweighted(self)
         apart = None
         if unweighted:
             compute_loss: Callable[..., Tensor]
             if hasattr(self, "compute_losses"):
-                compute_loss = partial(_weighed, self.compute_losses, forget, retain)
+                compute_loss = partial(_weighed, self, weights)
             else:
-                apart = _LossesApart(self, forget, retain)
+                apart = _LossesApart(self, weights)
                 compute_loss = apart.compute_loss
             # These losses are means over a micro-batch. The trainer must divide them by the number of
             # micro-batches, and asks these attributes whether it does. `check_scale` finds out.
@@ -177,12 +209,13 @@ class GradientSynthesisMixin(_Trainer):
             with _replaced(self, instead), synthesizer.not_stepping(self.accelerator):
                 loss = super().training_step(model, inputs, *extra)
             if unweighted:
-                synthesizer.check_scale(self, num_items_in_batch is not None, forget, retain)
-            synthesizer.capture(forget, retain, None if apart is None else apart.retain_loss)
+                synthesizer.check_scale(self, num_items_in_batch is not None, *weights.values())
+            synthesizer.capture(weights, None if apart is None else apart.retain_loss)
         finally:
-            forget.products = retain.products = None
+            for weight in weights.values():
+                weight.products = None
         if _steps_next(self):
-            synthesizer.synthesize(float(forget), float(retain), self.accelerator)
+            self.synthesis_report = synthesizer.synthesize(self.accelerator)
         return loss if apart is None else loss + apart.weighed / _micro_batches(self)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -203,24 +236,43 @@ class GradientSynthesisMixin(_Trainer):
 class _Weight(float):
     """The weight of a loss, which records the tensors that it is multiplied with.
 
-    The product is a leaf, so that the backward of the trainer ends there.
+    The product is a leaf, so that the backward of the trainer ends there. A product of the weight and a
+    number records for the weight: the number becomes a factor of the loss.
 
     Attributes:
         products: The factors and the leaves. None after the step, which makes the weight a plain float.
+        origin: The weight that a multiple records for. None if it is no multiple.
+        times: The number that the weight was multiplied with.
     """
 
     products: list[tuple[Tensor, Tensor]] | None
+    origin: _Weight | None
+    times: float
 
-    def __new__(cls, value: Any) -> _Weight:
+    def __new__(cls, value: Any, origin: _Weight | None = None, times: float = 1.0) -> _Weight:
         weight = super().__new__(cls, value)
-        weight.products = []
+        weight.products, weight.origin, weight.times = [], origin, times
         return weight
 
     def __mul__(self, other: Any) -> Any:
         product = float(self) * other
-        return self._cut(other, product) if isinstance(other, Tensor) else product
+        if isinstance(other, Tensor):
+            return self._cut(other, product)
+        number = isinstance(other, Real) and not isinstance(other, _Weight)
+        return self._multiple(product, self.times * other) if number else product
 
     __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> Any:
+        quotient = float(self) / other
+        number = isinstance(other, Real) and not isinstance(other, _Weight)
+        return self._multiple(quotient, self.times / other) if number else quotient
+
+    def __neg__(self) -> _Weight:
+        return self._multiple(-float(self), -self.times)
+
+    def _multiple(self, value: float, times: float) -> _Weight:
+        return _Weight(value, self.origin or self, times)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -235,10 +287,11 @@ class _Weight(float):
         return result
 
     def _cut(self, factor: Tensor, product: Tensor) -> Tensor:
-        if self.products is None or not product.requires_grad:
+        noted = (self.origin or self).products
+        if noted is None or not product.requires_grad:
             return product
         cut = product.detach().requires_grad_()
-        self.products.append((factor, cut))
+        noted.append((factor if self.times == 1.0 else self.times * factor, cut))
         return cut
 
 
@@ -252,8 +305,8 @@ class _LossesApart:
         weighed: The retain loss times its weight, once it is computed.
     """
 
-    def __init__(self, trainer: Any, gamma: _Weight, alpha: _Weight) -> None:
-        self._trainer, self._gamma, self._alpha = trainer, gamma, alpha
+    def __init__(self, trainer: Any, weights: dict[str, _Weight]) -> None:
+        self._trainer, self._weights = trainer, weights
         self._arguments: dict[str, Any] = {}  # of `compute_retain_loss`
         self._shape = torch.Size()
         self.weighed: Tensor | float = 0.0
@@ -270,24 +323,33 @@ class _LossesApart:
             )
         loss = self._trainer.compute_forget_loss(model=model, forget_inputs=inputs["forget"])
         _check_loss("compute_forget_loss", loss)
+        self._weights.update(_weights(self._trainer))
         self._arguments = {"model": model, "retain_inputs": inputs["retain"]}
         # The stand-in is at least fp32, because the retain loss may be wider than the forget loss.
         wide = torch.promote_types(loss.dtype, torch.float32)
         self._shape = loss.shape
-        return self._gamma * loss + self._alpha * torch.zeros_like(loss, dtype=wide, requires_grad=True)
+        stand_in = torch.zeros_like(loss, dtype=wide, requires_grad=True)
+        return self._weights["gamma"] * loss + self._weights["alpha"] * stand_in
 
     def retain_loss(self) -> Tensor:
         arguments, self._arguments = self._arguments, {}
         with self._trainer.compute_loss_context_manager():
             loss = self._trainer.compute_retain_loss(**arguments)
         _check_loss("compute_retain_loss", loss)
+        for name, weight in _weights(self._trainer).items():
+            if weight != self._weights[name]:
+                raise ValueError(
+                    f"`self.{name}` should not change in compute_retain_loss, because the trainer has used "
+                    f"it by then. Found {float(weight)} after {float(self._weights[name])}. Set it in "
+                    "compute_forget_loss, or define `compute_losses(model, inputs)`."
+                )
         if loss.shape != self._shape:
             raise ValueError(
                 f"compute_retain_loss should return a loss of the shape {tuple(self._shape)}, as "
                 f"compute_forget_loss does. Found {tuple(loss.shape)}. Return the mean over the batch in "
                 "both."
             )
-        self.weighed = float(self._alpha) * loss.detach().mean()
+        self.weighed = float(self._weights["alpha"]) * loss.detach().mean()
         return loss
 
 
@@ -304,15 +366,16 @@ class _Synthesizer:
         self._engine = _engine(trainer.accelerator, model)
         self._backward_options: dict[str, Any] = {}  # those of the trainer's call for DeepSpeed
         self._named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        self._rule, groups = _rule_and_groups(trainer, model, self._engine)
-        self._how = trainer.synthesis
+        self._how = Synthesis.of(trainer.synthesis)
+        self._rule, groups = _rule_and_groups(trainer, self._how, model, self._engine)
         if self._how.one_copy:
             _check_one_micro_batch(trainer)
         self._buckets = GradientBuckets(
             model, groups, self._how.accumulate_dtype, one_copy=self._how.one_copy
         )
         self._reducing = list(_reducing(model))
-        self._weights: tuple[float, float] | None = None  # the weights of the open window
+        # The weights of the first micro-batch of the open window.
+        self._weights: tuple[float, float] | None = None
         self._step = 0  # the optimizer step of the open window
         self._shared: bool | None = None
         self._report: SynthesisReport | None = None
@@ -392,23 +455,27 @@ class _Synthesizer:
             )
 
     def capture(
-        self, forget: _Weight, retain: _Weight, retain_loss: Callable[[], Tensor] | None = None
+        self, weights: Mapping[str, _Weight], retain_loss: Callable[[], Tensor] | None = None
     ) -> None:
         """Runs both backwards with the scales that the trainer's backward has left at the cuts.
 
+        The synthesis takes the weights of the first micro-batch of a window. If those of a later one differ,
+        their ratio to the first ones becomes a factor of its losses.
+
         Args:
-            forget, retain: The weights, after the trainer's backward.
+            weights: The weights `gamma` and `alpha`, after the trainer's backward.
             retain_loss: Computes the retain loss after the backward of the forget loss. None if it is already
                 a factor of the weight.
         """
-        sides = [_scaled("gamma", "forget", forget), _scaled("alpha", "retain", retain)]
+        sides = [_scaled(name, side, weights[name]) for name, side in _SIDES.items()]
         self._check_nothing_else()
-        weights = float(forget), float(retain)
-        if self._weights not in (None, weights):
-            raise ValueError(
-                "`self.gamma` and `self.alpha` should stay the same over the micro-batches of a window. "
-                f"Found {weights} after {self._weights}."
-            )
+        now = float(weights["gamma"]), float(weights["alpha"])
+        first = now if self._weights is None else self._weights
+        _warn_of_retain(self._rule, *first)
+        for k, name in enumerate(_SIDES):
+            if now[k] != first[k]:
+                ratio = _ratio(name, now[k], first[k])
+                sides[k] = [(loss, ratio * scale) for loss, scale in sides[k]]
         if self._shared is None:
             self._shared = retain_loss is None and _share_graph(*([x for x, _ in side] for side in sides))
         losses = [_sum_of_means(sides[0])]
@@ -425,9 +492,9 @@ class _Synthesizer:
                 self._buckets.zero_()
             raise
         losses.append(_sum_of_means(sides[1]))
-        with self._retain_capture(*weights) as step:
+        with self._retain_capture(*first) as step:
             self._backward(sides[1], retain_graph=False)
-            if any(cut.grad is not None for weight in (forget, retain) for _, cut in weight.products or ()):
+            if any(cut.grad is not None for weight in weights.values() for _, cut in weight.products or ()):
                 raise ValueError(
                     "The losses should not contain `self.gamma` or `self.alpha` themselves. Found a product "
                     "with one of them inside a loss, which cuts its gradient off; use "
@@ -436,18 +503,21 @@ class _Synthesizer:
         if step is not None:
             self._report = step.report
         seen = torch.stack(losses)
-        self._weights = weights
+        self._weights = first
         self._losses = seen if self._losses is None else self._losses + seen
         self._count += 1
 
     def _retain_capture(self, gamma: float, alpha: float) -> AbstractContextManager[InBackward | None]:
         if not self._how.one_copy:
             return self._buckets.retain()
-        options = {"stats": self._how.stats, "retain_floor": self._how.retain_floor}
-        return self._buckets.synthesize_in_backward(self._rule, gamma, alpha, **options)
+        return self._buckets.synthesize_in_backward(
+            self._rule, gamma, alpha, stats=self._how.stats, retain_floor=self._how.retain_floor
+        )
 
-    def synthesize(self, gamma: float, alpha: float, accelerator: Any) -> None:
-        if not self._how.one_copy:  # `capture` has done it
+    def synthesize(self, accelerator: Any) -> SynthesisReport:
+        if not self._how.one_copy:  # else `capture` has done it
+            assert self._weights is not None  # `capture` sets them
+            gamma, alpha = self._weights
             self._report = self._buckets.synthesize_(
                 self._rule,
                 gamma,
@@ -462,6 +532,8 @@ class _Synthesizer:
             self._engine.engine.step()
         elif self._losses is not None:
             self._loss_scale = _gradient_scale(accelerator, self._losses)
+        assert self._report is not None  # set here or by `capture`
+        return self._report
 
     def summary(self, accelerator: Any) -> dict[str, float]:
         """The values to log. Waits for the device."""
@@ -474,6 +546,7 @@ class _Synthesizer:
             _warn_once(warning)
         scale = float(self._loss_scale)
         logged = {n: found[n] / scale if n in _NORMS else found[n] for n in _LOGGED if n in found}
+        logged = {n: x for n, x in logged.items() if n not in _COSINES or not math.isnan(x)}
         return {"forget_loss": forget, "retain_loss": retain, **logged}
 
     def _backward(self, side: Sequence[tuple[Tensor, Tensor]], retain_graph: bool) -> None:
@@ -519,10 +592,11 @@ def _another_term(name: str) -> ValueError:
     )
 
 
-def _weights(trainer: Any) -> tuple[_Weight, _Weight]:
-    found = []
+def _weights(trainer: Any) -> dict[str, _Weight]:
+    """The weights that the trainer has now, as new objects."""
+    found = {}
     unweighted = _unweighted(trainer)
-    for name in ("gamma", "alpha"):
+    for name in _SIDES:
         value = getattr(trainer, name, 1.0 if unweighted else None)
         if not isinstance(value, Real):
             raise ValueError(
@@ -530,7 +604,7 @@ def _weights(trainer: Any) -> tuple[_Weight, _Weight]:
                 f"{'none' if value is None else type(value).__name__}. A trainer without weights needs "
                 "`compute_losses(model, inputs)`, which returns the forget and the retain loss."
             )
-        found.append(_Weight(value))
+        found[name] = _Weight(value)
         descriptor = inspect.getattr_static(type(trainer), name, None)
         if not unweighted and inspect.isdatadescriptor(descriptor):
             raise ValueError(
@@ -538,7 +612,17 @@ def _weights(trainer: Any) -> tuple[_Weight, _Weight]:
                 f"`compute_loss` runs. Found a {type(descriptor).__name__} of its class: use "
                 "`compute_losses(model, inputs)`, which returns the forget and the retain loss."
             )
-    return found[0], found[1]
+    return found
+
+
+def _ratio(name: str, now: float, first: float) -> float:
+    if first == 0.0:
+        raise ValueError(
+            f"`self.{name}` should not become {now} in a later micro-batch of a window whose first "
+            "micro-batch has 0, because the gradients of the window are multiplied by the first weight. Use "
+            "a small positive number instead of 0, or let the weight change between optimizer steps."
+        )
+    return now / first
 
 
 def _unweighted(trainer: Any) -> bool:
@@ -567,16 +651,17 @@ def _sum_of_means(side: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def _weighed(
-    compute_losses: Callable[[Any, Any], tuple[Tensor, Tensor]],
-    gamma: _Weight,
-    alpha: _Weight,
+    trainer: Any,
+    weights: dict[str, _Weight],
     model: Any,
     inputs: Any,
     return_outputs: bool = False,
     num_items_in_batch: Any = None,
 ) -> Tensor:
-    forget, retain = compute_losses(model, inputs)
-    return gamma * forget + alpha * retain
+    """The loss of a trainer with `compute_losses`, which may also set the weights."""
+    forget, retain = trainer.compute_losses(model, inputs)
+    weights.update(_weights(trainer))
+    return weights["gamma"] * forget + weights["alpha"] * retain
 
 
 @contextmanager
@@ -589,7 +674,10 @@ def _replaced(trainer: Any, instead: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         for name, value in instead.items():
-            if vars(trainer).get(name) is not value:
+            now = vars(trainer).get(name)
+            if now is not value:
+                if isinstance(now, _Weight):  # a multiple of the weight
+                    setattr(trainer, name, float(now))
                 continue
             if name in before:
                 setattr(trainer, name, before[name])
@@ -644,9 +732,11 @@ def _reducing(model: torch.nn.Module) -> Iterator[Any]:
     return (m for m in model.modules() if isinstance(m, (DistributedDataParallel, *sharded)))
 
 
-def _rule_and_groups(trainer: Any, model: torch.nn.Module, engine: Any) -> tuple[Rule, list[Hashable] | None]:
+def _rule_and_groups(
+    trainer: Any, how: Synthesis, model: torch.nn.Module, engine: Any
+) -> tuple[Rule, list[Hashable] | None]:
     """The rule and a key for each parameter, so that no sum mixes parameters of the optimizer with others."""
-    rule, groups = resolve(trainer.synthesis.rule), trainer.synthesis.groups
+    rule, groups = resolve(how.rule), how.groups
     named = [(_clean(n), p) for n, p in model.named_parameters()]
     if rule.scope != "global":
         return rule, None if groups is None else [groups(n) for n, _ in named]
@@ -725,6 +815,17 @@ def _check_one_copy(rule: Rule, how: Synthesis) -> None:
         raise ValueError(
             f"Parameter `one_copy` should be False with {found}, which {because}. Found True. Leave "
             "`one_copy` out, or change the other parameter."
+        )
+
+
+def _warn_of_retain(rule: Rule, gamma: float, alpha: float) -> None:
+    """Warns if `alpha` is 0 and the update depends on the retain gradient all the same."""
+    read = frozenset().union(*rule.reads[gamma == 0.0, True])
+    if alpha == 0.0 and (rule.classes > 1 or not read <= {"ff"}):
+        _warn_once(
+            f"`self.alpha` is 0, but the update of the rule {rule.name!r} depends on the retain gradient all "
+            "the same: on its signs, or on inner products with it. Set `self.alpha` to a positive number, or "
+            "use rule='sum', with which a retain loss of weight 0 changes nothing."
         )
 
 

@@ -1,11 +1,14 @@
 """Trainers with nothing but the mixin added, against the reference on the same micro-batches by hand."""
 
 import copy
+import csv
 import gc
 import inspect
+import re
 import subprocess
 import sys
 import weakref
+from functools import partial
 from types import SimpleNamespace
 
 import accelerate
@@ -18,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sago
 from sago.integrations import transformers as integration
+from sago.integrations.callbacks import ReportWriter
 from sago.integrations.transformers import GradientSynthesisMixin, Synthesis
 from tests.support.backends import RULES
 from tests.support.oracle import rounding_error
@@ -378,6 +382,9 @@ def variant(compute):
 
 FORMS = {
     "loss first": lambda self, f, r: f * self.gamma + r * self.alpha,
+    "times a number": lambda self, f, r: self.alpha * 0.5 * (2.0 * r) + 4 * self.gamma * (f / 4),
+    "negated": lambda self, f, r: -self.gamma * -f + (-1 * -self.alpha) * r,
+    "divided": lambda self, f, r: self.gamma / 2 * (2 * f) + r * (self.alpha / 4 * 4),
     "functions": lambda self, f, r: torch.mul(f, self.gamma) + r.mul(self.alpha),
     "scaled together": lambda self, f, r: (self.gamma * f + self.alpha * r) * 3 / 3,
     "texts": lambda self, f, r: (self.gamma * torch.stack([f, f]) + self.alpha * torch.stack([r, r])).mean(),
@@ -595,6 +602,24 @@ def test_one_copy_trains_with_the_bits_of_two(kind, dtype, how, options, tmp_pat
     assert_same_training(kinds, tmp_path, lambda: model(dtype), **options)
     two, one = dict.fromkeys(filter(None, sizes))
     assert two == 2 * one
+
+
+@pytest.mark.parametrize(
+    ("rule", "warns"),
+    [("sago", True), ("pcgrad", True), ("ties", True), ("sum", False), ("ngdiff", False), ("blur", False)],
+)
+def test_a_retain_weight_of_0_is_told_once_if_the_rule_reads_the_retain_gradient(
+    rule, warns, tmp_path, caplog
+):
+    """OpenUnlearning's UNDIAL is configured with 0. `ngdiff` and `blur` are then multiples of f."""
+    integration._warn_once.cache_clear()
+    trainer = make(with_mixin(GradDiff, rule=rule), tmp_path, data=Pairs(4))
+    trainer.alpha = 0.0
+    trainer.train()
+    assert trainer.state.global_step > 1
+    told = [record.message for record in caplog.records if "`self.alpha` is 0" in record.message]
+    assert len(told) == warns
+    assert all(f"{rule!r}" in text and "rule='sum'" in text for text in told)
 
 
 @pytest.mark.parametrize("one_copy", [False, True])
@@ -832,7 +857,7 @@ def test_a_weight_that_was_kept_is_a_number(tmp_path):
 
 
 NOT_SEEN = {
-    "negated weight": (lambda self, f, r: -self.gamma * f + self.alpha * r, r"no product.*`self.gamma`"),
+    "added to": (lambda self, f, r: (self.gamma + 1.0) * f + self.alpha * r, r"no product.*`self.gamma`"),
     "forget alone": (lambda self, f, r: f + self.alpha * r, r"no product.*`self.gamma`.*leaves the forget"),
     "shortcut": (
         lambda self, f, r: self.gamma * f if self.state.global_step < 1 else self.gamma * f + self.alpha * r,
@@ -881,8 +906,7 @@ def test_refuses_weights_that_are_no_numbers(tmp_path):
         trainer.train()
 
 
-def test_refuses_weights_that_change_within_a_window(tmp_path):
-    """One update has one pair of weights."""
+def test_refuses_a_weight_that_is_replaced_before_its_product(tmp_path):
 
     class Restless(GradDiff):
         def compute_unlearn_loss(self, model, inputs, return_outputs=False):
@@ -891,10 +915,84 @@ def test_refuses_weights_that_change_within_a_window(tmp_path):
 
     kind = with_mixin(Restless)
     with pytest.raises(ValueError, match=r"`self.gamma` should be multiplied|no product"):
-        make(kind, tmp_path, gradient_accumulation_steps=2).train()  # it is no longer the one that notes
-    after = variant(lambda self, f, r: (self.gamma * f + self.alpha * r, setattr(self, "gamma", 0.5))[0])
-    with pytest.raises(ValueError, match=r"stay the same over.*Found \(0.5, 1.3\) after \(0.7, 1.3\)"):
-        make(with_mixin(after), tmp_path, gradient_accumulation_steps=2).train()
+        make(kind, tmp_path).train()  # it is no longer the one that notes
+
+
+def halved(self):
+    """Halves gamma after the first micro-batch of two, and restores it after the second."""
+    self.gamma = 0.5 * GAMMA if self.gamma == GAMMA else GAMMA
+
+
+class Halving(variant(lambda self, f, r: (self.gamma * f + self.alpha * r, halved(self))[0])):
+    pass
+
+
+class HalvingInLosses(GradDiff):
+    """Sets the weights of a micro-batch in the method that computes its losses."""
+
+    seen = 0
+
+    def compute_losses(self, model, inputs):
+        self.gamma = GAMMA if self.seen % 2 == 0 else 0.5 * GAMMA
+        self.seen += 1
+        return graddiff_losses(model, None, inputs)
+
+
+class HalvingApart(Apart):
+    seen = 0
+
+    def compute_forget_loss(self, model, forget_inputs):
+        self.gamma = GAMMA if self.seen % 2 == 0 else 0.5 * GAMMA
+        self.seen += 1
+        return super().compute_forget_loss(model, forget_inputs)
+
+
+class HalvedLosses(GradDiff):
+    """The same with constant weights: half of the forget loss of every second micro-batch."""
+
+    seen = 0
+
+    def compute_losses(self, model, inputs):
+        forget, retain = graddiff_losses(model, None, inputs)
+        self.seen += 1
+        return forget * (1.0 if self.seen % 2 else 0.5), retain
+
+
+@pytest.mark.parametrize("rule", ["sago", "pcgrad_global"])
+@pytest.mark.parametrize("kind", [Halving, HalvingInLosses, HalvingApart])
+def test_weights_that_change_within_a_window(kind, rule, tmp_path):
+    """The weights of each micro-batch are in its gradients, relative to those of the first one."""
+    found = []
+    for other in (kind, HalvedLosses):
+        trainer = make(with_mixin(other, rule=rule), tmp_path, data=Pairs(4), gradient_accumulation_steps=2)
+        trainer.train()
+        found.append(trainer)
+    torch.testing.assert_close(weights(found[0].model), weights(found[1].model), rtol=0, atol=DRIFT)
+    assert_trained_alike(found[0].model, found[1].model)
+    moved = [
+        p for p, q in zip(found[0].model.parameters(), llama().parameters(), strict=True) if (p != q).any()
+    ]
+    assert moved
+
+
+def test_a_weight_that_is_0_first_cannot_become_another_within_a_window(tmp_path):
+    kind = variant(lambda self, f, r: (self.gamma * f + self.alpha * r, setattr(self, "gamma", 0.5))[0])
+    trainer = make(with_mixin(kind), tmp_path, gradient_accumulation_steps=2)
+    trainer.gamma = 0.0
+    with pytest.raises(ValueError, match=r"`self.gamma` should not become 0\.5 in a later micro-batch"):
+        trainer.train()
+
+
+def test_a_weight_that_changes_in_the_retain_loss_is_refused(tmp_path):
+    class Late(Apart):
+        def compute_retain_loss(self, model, retain_inputs):
+            self.alpha = 2.0
+            return super().compute_retain_loss(model, retain_inputs)
+
+    with pytest.raises(
+        ValueError, match=r"`self.alpha` should not change in compute_retain_loss.*Found 2\.0"
+    ):
+        make(with_mixin(Late), tmp_path).train()
 
 
 def test_refuses_a_trainer_whose_private_loop_was_renamed():
@@ -1035,7 +1133,7 @@ def test_refuses_to_be_the_last_of_the_bases():
 def test_options_are_checked_when_they_are_written():
     with pytest.raises(ValueError, match=r"`rule` should be"):
         Synthesis(rule="sagoo")
-    with pytest.raises(TypeError, match=r"`groups` should be None or a function"):
+    with pytest.raises(TypeError, match=r"`groups` should be None, a function"):
         Synthesis(groups=["a"])
     with pytest.raises(ValueError, match=r"`retain_floor` should be 0 for a rule without a gate"):
         Synthesis(rule="pcgrad", retain_floor=0.1)
@@ -1051,6 +1149,71 @@ def test_options_are_checked_when_they_are_written():
             ValueError, match=rf"`one_copy` should be False with {found}.*Leave `one_copy` out"
         ):
             Synthesis(one_copy=True, **how)
+
+
+def test_options_from_a_configuration(tmp_path):
+    """As a mapping that the constructor takes, or that the class has."""
+    options = {"rule": "pcgrad", "groups": "layer", "stats": False}
+
+    class Configured(GradientSynthesisMixin, GradDiff):
+        pass
+
+    class Named(Configured):
+        synthesis = options
+
+    by_hand = with_mixin(GradDiff, rule="pcgrad", groups=lambda name: re.sub(r"(\.\d+)\..*", r"\1", name))
+    trainers = [make(kind, tmp_path) for kind in (by_hand, partial(Configured, synthesis=options), Named)]
+    for trainer in trainers:
+        trainer.train()
+    expected, *found = (weights(trainer.model) for trainer in trainers)
+    for other in found:
+        torch.testing.assert_close(other, expected, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="Found 'rulle'"):
+        make(partial(Configured, synthesis={"rulle": "sago"}), tmp_path)
+
+
+@pytest.mark.parametrize("one_copy", [False, True])
+def test_reports_of_each_group_in_a_file(one_copy, tmp_path):
+    kind = with_mixin(GradDiff, groups=lambda name: name.rpartition(".")[2], one_copy=one_copy)
+    trainer, path, reports = make(kind, tmp_path, data=Pairs(3)), tmp_path / "new" / "reports.csv", []
+    trainer.add_callback(Looking(lambda: reports.append(trainer.synthesis_report)))
+    trainer.add_callback(ReportWriter(trainer, path))
+    assert trainer.synthesis_report is None
+    trainer.train()
+    trainer.log({"loss": 0.0})  # of the same report
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == [str(step) for step in (1, 2, 3) for _ in reports[0].groups]
+    for report, step in zip(reports, (1, 2, 3), strict=True):
+        values = report.to_dict()
+        of_step = [row for row in rows if row["step"] == str(step)]
+        assert [row["group"] for row in of_step] == list(report.groups)
+        for name, expected in values.items():
+            assert [float(row[name]) for row in of_step] == expected
+    assert reports[-1] is trainer.synthesis_report
+
+
+def test_a_writer_continues_its_file_and_leaves_out_what_is_absent(tmp_path):
+    path = tmp_path / "reports.csv"
+    for _ in range(2):
+        trainer = make(with_mixin(GradDiff, stats=False), tmp_path, data=Pairs(1))
+        trainer.add_callback(ReportWriter(trainer, path))
+        trainer.train()
+    lines = path.read_text().splitlines()
+    assert len(lines) == 1 + 2 * len(trainer.synthesis_report.groups)
+    assert lines[0].startswith("step,group,ff,fr,rr,")
+    assert lines[1].endswith(",,,,")
+    with pytest.raises(TypeError, match="`trainer` should have GradientSynthesisMixin"):
+        ReportWriter(make(GradDiff, tmp_path), path)
+
+
+def test_a_cosine_that_is_not_defined_is_not_logged(tmp_path):
+    trainer = make(with_mixin(variant(lambda self, f, r: self.gamma * f + self.alpha * (0 * r))), tmp_path)
+    trainer.train()
+    for log in steps_of(trainer):
+        assert log["norm_retain"] == 0.0
+        assert "cos_update_forget" in log
+        assert not {"cos_forget_retain", "cos_update_retain"} & set(log)
 
 
 def test_one_copy_of_several_micro_batches_is_refused(tmp_path):

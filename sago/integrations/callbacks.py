@@ -1,0 +1,53 @@
+"""A callback of the transformers Trainer that writes the report of each group to a file."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from sago.core.report import FIELDS
+
+
+class ReportWriter(TrainerCallback):
+    """Appends the last report to a CSV file whenever the trainer logs: one line for each group.
+
+        trainer.add_callback(ReportWriter(trainer, "reports.csv"))
+
+    The columns are `step`, `group` and the fields of `sago.SynthesisReport`. The norms are those of the
+    gradients as they were accumulated: under a GradScaler they contain its scale. Only the first process
+    writes, and only logging waits for the device. A field that a report does not have is empty.
+
+    Args:
+        trainer: A trainer with `GradientSynthesisMixin`.
+        path: The file. An existing file is continued, as after a checkpoint.
+    """
+
+    def __init__(self, trainer: Any, path: str | Path) -> None:
+        if not hasattr(trainer, "synthesis_report"):
+            raise TypeError(
+                "Parameter `trainer` should have GradientSynthesisMixin among its bases. Found "
+                f"{type(trainer).__name__}."
+            )
+        self._trainer, self._path = trainer, Path(path)
+        self._last: Any = None
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        report = self._trainer.synthesis_report
+        if report is None or report is self._last:  # logs of an evaluation, for example
+            return
+        self._last = report
+        values = report.to_dict()
+        if not state.is_world_process_zero:
+            return
+        new = not self._path.exists()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(["step", "group", *FIELDS])
+            for i, group in enumerate(report.groups):
+                fields = [values[name][i] if name in values else "" for name in FIELDS]
+                writer.writerow([state.global_step, group, *fields])
