@@ -133,7 +133,7 @@ def check_call(
         scales=scales,
         state=state,
         draw=draw,
-        retain_floor=check_floor(found, retain_floor),
+        retain_floor=check_floor(found, retain_floor) if retain_floor != 0.0 else 0.0,
     )
 
 

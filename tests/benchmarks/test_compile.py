@@ -67,6 +67,7 @@ def test_every_kernel_and_rule_is_there(quick):
         ("combine", "(torch)", 0, "aligned"),
         ("combine", "sum (propagate)", 0, "aligned"),
         ("combine", "sago (propagate)", 0, "aligned"),
+        ("combine", "sago (floor)", 0, "aligned"),
         ("combine", "(torch) (propagate)", 0, "aligned"),
     }
     for arch in ARCHS:
