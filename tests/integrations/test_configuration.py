@@ -78,7 +78,7 @@ NAMES = (
         (r"\.(\d)\d*\..*(weight|bias)", [0, 1, 2, 1, 3, 3, 4]),
         (lambda name: name[-4:], [0, 0, 1, 0, 0, 0, 0]),
     ],
-    ids=str,
+    ids=["layer", "module", "words", "digits", "function"],
 )
 def test_groups(value, expected):
     keys = [groups_of(value)(name) for name in NAMES]
