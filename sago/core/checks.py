@@ -19,6 +19,8 @@ from sago.rules import Rule, resolve
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
+NONFINITE = ("propagate", "zero_update")
+
 NEW = object()  # for `out`: new tensors like retain
 
 Gradients = Tensor | Iterable[Tensor | None]
@@ -97,7 +99,10 @@ def check_call(
 ) -> Call:
     if reduce_gram is not None and not callable(reduce_gram):
         raise TypeError(f"Parameter `reduce_gram` should be a callable. Found {type(reduce_gram).__name__}.")
-    check_nonfinite(nonfinite)
+    if nonfinite not in (None, *NONFINITE):
+        raise ValueError(
+            f"Parameter `nonfinite` should be 'propagate' or 'zero_update'. Found {nonfinite!r}."
+        )
     found = rule if isinstance(rule, Rule) else resolve(rule)
     if found.state and state is None:
         raise ValueError(
@@ -133,13 +138,6 @@ def check_call(
         draw=draw,
         retain_floor=check_floor(found, retain_floor) if retain_floor != 0.0 else 0.0,
     )
-
-
-def check_nonfinite(nonfinite: str | None) -> None:
-    if nonfinite not in (None, "propagate", "zero_update"):
-        raise ValueError(
-            f"Parameter `nonfinite` should be 'propagate' or 'zero_update'. Found {nonfinite!r}."
-        )
 
 
 def check_floor(rule: Rule, retain_floor: float) -> float:

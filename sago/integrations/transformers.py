@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sago.capture.buckets import GradientBuckets
 from sago.capture.streamed import InBackward
-from sago.core.checks import check_floor, check_nonfinite
+from sago.core.checks import NONFINITE, check_floor
 from sago.core.report import SynthesisReport
 from sago.integrations import deepspeed
 from sago.integrations.configuration import ByPattern, dtype_of, groups_of, rule_of
@@ -78,7 +78,10 @@ class Synthesis:
     def __post_init__(self) -> None:
         rule = resolve(self.rule)
         check_floor(rule, self.retain_floor)
-        check_nonfinite(self.nonfinite)
+        if self.nonfinite not in NONFINITE:
+            raise ValueError(
+                f"Parameter `nonfinite` should be 'propagate' or 'zero_update'. Found {self.nonfinite!r}."
+            )
         for name in ("stats", "one_copy"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"Parameter `{name}` should be True or False. Found {getattr(self, name)!r}.")
