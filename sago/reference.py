@@ -24,6 +24,7 @@ from torch import Tensor
 from sago import rules
 from sago.backends.reference import class_sums_of, conflict, update, weighted, with_zeros, write
 from sago.backends.reference import sums_of as sums
+from sago.core.checks import check_floor
 from sago.core.report import SynthesisReport
 from sago.rules import REFERENCES, Rule
 from sago.rules.draws import of_pair
@@ -125,15 +126,19 @@ def synthesize_(
     draw = None if rule.seed is None else torch.tensor([rule.seed, 0])
     starts = [0, *accumulate(0 if pair is None else pair[0].numel() for pair in pairs)]
     device = next((p[0].device for p in pairs if p), torch.device("cpu"))
-    norms = torch.zeros(len(rows), 3, dtype=torch.float64, device=device)
-    for group, pair in zip(groups, pairs, strict=True):
-        if pair:
-            f, r = (t.double() for t in pair)
-            norms[rows.index(group)] += torch.stack([(f * f).sum(), (r * r).sum(), (r == r).sum()]).to(device)
-    if reduce_gram is not None and retain_floor:
-        reduced = reduce_gram(norms)
-        norms = norms if reduced is None else reduced
-    floors = [retain_floor and _floor(ff, rr, n, retain_floor) for ff, rr, n in norms.tolist()]
+    floors = [0.0] * len(rows)
+    if check_floor(rule, retain_floor):
+        norms = torch.zeros(len(rows), 3, dtype=torch.float64, device=device)
+        for group, pair in zip(groups, pairs, strict=True):
+            if pair:
+                f, r = (t.double() for t in pair)
+                numel = torch.tensor(f.numel(), device=f.device)
+                norms[rows.index(group)] += torch.stack([(f * f).sum(), (r * r).sum(), numel]).to(device)
+        if reduce_gram is not None:
+            reduced = reduce_gram(norms)
+            norms = norms if reduced is None else reduced
+        norms = norms.sum(0, keepdim=True).expand_as(norms) if rule.scope == "global" else norms
+        floors = [_floor(ff, rr, n, retain_floor) for ff, rr, n in norms.tolist()]
     table = torch.zeros(len(rows), 10 if gate is None else 16, dtype=torch.float64, device=device)
     for i, (group, pair) in enumerate(zip(groups, pairs, strict=True)):
         if pair:
@@ -167,7 +172,7 @@ def _floor(ff: float, rr: float, numel: float, retain_floor: float) -> float:
     """The magnitude below which an element of retain counts as 0 in a gate."""
     if not isfinite(rr):
         return 0.0
-    return inf if rr < 2.0**-40 * ff < inf else retain_floor * (rr / max(numel, 1)) ** 0.5
+    return inf if rr < 2.0**-32 * ff < inf else retain_floor * (rr / max(numel, 1)) ** 0.5
 
 
 def _laid_out(f: Tensor, r: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:

@@ -62,9 +62,10 @@ def synthesize_(
         backend: "triton" (the default on CUDA and ROCm), "compiled" (the default on the CPU) or "reference".
         retain_floor: A dead zone of the gate, for retain gradients with elements that are rounding noise. An
             element `r_i` counts as 0 in the gate, so that it does not conflict, if `|r_i| < retain_floor *
-            (r * r).mean().sqrt()`, with the mean over the group. If `|r| < 2**-20 * |f|` in a group, the
+            (r * r).mean().sqrt()`, with the mean over the group. If `|r| < 2**-16 * |f|` in a group, the
             whole retain gradient of the group is noise, and no element conflicts. The coefficients still
-            apply to `r_i`. The gradients are read once more for the norms. 0 is no dead zone.
+            apply to `r_i`. The gradients are read once more for the norms, which are right for magnitudes
+            from 1e-18 to 1e18. 0 is no dead zone.
 
     Returns:
         The report, whose statistics are on the device. Only reading it waits for the device.

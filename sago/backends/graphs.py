@@ -161,7 +161,7 @@ def block_sums(f: Tensor, r: Tensor, wanted: Wanted) -> Tensor:
 
 
 def block_sums_above(f: Tensor, r: Tensor, floor: Tensor, wanted: Wanted) -> Tensor:
-    """The same with a floor `[1]`."""
+    """Like `block_sums`, with a floor `[1]`."""
     return _block_sums(f, r, floor, wanted)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence, Set
+from functools import lru_cache
 from numbers import Real
 from typing import Any
 
@@ -17,6 +18,8 @@ from sago.core.pairs import Call, Pairs, Placement, Weight
 from sago.rules import Rule, resolve
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+NONFINITE = ("propagate", "zero_update")
 
 NEW = object()  # for `out`: new tensors like retain
 
@@ -96,7 +99,7 @@ def check_call(
 ) -> Call:
     if reduce_gram is not None and not callable(reduce_gram):
         raise TypeError(f"Parameter `reduce_gram` should be a callable. Found {type(reduce_gram).__name__}.")
-    if nonfinite not in (None, "propagate", "zero_update"):
+    if nonfinite not in (None, *NONFINITE):
         raise ValueError(
             f"Parameter `nonfinite` should be 'propagate' or 'zero_update'. Found {nonfinite!r}."
         )
@@ -145,7 +148,28 @@ def check_floor(rule: Rule, retain_floor: float) -> float:
             f"elements conflict. Found {retain_floor} with {rule.name!r}. Use a rule with a gate, for "
             "example 'sago'."
         )
+    if floor and not _keeps_forget(rule):
+        raise ValueError(
+            "Parameter `retain_floor` should be 0 for a rule that leaves the forget gradient out where the "
+            "retain gradient is 0, because it would then leave out all elements of the dead zone. Found "
+            f"{retain_floor} with {rule.name!r}. Use another rule with a gate, for example 'sago'."
+        )
     return floor
+
+
+@lru_cache(maxsize=256)
+def _keeps_forget(rule: Rule) -> bool:
+    """Whether the forget gradient has a coefficient that is not 0 in the classes of elements with `r = 0`."""
+    f = torch.tensor([1.0, -1.0], device="cpu")
+    drawn = [] if rule.seed is None else [torch.full_like(f, 0.5)]
+    classes = (
+        {1} if rule.gate is None else {int(k) for k in rule.gate(f, torch.zeros_like(f), *drawn).tolist()}
+    )
+    ones = torch.ones(1, dtype=torch.float64, device="cpu")
+    more: list[Any] = [[(ones,) * 4] * rule.classes] if rule.by_class else []
+    more += [(ones,) * len(rule.state)] if rule.state else []
+    values = rule.coefficients(ones, ones, ones, ones[0], ones[0], *more)
+    return all(float(values[2 * k]) != 0.0 for k in classes)
 
 
 def _checked(reduce_gram: ReduceGram) -> Callable[[Tensor], Tensor]:

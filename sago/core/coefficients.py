@@ -1,6 +1,6 @@
 """The coefficients of an update: those of the rule, changed by clipping, scales and NaN or inf.
 
-Also the floors of `retain_floor`, which follow from the same sums.
+The floors of `retain_floor` are here, too, because they follow from the same sums.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sago.backends import sums
 from sago.core.pairs import Call
-from sago.core.report import NOISE
+from sago.core.report import is_noise
 from sago.rules import Coefficients, Rule, evaluate
 
 
@@ -56,10 +56,11 @@ def floors(call: Call, table: Tensor, elements: Tensor) -> Tensor:
     rounding noise. It is 0 if the root mean square is not finite.
     """
     ff, _, rr = sums.products(table).unbind(1)
+    if call.rule.scope == "global":
+        ff, rr, elements = (x.sum().expand_as(x) for x in (ff, rr, elements))
     found = call.retain_floor * (rr / elements).sqrt()
     found = torch.where(found.isfinite(), found / call.scales[1], 0.0)
-    noise = (rr < NOISE * NOISE * ff) & ff.isfinite()
-    return torch.where(noise, torch.inf, found)
+    return torch.where(is_noise(ff, rr), torch.inf, found)
 
 
 def of_update(nonfinite: str | None, table: Tensor, values: Tensor) -> list[Tensor]:

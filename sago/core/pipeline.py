@@ -154,8 +154,9 @@ class Pipeline:
         self, call: Call, wanted: Sums, draws: Sequence[Tensor | None], of_rows: Sequence[Tensor | None]
     ) -> Statistics:
         """The sums, which include those of other ranks. `of_rows` has the floors for each device."""
+        gate = call.rule.gate if wanted == Sums.CLASSES else None
         grams = [
-            there.backend.gram(there.batch, wanted, call.rule.gate, draw, floor)
+            there.backend.gram(there.batch, wanted, gate, draw, floor)
             for there, draw, floor in zip(self.devices, draws, of_rows, strict=True)
         ]
         taken = self._reduced(grams, call)

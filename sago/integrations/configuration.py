@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any
 
@@ -70,19 +71,48 @@ def dtype_of(value: Any) -> torch.dtype | None:
     if value is None or isinstance(value, torch.dtype):
         return value
     found = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else None
-    if not isinstance(found, torch.dtype):
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(
-            f"Parameter `accumulate_dtype` should be the name of a dtype, such as 'float32'. Found {value!r}."
+            "Parameter `accumulate_dtype` should be the name of a floating dtype, such as 'float32'. Found "
+            f"{value!r}."
         )
     return found
+
+
+@dataclass(frozen=True)
+class ByPattern:
+    """Groups by what a regular expression finds in the name of a parameter.
+
+    Names in which it finds the same text, or the same groups of the expression, are a group. A name in which
+    it finds nothing is a group of its own.
+    """
+
+    pattern: str
+
+    def __call__(self, name: str) -> Hashable:
+        match = re.search(self.pattern, name)
+        return name if match is None else match.groups() or match[0]
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raises ValueError if the expression finds nothing in any of these names."""
+        if not any(re.search(self.pattern, name) for name in names):
+            raise ValueError(
+                "Parameter `groups` should be a regular expression that matches the names of parameters. "
+                f"Found {self.pattern!r}, which matches none."
+            )
+
+
+def module_of(name: str) -> str:
+    """The name of the module of a parameter."""
+    return name.rpartition(".")[0]
 
 
 def groups_of(value: Any) -> Callable[[str], Hashable] | None:
     """A function from the name of a parameter to its group.
 
     `value` is "layer" (`model.layers.3` is one group), "module" (the parameters of one module are a group),
-    or a regular expression. Names in which it finds the same text, or the same groups of the expression, are
-    a group. A name without a match is a group of its own.
+    or a regular expression; see `ByPattern`. An expression that is a single word is refused, because it is
+    likely to be a misspelled "layer" or "module". `(?:word)` is not.
     """
     if value is None or callable(value):
         return value  # type: ignore[no-any-return]
@@ -92,20 +122,19 @@ def groups_of(value: Any) -> Callable[[str], Hashable] | None:
             f"regular expression. Found {type(value).__name__}."
         )
     if value == "module":
-        return lambda name: name.rpartition(".")[0]
-    pattern = r"^.*?\.\d+(?=\.)" if value == "layer" else value
+        return module_of
+    if value == "layer":
+        return ByPattern(r"^(?:.*?\.)?\d+(?=\.)")
+    if not value or value.isidentifier():
+        raise ValueError(
+            f"Parameter `groups` should be 'layer', 'module' or a regular expression. Found {value!r}. Write "
+            "a word as an expression, for example '(?:mlp)'."
+        )
     try:
-        found = re.compile(pattern)
+        re.compile(value)
     except re.error as error:
         raise ValueError(
             "Parameter `groups` should be 'layer', 'module' or a regular expression. Found "
-            f"{value!r}, which is none: {error}."
+            f"{value!r}, which is not an expression: {error}."
         ) from error
-
-    def group(name: str) -> Hashable:
-        match = found.search(name)
-        if match is None:
-            return name
-        return match.groups() or match[0]
-
-    return group
+    return ByPattern(value)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import cache, partial
+from functools import partial
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -21,10 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sago.capture.buckets import GradientBuckets
 from sago.capture.streamed import InBackward
-from sago.core.checks import check_floor
+from sago.core.checks import NONFINITE, check_floor
 from sago.core.report import SynthesisReport
 from sago.integrations import deepspeed
-from sago.integrations.configuration import dtype_of, groups_of, rule_of
+from sago.integrations.configuration import ByPattern, dtype_of, groups_of, rule_of
 from sago.private import has_since, require
 from sago.ranks.ddp import reduce_in_backward
 from sago.rules import Rule, resolve
@@ -53,13 +53,11 @@ _LOGGED = (
 class Synthesis:
     """The options of the synthesis in a trainer.
 
-    All of them can come from a configuration file: see `sago.integrations.configuration` for the forms of
-    `rule`, `groups` and `accumulate_dtype` there.
-
     Attributes:
         rule: As in `sago.synthesize_`.
-        groups: A function from the name of a parameter to the key of its group, for rules that take inner
-            products over each group. By default every parameter is a group.
+        groups: A function from the name of a parameter to the key of its group: for rules that take inner
+            products over each group, for `retain_floor`, and for the rows of the report. By default every
+            parameter is a group.
         nonfinite: As in `GradientBuckets.synthesize_`.
         accumulate_dtype: As in `sago.GradientBuckets`.
         stats: Whether all fields of the report are computed and logged, or only those that the rule needs.
@@ -78,17 +76,28 @@ class Synthesis:
     retain_floor: float = 0.0
 
     def __post_init__(self) -> None:
-        read = {"rule": rule_of, "groups": groups_of, "accumulate_dtype": dtype_of}
-        for name, function in read.items():
-            object.__setattr__(self, name, function(getattr(self, name)))
         rule = resolve(self.rule)
         check_floor(rule, self.retain_floor)
+        if self.nonfinite not in NONFINITE:
+            raise ValueError(
+                f"Parameter `nonfinite` should be 'propagate' or 'zero_update'. Found {self.nonfinite!r}."
+            )
+        for name in ("stats", "one_copy"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"Parameter `{name}` should be True or False. Found {getattr(self, name)!r}.")
         if self.one_copy:
             _check_one_copy(rule, self)
+        if self.groups is not None and not callable(self.groups):
+            raise TypeError(
+                "Parameter `groups` should be None or a function of a parameter's name. Found "
+                f"{type(self.groups).__name__}."
+            )
 
     @classmethod
     def of(cls, options: Any) -> Synthesis:
         """The options from a mapping, for example a part of a YAML file.
+
+        `sago.integrations.configuration` says which forms `rule`, `groups` and `accumulate_dtype` have there.
 
         Raises:
             ValueError, TypeError: For an unknown option or an invalid value.
@@ -105,7 +114,13 @@ class Synthesis:
             raise ValueError(
                 f"Parameter `synthesis` should have options among {', '.join(names)}. Found {unknown[0]!r}."
             )
-        return cls(**options)
+        read: dict[str, Callable[[Any], Any]] = {
+            "rule": rule_of,
+            "groups": groups_of,
+            "accumulate_dtype": dtype_of,
+        }
+        found: dict[str, Any] = {n: read[n](x) if n in read else x for n, x in options.items()}
+        return cls(**found)
 
 
 class GradientSynthesisMixin(_Trainer):
@@ -272,7 +287,7 @@ class _Weight(float):
         return self._multiple(-float(self), -self.times)
 
     def _multiple(self, value: float, times: float) -> _Weight:
-        return _Weight(value, self.origin or self, times)
+        return _Weight(value, self if self.origin is None else self.origin, times)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -287,7 +302,7 @@ class _Weight(float):
         return result
 
     def _cut(self, factor: Tensor, product: Tensor) -> Tensor:
-        noted = (self.origin or self).products
+        noted = (self if self.origin is None else self.origin).products  # a weight may be 0
         if noted is None or not product.requires_grad:
             return product
         cut = product.detach().requires_grad_()
@@ -376,6 +391,7 @@ class _Synthesizer:
         self._reducing = list(_reducing(model))
         # The weights of the first micro-batch of the open window.
         self._weights: tuple[float, float] | None = None
+        self._used = (1.0, 1.0)  # the weights of the last synthesis
         self._step = 0  # the optimizer step of the open window
         self._shared: bool | None = None
         self._report: SynthesisReport | None = None
@@ -515,9 +531,10 @@ class _Synthesizer:
         )
 
     def synthesize(self, accelerator: Any) -> SynthesisReport:
+        assert self._weights is not None  # `capture` sets them
+        self._used = self._weights
         if not self._how.one_copy:  # else `capture` has done it
-            assert self._weights is not None  # `capture` sets them
-            gamma, alpha = self._weights
+            gamma, alpha = self._used
             self._report = self._buckets.synthesize_(
                 self._rule,
                 gamma,
@@ -543,11 +560,23 @@ class _Synthesizer:
         self._losses, self._count = None, 0
         found = self._report.summary()
         for warning in self._report.warnings():
-            _warn_once(warning)
+            _warn_once("noise", warning)
+        self._check_same_weights(accelerator)
         scale = float(self._loss_scale)
         logged = {n: found[n] / scale if n in _NORMS else found[n] for n in _LOGGED if n in found}
         logged = {n: x for n, x in logged.items() if n not in _COSINES or not math.isnan(x)}
         return {"forget_loss": forget, "retain_loss": retain, **logged}
+
+    def _check_same_weights(self, accelerator: Any) -> None:
+        """Raises if the ranks used different weights. It is part of logging, which waits for the ranks."""
+        weights = torch.tensor([self._used], device=accelerator.device)
+        for name, values in zip(_SIDES, accelerator.gather(weights).unbind(1), strict=True):
+            if len(set(values.tolist())) > 1:
+                raise ValueError(
+                    f"`self.{name}` should be the same on every rank, because it is a weight of the update "
+                    f"and not of the local loss. Found {values.tolist()}. Average what it is computed from "
+                    "over the ranks, for example with accelerator.reduce."
+                )
 
     def _backward(self, side: Sequence[tuple[Tensor, Tensor]], retain_graph: bool) -> None:
         losses, scales = [loss for loss, _ in side], [scale for _, scale in side]
@@ -739,12 +768,14 @@ def _rule_and_groups(
     rule, groups = resolve(how.rule), how.groups
     named = [(_clean(n), p) for n, p in model.named_parameters()]
     if rule.scope != "global":
+        if isinstance(groups, ByPattern):
+            groups.check([n for n, _ in named])
         return rule, None if groups is None else [groups(n) for n, _ in named]
     if engine is not None:  # the optimizer of an engine has flat parts of the parameters
         return rule, None
     trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
-    keys: list[Hashable] = [id(p) in trained for _, p in named]
-    if all(key or not p.requires_grad for key, (_, p) in zip(keys, named, strict=True)):
+    keys: list[Hashable] = ["in the optimizer" if id(p) in trained else "others" for _, p in named]
+    if all(id(p) in trained or not p.requires_grad for _, p in named):
         return rule, None
     return replace(rule, scope="tensor"), keys
 
@@ -819,19 +850,23 @@ def _check_one_copy(rule: Rule, how: Synthesis) -> None:
 
 
 def _warn_of_retain(rule: Rule, gamma: float, alpha: float) -> None:
-    """Warns if `alpha` is 0 and the update depends on the retain gradient all the same."""
+    """Warns if `alpha` is 0 and the rule still reads the retain gradient."""
     read = frozenset().union(*rule.reads[gamma == 0.0, True])
     if alpha == 0.0 and (rule.classes > 1 or not read <= {"ff"}):
         _warn_once(
-            f"`self.alpha` is 0, but the update of the rule {rule.name!r} depends on the retain gradient all "
-            "the same: on its signs, or on inner products with it. Set `self.alpha` to a positive number, or "
-            "use rule='sum', with which a retain loss of weight 0 changes nothing."
+            f"alpha=0 {rule.name}",
+            f"`self.alpha` is 0, but the rule {rule.name!r} still reads the retain gradient: its signs, or "
+            "inner products with it. With rule='sum', a retain loss of weight 0 changes nothing.",
         )
 
 
-@cache
-def _warn_once(text: str) -> None:
-    logging.getLogger("sago").warning("sago: %s", text)
+_warned: set[str] = set()
+
+
+def _warn_once(kind: str, text: str) -> None:
+    if kind not in _warned:
+        _warned.add(kind)
+        logging.getLogger("sago").warning("sago: %s", text)
 
 
 def _check_one_micro_batch(trainer: Any) -> None:

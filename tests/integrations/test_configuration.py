@@ -1,5 +1,7 @@
 """The options of a synthesis as a configuration file gives them."""
 
+import pickle
+
 import pytest
 import torch
 
@@ -51,8 +53,8 @@ def test_rules_that_are_refused(value, error, says):
 def test_dtypes():
     assert dtype_of("float32") is dtype_of("torch.float32") is dtype_of(torch.float32) is torch.float32
     assert dtype_of(None) is None
-    for wrong in ("fp33", "nn", 32):
-        with pytest.raises(ValueError, match=f"name of a dtype.*Found {wrong!r}"):
+    for wrong in ("fp33", "nn", 32, "int32"):
+        with pytest.raises(ValueError, match=f"name of a floating dtype.*Found {wrong!r}"):
             dtype_of(wrong)
 
 
@@ -76,7 +78,7 @@ NAMES = (
         (r"\.(\d)\d*\..*(weight|bias)", [0, 1, 2, 1, 3, 3, 4]),
         (lambda name: name[-4:], [0, 0, 1, 0, 0, 0, 0]),
     ],
-    ids=str,
+    ids=["layer", "module", "words", "digits", "function"],
 )
 def test_groups(value, expected):
     keys = [groups_of(value)(name) for name in NAMES]
@@ -86,8 +88,25 @@ def test_groups(value, expected):
 
 def test_groups_that_are_refused():
     assert groups_of(None) is None
-    with pytest.raises(ValueError, match=r"regular expression. Found '\(', which is none"):
+    with pytest.raises(ValueError, match=r"regular expression\. Found '\(', which is not an expression"):
         groups_of("(")
+    for word in ("layers", "mlp", ""):
+        with pytest.raises(ValueError, match=rf"'layer', 'module' or .* Found '{word}'"):
+            groups_of(word)
+    assert groups_of("(?:mlp)")("a.mlp.b") == "mlp"
+    with pytest.raises(ValueError, match=r"'expert', which matches none|matches none"):
+        groups_of("(?:expert)").check(NAMES)
+    groups_of("layer").check(NAMES)
+
+
+def test_layers_of_a_sequential_are_groups():
+    assert [groups_of("layer")(name) for name in ("0.weight", "0.bias", "12.weight")] == ["0", "0", "12"]
+
+
+@pytest.mark.parametrize("value", ["layer", "module", r"up_proj|q_proj"])
+def test_groups_can_be_pickled(value):
+    again = pickle.loads(pickle.dumps(groups_of(value)))
+    assert [again(name) for name in NAMES] == [groups_of(value)(name) for name in NAMES]
     with pytest.raises(TypeError, match="Found list"):
         groups_of(["layer"])
 

@@ -612,7 +612,7 @@ def test_a_retain_weight_of_0_is_told_once_if_the_rule_reads_the_retain_gradient
     rule, warns, tmp_path, caplog
 ):
     """OpenUnlearning's UNDIAL is configured with 0. `ngdiff` and `blur` are then multiples of f."""
-    integration._warn_once.cache_clear()
+    integration._warned.clear()
     trainer = make(with_mixin(GradDiff, rule=rule), tmp_path, data=Pairs(4))
     trainer.alpha = 0.0
     trainer.train()
@@ -1133,8 +1133,13 @@ def test_refuses_to_be_the_last_of_the_bases():
 def test_options_are_checked_when_they_are_written():
     with pytest.raises(ValueError, match=r"`rule` should be"):
         Synthesis(rule="sagoo")
-    with pytest.raises(TypeError, match=r"`groups` should be None, a function"):
+    with pytest.raises(TypeError, match=r"`groups` should be None or a function"):
         Synthesis(groups=["a"])
+    with pytest.raises(ValueError, match=r"`nonfinite` should be 'propagate' or"):
+        Synthesis(nonfinite="zero")
+    for name in ("stats", "one_copy"):
+        with pytest.raises(TypeError, match=rf"`{name}` should be True or False\. Found 'false'"):
+            Synthesis(**{name: "false"})
     with pytest.raises(ValueError, match=r"`retain_floor` should be 0 for a rule without a gate"):
         Synthesis(rule="pcgrad", retain_floor=0.1)
     refused = {
@@ -1191,6 +1196,28 @@ def test_reports_of_each_group_in_a_file(one_copy, tmp_path):
         for name, expected in values.items():
             assert [float(row[name]) for row in of_step] == expected
     assert reports[-1] is trainer.synthesis_report
+
+
+def test_groups_by_an_expression_that_matches_no_parameter_are_refused(tmp_path):
+    kind = type("Trainer", (GradientSynthesisMixin, GradDiff), {"synthesis": {"groups": r"expert\.\d+"}})
+    with pytest.raises(ValueError, match=r"`groups` should be a regular expression that matches.*expert"):
+        make(kind, tmp_path).train()
+
+
+def test_a_multiple_of_a_weight_of_0_is_found(tmp_path):
+    """Two terms of the retain loss, of which the second has a factor: both are captured."""
+    norms = []
+    for alpha in (0.0, 1.5):
+        for compute in (
+            lambda self, f, r: -self.gamma * -f + self.alpha * r + self.alpha * 2.0 * r,
+            lambda self, f, r: self.gamma * f + self.alpha * (3.0 * r),
+        ):
+            trainer = make(with_mixin(variant(compute)), tmp_path, data=Pairs(1))
+            trainer.alpha = alpha
+            trainer.train()
+            norms.append(steps_of(trainer)[0]["norm_retain"])
+    # Of the same gradient, whose terms are added in another order.
+    torch.testing.assert_close(norms, [norms[0]] * 4, rtol=10 * DRIFT, atol=0.0)
 
 
 def test_a_writer_continues_its_file_and_leaves_out_what_is_absent(tmp_path):

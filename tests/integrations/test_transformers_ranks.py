@@ -14,7 +14,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sago.integrations.transformers import GradientSynthesisMixin, Synthesis
 from tests.support.ranks import Ranks
-from tests.support.trainers import DRIFT, NEWER, NPO, GradDiff, Pairs, assert_logged, llama, make
+from tests.support.trainers import (
+    DRIFT,
+    NEWER,
+    NPO,
+    GradDiff,
+    Pairs,
+    assert_logged,
+    graddiff_losses,
+    llama,
+    make,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -157,3 +167,23 @@ def error_of(folder, engine):
 @pytest.mark.parametrize("engine", ["ddp", fsdp2])
 def test_every_rank_says_which_loss_it_did_not_find(ranks, engine, tmp_path):
     ranks(error_of, str(tmp_path), engine)
+
+
+class OwnWeight(GradDiff):
+    """Computes gamma from the loss of its own rank."""
+
+    def compute_losses(self, model, inputs):
+        forget, retain = graddiff_losses(model, None, inputs)
+        self.gamma = abs(float(forget.detach()))
+        return forget, retain
+
+
+def refusal_of_own_weights(folder):
+    with pytest.raises(ValueError, match=r"`self.gamma` should be the same on every rank.*Average") as error:
+        train(folder, OwnWeight, "ddp", {}, {})
+    return str(error.value)
+
+
+def test_weights_that_differ_between_ranks_are_noticed_when_they_are_logged(ranks, tmp_path):
+    first, second = ranks(refusal_of_own_weights, str(tmp_path))
+    assert first == second

@@ -8,6 +8,7 @@ import torch
 
 import sago
 from sago.core.report import NOISE
+from sago.rules import RULES, scaled, where
 from tests.support import inputs
 from tests.support.properties import assert_equal_bits
 from tests.support.windows import BF16, FP32, FP64, assert_equal_results, bucketed
@@ -45,13 +46,42 @@ def test_elements_below_the_floor_do_not_conflict(backend, dtype, keys):
     assert "conflict_fraction" in report.absent
 
 
-def test_no_floor_is_the_default(backend):
+GATED = [name for name, rule in RULES.items() if rule.classes > 1]
+
+
+@pytest.mark.parametrize("rule", GATED)
+def test_noise_leaves_the_forget_gradient(backend, rule):
+    """Or the rule is refused, because it would leave out every element of the forget gradient."""
+    f, r = (t.float() for t in inputs.pair(300))
+    options = {"rule": rule, "retain_floor": 1e-3, "alpha": 0.0}
+    if rule in ("cautious", "mudman"):
+        with pytest.raises(ValueError, match=rf"leaves the forget gradient out .*with '{rule}'"):
+            backend([f], [r], **options)
+        return
+    (found,), report = backend([f], [r * 2.0**-26], **options)
+    # `ties` halves the elements that agree, and takes the larger one where r counts as 0.
+    assert_equal_bits([found], [f])
+    assert report.conflict_fraction.item() == 0.0
+
+
+def gated_and_global(ff, fr, rr, gamma, alpha):
+    return 0.0, alpha, gamma, 0.0 * scaled(alpha, where(rr > ff, 1.0, 2.0))
+
+
+def test_a_rule_of_global_scope_has_one_floor_for_all_groups(backend):
+    rule = sago.Rule("gated_and_global", gated_and_global, "global", gated=True)
     forget, retain = lists()
-    expected, _ = backend(forget, retain)
-    assert_equal_bits(backend(forget, retain, retain_floor=0.0)[0], expected)
+    retain[0] *= 100.0
+    expected, _ = sago.reference.synthesize(forget, retain, rule, retain_floor=FLOOR)
+    for keys in (None, [0, 1, 0, 1, 2, 2], list(range(6))):
+        found, _ = backend(forget, retain, rule, retain_floor=FLOOR, groups=keys)
+        assert_equal_bits(found, expected)
+        assert_equal_bits(
+            sago.reference.synthesize(forget, retain, rule, retain_floor=FLOOR, groups=keys)[0], expected
+        )
 
 
-@pytest.mark.parametrize("rule", ["sago", "cautious"])
+@pytest.mark.parametrize("rule", ["sago", "ties"])
 def test_a_plan_and_lists_that_were_seen_before(backend, rule):
     forget, retain = ([backend.place(t) for t in side] for side in lists())
     out = [torch.empty_like(t) for t in retain]
@@ -149,7 +179,7 @@ def test_a_rule_without_a_gate_is_refused(rule):
 )
 def test_floors_that_are_refused(floor, error):
     f, r = torch.ones(3), torch.ones(3)
-    for call in (sago.synthesize_, sago.synthesize, sago.Plan):
+    for call in (sago.synthesize_, sago.synthesize, sago.Plan, sago.reference.synthesize):
         with pytest.raises(error, match="Parameter `retain_floor` should be"):
             call([f], [r], retain_floor=floor)
     assert (r == 1.0).all()
@@ -163,4 +193,7 @@ def test_the_report_warns_of_a_retain_gradient_that_is_noise():
     assert "1 of 3 groups" in warning
     assert warning in report.table()
     assert sago.synthesize([f], [r])[1].warnings() == []
+    inf = f.clone()
+    inf[3] = torch.inf
+    assert sago.synthesize([inf], [r])[1].warnings() == []
     assert sago.synthesize([f], [r * NOISE / 4], stats=False)[1].warnings() == []
