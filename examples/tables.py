@@ -61,6 +61,29 @@ def cosines_told(record: Record) -> str:
     return table(rows, list(rows[0]))
 
 
+def equal_told(record: Record) -> str:
+    """The rules at the same learning rate and weight: the trials with the middle one of each."""
+    grid, rows = record["grid"], []
+    rate, gamma = (sorted(values)[len(values) // 2] for values in (grid["rates"], grid["gammas"]))
+    for run in record["trials"]:
+        if (run["rate"], run["gamma"]) != (rate, gamma):
+            continue
+        row = {"loss": run["objective"], "rule": run["rule"]}
+        for level in LEVELS:
+            seen = at_level(run, level)
+            row[f"steps to {level:g}"] = "" if seen is None else f"{seen.step:.1f}"
+        seen = at_level(run, CHOICE)
+        row[f"recovery at {CHOICE:g}"] = "" if seen is None else f"{100 * mean_recovery(seen):.0f}%"
+        for label, name in (
+            ("cos(f,r)", "cos_forget_retain"),
+            ("cos(u,f)", "cos_update_forget"),
+            ("cos(u,r)", "cos_update_retain"),
+        ):
+            row[label] = f"{statistics.fmean(run['steps'][name]):+.2f}"
+        rows.append(row)
+    return f"lr {rate:g}, gamma {gamma:g}, seed {grid['trial_seed']}\n\n{table(rows, list(rows[0]))}"
+
+
 def broken(record: Record) -> list[str]:
     """The rules that promise `<u, r> >= 0` but have a step that breaks the promise."""
     runs = [*record["trials"], *record["runs"]]
@@ -144,6 +167,8 @@ def front_page(record: Record) -> str:
             if (seen := at_level(run, CHOICE)) is not None
         ]
         told = f"{100 * statistics.fmean(there):.0f} % in {entry.step:.0f} steps" if there else "not reached"
+        if 0 < len(there) < len(record["grid"]["seeds"]):
+            told += f" ({len(there)} of {len(record['grid']['seeds'])} seeds)"
         found[entry.objective, entry.rule] = told
     lines = ["| | " + " | ".join(f"`{rule}`" for rule in rules) + " |", "|---" * (1 + len(rules)) + "|"]
     lines += [
@@ -185,6 +210,7 @@ def tell(record: Record) -> str:
         *levels,
         f"Mean recovery over all abilities at {CHOICE:g} with every learning rate (seeds that get there)"
         f"\n\n{rates_told(record, CHOICE)}",
+        f"All rules at the same learning rate and weight\n\n{equal_told(record)}",
         f"The trials: mean recovery at {CHOICE:g} with every learning rate / gamma, seed "
         f"{record['grid']['trial_seed']}\n\n{trials_told(record, CHOICE)}",
         f"The first steps of sago with NPO and the KL divergence to the start model\n\n{noise_told(record)}",

@@ -16,6 +16,7 @@ from examples.recovery import CHOICE, LEVELS, entries
 from examples.tables import (
     broken,
     cosines_told,
+    equal_told,
     front_page,
     noise_told,
     rates_told,
@@ -129,6 +130,7 @@ def test_pages_show_the_committed_record(committed):
     shown = (
         worlds_told(committed),
         cosines_told(committed),
+        equal_told(committed),
         rates_told(committed, CHOICE),
         noise_told(committed),
     )
