@@ -17,6 +17,7 @@ from sago.backends import compiled, graphs, packs, sums
 from sago.backends.streams import Cache
 from sago.capture import buckets, side
 from sago.core import coefficients, pipeline, seen, statistics
+from sago.core import report as reports
 from tests.support import repeats
 from tests.support.backends import INTERPRETED, Backend, import_with_triton
 from tests.support.checks import (
@@ -73,6 +74,7 @@ kernels = import_with_triton("sago.kernels")
 stream, combine, gram, batch, formula = (
     sys.modules[f"sago.kernels.{name}"] for name in ("stream", "combine", "gram", "batch", "formula")
 )
+KERNEL_MODULES = stream, combine, gram, batch, formula
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 WEIGHTS = {"gamma": 0.75, "alpha": 1.5}
 
@@ -408,11 +410,13 @@ ON_THE_CPU = {
     },
 }
 ON_BOTH = {
-    (coefficients, "floors"): {
-        "the norm for its mean": ("rr / elements", "rr", floors),
-        "noise is not seen": ("torch.where(noise, torch.inf, found)", "found", noise),
+    (reports, "is_noise"): {
         "noise by the norm of retain": ("rr < NOISE * NOISE * ff", "rr < NOISE * NOISE", noise),
         "inf of forget makes retain noise": (" & ff.isfinite()", "", floors_beside_inf),
+    },
+    (coefficients, "floors"): {
+        "the norm for its mean": ("rr / elements", "rr", floors),
+        "noise is not seen": ("torch.where(is_noise(ff, rr), torch.inf, found)", "found", noise),
         "inf makes all conflicts end": ("found.isfinite()", "~found.isnan()", floors_beside_inf),
         "the floor of the means": ("found / call.scales[1]", "found", floors_of_means),
         "the scale of forget": ("call.scales[1]", "call.scales[0]", floors_of_means),
@@ -510,7 +514,7 @@ def mutate(monkeypatch, tmp_path):
         exec(compile(path.read_text(), str(path), "exec"), vars(mutant.module), namespace)
         users = [
             m
-            for m in (stream, gram, combine, batch, formula, compiled, graphs, pipeline, seen, synthesis)
+            for m in (*KERNEL_MODULES, compiled, graphs, coefficients, pipeline, seen, synthesis)
             if vars(m).get(name) is original
         ]
         for user in users or [owner]:
