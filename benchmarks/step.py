@@ -391,8 +391,8 @@ def gradients(params: Tensors, losses: Losses) -> list[Tensors]:
 def check(case: Case, params: Tensors, forget: Tensors, retain: Tensors) -> None:
     """Raises `WrongResult` unless `p.grad` is the update that `sago.reference` makes of both gradients.
 
-    The error of a tensor is divided by `gamma * |f| + alpha * |r|`, and not by the norm of the update, which
-    is small if the two gradients nearly cancel.
+    The error of a tensor is divided by `gamma * |f| + alpha * |r|`. The norm of the update would be too small
+    a divisor if the two gradients nearly cancel.
     """
     dtype, device = params[0].dtype, params[0].device
     whole = RULES[case.rule].scope == "global"

@@ -49,7 +49,7 @@ class Grid:
 
     @property
     def steps(self) -> int:
-        """Of a run that does not end early."""
+        """The number of steps of a run that does not end early."""
         return self.measured[-1]
 
     def trials(self) -> list[Cell]:

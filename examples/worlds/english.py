@@ -1,4 +1,4 @@
-"""What a language model of English knows besides a table: common sense, sums, and running text."""
+"""Facts of common sense, sums, and English prose, with which the general ability of a model is measured."""
 
 from __future__ import annotations
 

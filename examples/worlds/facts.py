@@ -94,11 +94,11 @@ def scores(model: Any, examples: Examples, collator: Collator, batch_size: int =
 
 
 def knowledge(model: Any, examples: Examples, collator: Collator, batch_size: int = 64) -> dict[str, float]:
-    """What the model knows of the answers.
+    """Returns four numbers that measure how well the model knows the answers.
 
-    `loss`: NLL of an answer token. `probability`: mean over the answers of `pi(y|x) ** (1/|y|)`, as in TOFU.
-    `tokens`: share of answer tokens ranked first. `answers`: share of answers of which all are, which greedy
-    decoding gives back word for word.
+    `loss` is the NLL of an answer token. `probability` is the mean over the answers of `pi(y|x) ** (1/|y|)`,
+    as in TOFU. `tokens` is the share of answer tokens that the model ranks first. `answers` is the share of
+    answers whose tokens are all ranked first, so that greedy decoding gives the answer word for word.
     """
     seen = scores(model, examples, collator, batch_size)
     values = (

@@ -104,5 +104,5 @@ class World:
 
     @staticmethod
     def perplexity(text: Mapping[str, float]) -> float:
-        """Of the texts, from the entry `text` of what `known` returns."""
+        """The perplexity of the texts. `text` is the entry of that name in the result of `known`."""
         return math.exp(text["loss"])

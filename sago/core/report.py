@@ -178,8 +178,8 @@ class SynthesisReport:
     def warnings(self) -> list[str]:
         """Sentences that say what is wrong with the gradients. Waits for the device.
 
-        There is one warning: the retain gradient of a group is not 0, and its norm is below `2**-16` of that
-        of the forget gradient. Such a gradient is rounding noise, and its signs are random.
+        A warning counts the groups whose retain gradient is rounding noise, so that its signs are random. Its
+        norm is then not 0, and less than `2**-16` times the norm of the forget gradient.
         """
         ff, rr = self.ff, self.rr
         if ff is None or rr is None:

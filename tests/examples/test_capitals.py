@@ -22,7 +22,7 @@ FACTS = {
 
 @pytest.fixture
 def folder(tmp_path):
-    """What `Capitals.prepare` leaves: here with a tiny random model."""
+    """A folder with the files that `Capitals.prepare` writes, for a tiny random model."""
     for part in (random_model(), byte_tokenizer()):
         part.save_pretrained(tmp_path / "smollm2")
     (tmp_path / "known.json").write_text(json.dumps(FACTS))

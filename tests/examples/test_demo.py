@@ -68,7 +68,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ran(folder, one_thread):
-    """What the experiment prints, and its record."""
+    """The output of the experiment, and its record."""
     with in_this_size(), redirect_stdout(io.StringIO()) as printed:
         assert experiment.main(["--world=people", "--workers=0", f"--out={folder}"]) == 0
     return printed.getvalue(), json.loads((folder / "experiment.json").read_text())

