@@ -11,7 +11,7 @@ from sago.core.report import NOISE
 from sago.rules import RULES, scaled, where
 from tests.support import inputs
 from tests.support.properties import assert_equal_bits
-from tests.support.windows import BF16, FP32, FP64, assert_equal_results, bucketed
+from tests.support.windows import ANY, BF16, FP32, FP64, assert_equal_results, bucketed
 
 FLOOR = 0.73
 WEIGHTS = {"gamma": 0.75, "alpha": 1.5}
@@ -121,6 +121,17 @@ def test_groups_of_buckets_with_one_copy(backend):
     )
     found = bucketed(backend, forget, retain, "sago", {**made, "one_copy": True}, True, retain_floor=FLOOR)
     assert_equal_results(found, whole)
+
+
+def test_a_group_over_several_buffers_is_refused_in_the_backward():
+    """Its norm is not complete before the last buffer, when the update of the first one is written."""
+    forget, retain = lists()
+    made = {"groups": [0] * 6, "bucket_cap_mb": 1e-6}
+    expected, _ = sago.reference.synthesize(forget, retain, groups=made["groups"], retain_floor=FLOOR)
+    assert_equal_bits(bucketed(ANY, forget, retain, "sago", made, retain_floor=FLOOR)[0], expected)
+    with pytest.raises(ValueError, match=r"Group 0 should lie in one buffer"):
+        bucketed(ANY, forget, retain, "sago", made, in_backward=True, retain_floor=FLOOR)
+    bucketed(ANY, forget, retain, "sago", made, in_backward=True)  # without a floor, nothing has to wait
 
 
 def test_clipping_uses_the_norm_of_the_floored_update(backend):
