@@ -40,7 +40,8 @@ NAMED = {
     "sago/backends/choose.py": {"kernels"},  # MODULES
     "sago/capture/opening.py": {"integrations"},  # ENGINES
 }
-OF_USERS = "sago/integrations/configuration.py"  # it imports modules that a user's configuration names
+# It imports modules that a user's configuration names.
+OF_USERS = "sago/integrations/trainer/configuration.py"
 BY_STRING = {"import_module", "__import__", "importlib", "resolve_name"}
 
 

@@ -12,7 +12,8 @@ import torch
 
 import sago
 from sago.core import guards
-from sago.integrations import deepspeed, transformers
+from sago.integrations import deepspeed
+from sago.integrations.trainer import adapter
 from sago.private import has_since, require, version
 from sago.ranks import ddp, fsdp
 from tests.support.backends import import_with_triton
@@ -52,8 +53,8 @@ def test_a_name_is_required_from_the_version_that_added_it(monkeypatch):
 @pytest.mark.parametrize(
     ("library", "tested"),
     [
-        ("transformers", transformers._TESTED),
-        ("accelerate", transformers._ACCELERATE),
+        ("transformers", adapter.TESTED),
+        ("accelerate", adapter.ACCELERATE),
         ("deepspeed", deepspeed._TESTED),
     ],
 )

@@ -1,1 +1,1 @@
-"""Adapters to other libraries, with one module for each. `import sago` imports none of them."""
+"""Adapters to other libraries. `import sago` imports none of them."""

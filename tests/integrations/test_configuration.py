@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sago
-from sago.integrations.configuration import dtype_of, groups_of, rule_of
+from sago.integrations.trainer.configuration import dtype_of, groups_of, rule_of
 from sago.integrations.transformers import Synthesis
 
 MINE = sago.Rule("mine", lambda ff, fr, rr, gamma, alpha: (gamma, alpha), "element")

@@ -20,8 +20,8 @@ from accelerate.state import AcceleratorState, GradientState
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sago
-from sago.integrations import transformers as integration
 from sago.integrations.callbacks import ReportWriter
+from sago.integrations.trainer import adapter, synthesizer
 from sago.integrations.transformers import GradientSynthesisMixin, Synthesis
 from tests.support.backends import RULES
 from tests.support.oracle import rounding_error
@@ -612,7 +612,7 @@ def test_a_retain_weight_of_0_is_told_once_if_the_rule_reads_the_retain_gradient
     rule, warns, tmp_path, caplog
 ):
     """OpenUnlearning's UNDIAL is configured with 0. `ngdiff` and `blur` are then multiples of f."""
-    integration._warned.clear()
+    synthesizer._warned.clear()
     trainer = make(with_mixin(GradDiff, rule=rule), tmp_path, data=Pairs(4))
     trainer.alpha = 0.0
     trainer.train()
@@ -1031,10 +1031,10 @@ def test_refuses_context_parallelism(tmp_path, monkeypatch):
     trainer = make(with_mixin(GradDiff), tmp_path)
     state = trainer.accelerator.state
     monkeypatch.setattr(state, "parallelism_config", parallelism.ParallelismConfig(cp_size=1))
-    integration._check_optimizer(trainer)
+    adapter.check_optimizer(trainer)
     monkeypatch.setattr(state, "parallelism_config", parallelism.ParallelismConfig(cp_size=2))
     with pytest.raises(ValueError, match=r"without context parallelism.*Found cp_size > 1"):
-        integration._Synthesizer(trainer, trainer.model)
+        synthesizer.Synthesizer(trainer, trainer.model)
 
 
 def trainer_with(**accelerator):
@@ -1051,10 +1051,10 @@ def test_context_parallelism_that_cannot_be_recognised_is_an_error(name, acceler
     """In accelerate 1.10 and later, which has it."""
     monkeypatch.setattr(accelerate, "__version__", "1.10.0.dev0")
     with pytest.raises(RuntimeError, match=rf"accelerate should have .*SimpleNamespace\.{name}`"):
-        integration._check_optimizer(trainer_with(**accelerator))
+        adapter.check_optimizer(trainer_with(**accelerator))
     monkeypatch.setattr(accelerate, "__version__", "1.9.1")
-    integration._check_optimizer(trainer_with())
-    integration._check_optimizer(trainer_with(parallelism_config=None))
+    adapter.check_optimizer(trainer_with())
+    adapter.check_optimizer(trainer_with(parallelism_config=None))
 
 
 def test_an_engine_without_the_wrapper_of_accelerate_is_an_error(monkeypatch):
@@ -1065,13 +1065,13 @@ def test_an_engine_without_the_wrapper_of_accelerate_is_an_error(monkeypatch):
 
     plain, name = torch.nn.Linear(1, 1), "deepspeed_engine_wrapped"
     monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(DeepSpeedEngine=Engine))
-    assert integration._engine(SimpleNamespace(), plain) is None
-    assert integration._engine(SimpleNamespace(**{name: None}), plain) is None
-    assert integration._engine(SimpleNamespace(**{name: "wrapper"}), Engine()) == "wrapper"
+    assert adapter.engine_of(SimpleNamespace(), plain) is None
+    assert adapter.engine_of(SimpleNamespace(**{name: None}), plain) is None
+    assert adapter.engine_of(SimpleNamespace(**{name: "wrapper"}), Engine()) == "wrapper"
     with pytest.raises(RuntimeError, match=rf"accelerate should have .*SimpleNamespace\.{name}`"):
-        integration._engine(SimpleNamespace(), Engine())
+        adapter.engine_of(SimpleNamespace(), Engine())
     with pytest.raises(ValueError, match=rf"{name}` should be.*Found None.*accelerator\.prepare"):
-        integration._engine(SimpleNamespace(**{name: None}), Engine())
+        adapter.engine_of(SimpleNamespace(**{name: None}), Engine())
 
 
 def test_the_backward_of_accelerate_calls_the_wrapper():
@@ -1082,7 +1082,7 @@ def test_a_term_that_reaches_a_parameter_of_an_engine_is_found():
     """In the graph that torch makes, because the engine's hooks would run in a backward."""
     free, p, frozen = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
     frozen.requires_grad_(False)
-    engineless = integration._Engineless([("layer.p", p), ("frozen", frozen)], {})
+    engineless = synthesizer._Engineless([("layer.p", p), ("frozen", frozen)], {})
     cut = torch.ones(2, requires_grad=True)
     engineless.backward((cut * free.detach()).sum())
     assert (cut.grad == 1.0).all()

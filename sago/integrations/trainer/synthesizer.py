@@ -1,0 +1,368 @@
+"""The buckets of a model in training: two backwards for each micro-batch, one synthesis for each window."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+from torch.nn.parallel import DistributedDataParallel
+
+from sago.capture.buckets import GradientBuckets
+from sago.capture.streamed import InBackward
+from sago.core.report import SynthesisReport
+from sago.integrations import deepspeed
+from sago.integrations.trainer.adapter import (
+    TESTED,
+    check_one_micro_batch,
+    check_optimizer,
+    engine_of,
+    gradient_scale,
+    micro_batches,
+)
+from sago.integrations.trainer.configuration import ByPattern
+from sago.integrations.trainer.options import Synthesis
+from sago.integrations.trainer.weights import SIDES, Weight, ratio_of, scaled
+from sago.ranks.ddp import reduce_in_backward
+from sago.rules import Rule, resolve
+
+_NORMS = ("norm_forget", "norm_retain", "norm_update")
+_COSINES = ("cos_forget_retain", "cos_update_forget", "cos_update_retain")
+_LOGGED = (
+    *_COSINES,
+    "conflict_fraction",
+    *_NORMS,
+    "nonfinite_forget",
+    "nonfinite_retain",
+)
+_warned: set[str] = set()
+
+
+class Synthesizer:
+    """The buckets of a model in training, and the losses since the last log.
+
+    Attributes:
+        model: The model that the trainer passes to `training_step`.
+    """
+
+    def __init__(self, trainer: Any, model: Any) -> None:
+        check_optimizer(trainer)
+        self.model = model
+        self._engine = engine_of(trainer.accelerator, model)
+        self._backward_options: dict[str, Any] = {}  # those of the trainer's call for DeepSpeed
+        self._named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        self._how = Synthesis.of(trainer.synthesis)
+        self._rule, groups = _rule_and_groups(trainer, self._how, model, self._engine)
+        if self._how.one_copy:
+            check_one_micro_batch(trainer)
+        self._buckets = GradientBuckets(
+            model, groups, self._how.accumulate_dtype, one_copy=self._how.one_copy
+        )
+        self._reducing = list(_reducing(model))
+        # The weights of the first micro-batch of the open window.
+        self._weights: tuple[float, float] | None = None
+        self._used = (1.0, 1.0)  # the weights of the last synthesis
+        self._step = 0  # the optimizer step of the open window
+        self._shared: bool | None = None
+        self._report: SynthesisReport | None = None
+        self._loss_scale: Any = 1.0
+        self._checked: set[tuple[int, bool]] = set()  # the cases in which `check_scale` has read the scale
+        self._losses: Tensor | None = None  # sums since the last log
+        self._count = 0
+
+    def begin(self, trainer: Any) -> None:
+        step = trainer.state.global_step
+        if self._weights is not None and self._step != step:
+            raise ValueError(
+                "The optimizer should step only after a micro-batch with `accelerator.sync_gradients`, which "
+                f"ends a window. Found that step {self._step} ended without it. Leave the order of steps "
+                "to the Trainer."
+            )
+        self._step = step
+        # This may run inside accelerate's no_sync, which surrounds all micro-batches but the last.
+        for module in self._reducing:
+            if isinstance(module, DistributedDataParallel):
+                reduce_in_backward(module, False)  # `GradientBuckets` reduces
+            else:
+                module.set_requires_gradient_sync(True, recurse=False)
+
+    def close(self) -> None:
+        """Switches the modules' own reduction on again."""
+        for module in self._reducing:
+            if isinstance(module, DistributedDataParallel):
+                reduce_in_backward(module, True)
+
+    @contextmanager
+    def not_stepping(self, accelerator: Any) -> Iterator[None]:
+        """Makes `accelerator.backward` call `loss.backward`, because DeepSpeed's wrapper would also step."""
+        if self._engine is None:
+            yield
+            return
+        accelerator.deepspeed_engine_wrapped = _Engineless(self._named, self._backward_options)
+        try:
+            yield
+        finally:
+            accelerator.deepspeed_engine_wrapped = self._engine
+
+    def check_scale(self, trainer: Any, counted: bool, *weights: Weight) -> None:
+        """Raises unless the losses of `compute_losses` are divided by the number of micro-batches.
+
+        Waits for the device at the first micro-batch of each case, because the Trainer's code decides by the
+        case and not by the values.
+
+        Args:
+            trainer: The trainer.
+            counted: Whether the trainer counted the items of the window, which its code may ask.
+            weights: The weights, after the trainer's backward.
+        """
+        count = micro_batches(trainer)
+        cuts = [cut for weight in weights for _, cut in weight.products or ()]
+        scales = [cut.grad for cut in cuts if cut.grad is not None]
+        if (count, counted) in self._checked or not scales:  # `capture` says which loss is missing
+            return
+        factors = torch.stack([scale.float().sum() for scale in scales])
+        if self._engine is None:
+            factors = factors / gradient_scale(trainer.accelerator, factors)
+        elif self._backward_options.get("scale_wrt_gas", True):  # the engine divides in its own backward
+            factors = factors / self._engine.engine.gradient_accumulation_steps()
+        found = [factor.item() for factor in factors]
+        if not all(math.isfinite(x) for x in found):
+            return  # a GradScaler begins with a scale that overflows, and skips the step
+        self._checked.add((count, counted))
+        # At most four operations round, in the dtype of a loss or in a wider one.
+        rounding = 4 * max(torch.finfo(scale.dtype).eps for scale in scales)
+        wrong = [x for x in found if abs(x * count - 1.0) > rounding]
+        if wrong:
+            raise RuntimeError(
+                f"The losses of `compute_losses` should reach the backward with the factor {1 / count:g}, "
+                f"because a window has {count} micro-batches. Found {wrong[0]:g}. The Trainer divides losses "
+                "in another way than in the versions with which sago was tested: set "
+                f"gradient_accumulation_steps=1, or install {TESTED}, but not 4.46."
+            )
+
+    def capture(self, weights: Mapping[str, Weight], retain_loss: Callable[[], Tensor] | None = None) -> None:
+        """Runs both backwards with the scales that the trainer's backward has left at the cuts.
+
+        The synthesis takes the weights of the first micro-batch of a window. If those of a later one differ,
+        their ratio to the first ones becomes a factor of its losses.
+
+        Args:
+            weights: The weights `gamma` and `alpha`, after the trainer's backward.
+            retain_loss: Computes the retain loss after the backward of the forget loss. None if it is already
+                a factor of the weight.
+        """
+        sides = [scaled(name, side, weights[name]) for name, side in SIDES.items()]
+        self._check_nothing_else()
+        now = float(weights["gamma"]), float(weights["alpha"])
+        first = now if self._weights is None else self._weights
+        _warn_of_retain(self._rule, *first)
+        for k, name in enumerate(SIDES):
+            if now[k] != first[k]:
+                ratio = ratio_of(name, now[k], first[k])
+                sides[k] = [(loss, ratio * scale) for loss, scale in sides[k]]
+        if self._shared is None:
+            self._shared = retain_loss is None and _share_graph(*([x for x, _ in side] for side in sides))
+        losses = [_sum_of_means(sides[0])]
+        try:
+            with self._buckets.forget():
+                self._backward(sides[0], retain_graph=self._shared)
+                if retain_loss is not None:
+                    ((_, scale),) = sides[1]
+                    loss = retain_loss()
+                    sides[1] = [(loss, scale.to(loss.dtype))]
+        except BaseException:
+            # A trainer may skip the batch. Its forget gradient is dropped, unless the window has others.
+            if retain_loss is not None and self._count == 0:
+                self._buckets.zero_()
+            raise
+        losses.append(_sum_of_means(sides[1]))
+        with self._retain_capture(*first) as step:
+            self._backward(sides[1], retain_graph=False)
+            if any(cut.grad is not None for weight in weights.values() for _, cut in weight.products or ()):
+                raise ValueError(
+                    "The losses should not contain `self.gamma` or `self.alpha` themselves. Found a product "
+                    "with one of them inside a loss, which cuts its gradient off; use "
+                    "`compute_losses(model, inputs)`."
+                )
+        if step is not None:
+            self._report = step.report
+        seen = torch.stack(losses)
+        self._weights = first
+        self._losses = seen if self._losses is None else self._losses + seen
+        self._count += 1
+
+    def _retain_capture(self, gamma: float, alpha: float) -> AbstractContextManager[InBackward | None]:
+        if not self._how.one_copy:
+            return self._buckets.retain()
+        return self._buckets.synthesize_in_backward(
+            self._rule, gamma, alpha, stats=self._how.stats, retain_floor=self._how.retain_floor
+        )
+
+    def synthesize(self, accelerator: Any) -> SynthesisReport:
+        assert self._weights is not None  # `capture` sets them
+        self._used = self._weights
+        if not self._how.one_copy:  # else `capture` has done it
+            gamma, alpha = self._used
+            self._report = self._buckets.synthesize_(
+                self._rule,
+                gamma,
+                alpha,
+                nonfinite=self._how.nonfinite,
+                stats=self._how.stats,
+                retain_floor=self._how.retain_floor,
+            )
+        self._weights = None
+        if self._engine is not None:
+            self._loss_scale = deepspeed.scale_of(self._engine.engine)
+            self._engine.engine.step()
+        elif self._losses is not None:
+            self._loss_scale = gradient_scale(accelerator, self._losses)
+        assert self._report is not None  # set here or by `capture`
+        return self._report
+
+    def summary(self, accelerator: Any) -> dict[str, float]:
+        """The values to log. Waits for the device."""
+        if self._report is None or self._losses is None:
+            return {}
+        forget, retain = accelerator.reduce(self._losses / self._count, reduction="mean").tolist()
+        self._losses, self._count = None, 0
+        found = self._report.summary()
+        for warning in self._report.warnings():
+            _warn_once("noise", warning)
+        self._check_same_weights(accelerator)
+        scale = float(self._loss_scale)
+        logged = {n: found[n] / scale if n in _NORMS else found[n] for n in _LOGGED if n in found}
+        logged = {n: x for n, x in logged.items() if n not in _COSINES or not math.isnan(x)}
+        return {"forget_loss": forget, "retain_loss": retain, **logged}
+
+    def _check_same_weights(self, accelerator: Any) -> None:
+        """Raises if the ranks used different weights. It is part of logging, which waits for the ranks."""
+        weights = torch.tensor([self._used], device=accelerator.device)
+        for name, values in zip(SIDES, accelerator.gather(weights).unbind(1), strict=True):
+            if len(set(values.tolist())) > 1:
+                raise ValueError(
+                    f"`self.{name}` should be the same on every rank, because it is a weight of the update "
+                    f"and not of the local loss. Found {values.tolist()}. Average what it is computed from "
+                    "over the ranks, for example with accelerator.reduce."
+                )
+
+    def _backward(self, side: Sequence[tuple[Tensor, Tensor]], retain_graph: bool) -> None:
+        losses, scales = [loss for loss, _ in side], [scale for _, scale in side]
+        if self._engine is None:
+            torch.autograd.backward(losses, scales, retain_graph=retain_graph)
+            return
+        total = torch.stack([(loss * scale).sum() for loss, scale in side]).sum()
+        self._engine.backward(total, retain_graph=retain_graph, **self._backward_options)
+
+    def _check_nothing_else(self) -> None:
+        for name, p in self._named:
+            if p.grad is not None:
+                raise _another_term(name)
+
+
+class _Engineless:
+    """Replaces accelerate's wrapper of a DeepSpeed engine by a plain backward.
+
+    Args:
+        named: The parameters. The plain backward must not reach them, because the engine's hooks would run.
+        options: A dict that receives the options of the trainer's call.
+    """
+
+    def __init__(self, named: Sequence[tuple[str, Tensor]], options: dict[str, Any]) -> None:
+        self._named, self._options = named, options
+
+    def backward(self, loss: Tensor, **options: Any) -> None:
+        # Also keeps the nodes alive, because autograd would make another object for the same node.
+        names = {get_gradient_edge(p).node: name for name, p in self._named if p.requires_grad}
+        for node in _nodes([loss]):
+            if node in names:
+                raise _another_term(names[node])
+        self._options.clear()
+        self._options.update(options)
+        loss.backward()
+
+
+def _another_term(name: str) -> ValueError:
+    return ValueError(
+        "The loss should be `self.gamma * forget_loss + self.alpha * retain_loss` and nothing else. Found "
+        f"another term, which reaches parameter `{name}`."
+    )
+
+
+def _sum_of_means(side: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The loss of a side, for the logs."""
+    return torch.stack([loss.detach().float().mean() for loss, _ in side]).sum()
+
+
+def _share_graph(forget: Sequence[Tensor], retain: Sequence[Tensor]) -> bool:
+    """Whether the second backward needs tensors that the first would free."""
+    nodes = set(_nodes(forget))  # kept alive, because autograd would make another object for the same node
+    return any(node in nodes and node.next_functions for node in _nodes(retain))  # a leaf saves nothing
+
+
+def _nodes(losses: Sequence[Tensor]) -> Iterator[Any]:
+    ahead = [loss.grad_fn for loss in losses]
+    seen = set()
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            ahead += [following for following, _ in node.next_functions]
+
+
+def _reducing(model: torch.nn.Module) -> Iterator[Any]:
+    """The modules that reduce gradients over the ranks in a backward."""
+    sharded: tuple[type, ...] = ()
+    if torch.distributed.is_available():
+        from torch.distributed.fsdp import FSDPModule
+
+        sharded = (FSDPModule,)
+    return (m for m in model.modules() if isinstance(m, (DistributedDataParallel, *sharded)))
+
+
+def _rule_and_groups(
+    trainer: Any, how: Synthesis, model: torch.nn.Module, engine: Any
+) -> tuple[Rule, list[Hashable] | None]:
+    """The rule and a key for each parameter, so that no sum mixes parameters of the optimizer with others."""
+    rule, groups = resolve(how.rule), how.groups
+    named = [(_clean(n), p) for n, p in model.named_parameters()]
+    if rule.scope != "global":
+        if isinstance(groups, ByPattern):
+            groups.check([n for n, _ in named])
+        return rule, None if groups is None else [groups(n) for n, _ in named]
+    if engine is not None:  # the optimizer of an engine has flat parts of the parameters
+        return rule, None
+    trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    keys: list[Hashable] = ["in the optimizer" if id(p) in trained else "others" for _, p in named]
+    if all(id(p) in trained or not p.requires_grad for _, p in named):
+        return rule, None
+    return replace(rule, scope="tensor"), keys
+
+
+def _clean(name: str) -> str:
+    """The name in the user's model, without the prefixes of DDP and torch.compile."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
+def _warn_of_retain(rule: Rule, gamma: float, alpha: float) -> None:
+    """Warns if `alpha` is 0 and the rule still reads the retain gradient."""
+    read = frozenset().union(*rule.reads[gamma == 0.0, True])
+    if alpha == 0.0 and (rule.classes > 1 or not read <= {"ff"}):
+        _warn_once(
+            f"alpha=0 {rule.name}",
+            f"`self.alpha` is 0, but the rule {rule.name!r} still reads the retain gradient: its signs, or "
+            "inner products with it. With rule='sum', a retain loss of weight 0 changes nothing.",
+        )
+
+
+def _warn_once(kind: str, text: str) -> None:
+    if kind not in _warned:
+        _warned.add(kind)
+        logging.getLogger("sago").warning("sago: %s", text)
