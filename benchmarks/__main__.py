@@ -94,6 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     option("--rule", nargs="+", choices=RULES, metavar="RULE")
     option("--dtype", nargs="+", choices=speed.DTYPES)
 
+    option = add(_accumulation, "compare ways to add up the gradients of several micro-batches in bf16")
+    option("--micro-batches", type=_positive, nargs="+", metavar="N", help="default: 4 16")
+
     option = add(_step, "measure time and peak memory of whole unlearning steps beside the summed loss")
     option("--shape", choices=step.SHAPES, default="smollm2-135m", help="default: smollm2-135m")
     option("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
@@ -187,6 +190,13 @@ def _shards(options: argparse.Namespace) -> int:
     dtypes = [getattr(torch, dtype) for dtype in options.dtype or speed.DTYPES]
     record = shards.run(options.shards or shards.SHARDS, options.rule or RULES, dtypes)
     return _report(options, record, shards.COLUMNS)
+
+
+def _accumulation(options: argparse.Namespace) -> int:
+    from benchmarks import accumulation
+
+    record = accumulation.run(options.micro_batches or accumulation.MICRO_BATCHES)
+    return _report(options, record, accumulation.COLUMNS)
 
 
 def _step(options: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sago.core.report import SynthesisReport
 from sago.integrations.trainer.adapter import TESTED, micro_batches, steps_next
-from sago.integrations.trainer.losses import LossesApart, weighed
+from sago.integrations.trainer.losses import LossesApart, weighed, without_count
 from sago.integrations.trainer.options import Synthesis
 from sago.integrations.trainer.synthesizer import Synthesizer
 from sago.integrations.trainer.weights import replaced, weights_of
@@ -102,28 +102,30 @@ class GradientSynthesisMixin(_Trainer):
         synthesizer.begin(self)
         unweighted = _returns_losses(self)
         weights = weights_of(self, default=1.0 if unweighted else None)
-        instead: dict[str, Any] = {**weights}
         apart = None
-        if unweighted:
-            compute_loss: Callable[..., Tensor]
-            if hasattr(self, "compute_losses"):
-                compute_loss = partial(weighed, self, weights)
-            else:
-                apart = LossesApart(self, weights)
-                compute_loss = apart.compute_loss
+        compute_loss: Callable[..., Tensor] | None = None
+        if not unweighted:
+            compute_loss = without_count(self.compute_loss)
+        elif hasattr(self, "compute_losses"):
+            compute_loss = partial(weighed, self, weights)
+        else:
+            apart = LossesApart(self, weights)
+            compute_loss = apart.compute_loss
+        instead: dict[str, Any] = {} if unweighted else {**weights}
+        if compute_loss is not None:
             # These losses are means over a micro-batch. The trainer must divide them by the number of
             # micro-batches, and asks these attributes whether it does. `check_scale` finds out.
-            instead = {
-                "compute_loss": compute_loss,
-                "loss_is_scaled_for_ga": False,
-                "model_accepts_loss_kwargs": False,
-                "compute_loss_func": None,
-            }
+            instead.update(
+                compute_loss=compute_loss,
+                loss_is_scaled_for_ga=False,
+                model_accepts_loss_kwargs=False,
+                compute_loss_func=None,
+            )
         extra = () if num_items_in_batch is None else (num_items_in_batch,)
         try:
             with replaced(self, instead), synthesizer.not_stepping(self.accelerator):
                 loss = super().training_step(model, inputs, *extra)
-            if unweighted:
+            if compute_loss is not None:
                 synthesizer.check_scale(self, num_items_in_batch is not None, *weights.values())
             synthesizer.capture(weights, None if apart is None else apart.retain_loss)
         finally:

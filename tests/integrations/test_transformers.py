@@ -476,6 +476,29 @@ def test_losses_from_compute_losses_are_averaged_over_a_window(says_scaled, tmp_
     assert_trained_alike(trainer.model, expected)
 
 
+class Older(GradDiff):
+    """Has the `compute_loss` of transformers before 4.46, like the trainers of OpenUnlearning."""
+
+    def compute_loss(self, model, inputs, return_outputs=False):
+        return self.compute_unlearn_loss(model, inputs, return_outputs)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_a_loss_without_the_number_of_items_is_averaged_over_a_window(accumulation, tmp_path):
+    trainer = make(with_mixin(Older, rule="pcgrad"), tmp_path, gradient_accumulation_steps=accumulation)
+    trainer.data_collator = Labelled()
+    trainer.train()
+    expected = llama()
+    steps = averaged(trainer.data_collator.batches, accumulation)
+    reports = by_hand(expected, graddiff_losses, steps, "pcgrad")
+    norms = [log["grad_norm"] for log in steps_of(trainer)]
+    torch.testing.assert_close(
+        norms, [report["norm_update"] for report in reports], rtol=10 * DRIFT, atol=DRIFT
+    )
+    assert_trained_alike(trainer.model, expected)
+    assert "compute_loss" not in vars(trainer)
+
+
 class Renamed(WithLosses):
     """Divides losses as a Trainer would that asks an attribute of another name."""
 
@@ -1263,24 +1286,108 @@ def test_groups_are_made_of_the_names_of_parameters(tmp_path):
     assert_trained_alike(trainer.model, expected)
 
 
-@pytest.mark.parametrize("rule", ["pcgrad_global", "pcgrad", "sago"])
-def test_parameters_that_the_optimizer_has_not_do_not_count(rule, tmp_path):
-    """RMU gives three matrices to the optimizer and leaves requires_grad on for all."""
+class Few(GradDiff):
+    """Like RMU: the optimizer has few of the parameters, and all parameters require grad."""
 
-    class Few(GradDiff):
-        def create_optimizer(self, *args):
-            chosen = [p for n, p in self.model.named_parameters() if "down_proj" in n]
-            self.optimizer = torch.optim.AdamW(chosen, lr=1e-2, eps=1e-3, weight_decay=0.0)
+    trained = "down_proj"
+
+    def create_optimizer(self, *args):
+        if self.optimizer is not None:
             return self.optimizer
+        chosen = [p for n, p in self.model.named_parameters() if self.trained in n]
+        self.optimizer = torch.optim.AdamW([{"params": chosen}], lr=1e-2, eps=1e-3, weight_decay=0.0)
+        return self.optimizer
 
-    options = {"data": Pairs(4), "max_grad_norm": 1e9}  # the Trainer's norm is that of all gradients
-    trainer = make(with_mixin(Few, rule=rule), tmp_path, **options)
+
+@pytest.mark.parametrize(
+    ("rule", "how"),
+    [
+        ("pcgrad_global", {}),
+        ("pcgrad", {"groups": lambda name: name.split(".")[:3][-1]}),
+        ("sago", {}),
+        ("sago", {"one_copy": True}),
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {CHECKPOINTING: True}], ids=["plain", "checkpointing"])
+def test_parameters_outside_of_the_optimizer_have_no_gradients(rule, how, options, tmp_path):
+    """They count in no inner product, norm or log, also in the trainer's norm, and need no memory."""
+    trainer = make(with_mixin(Few, rule=rule, **how), tmp_path, data=Pairs(4), **options)
+    sizes, grads = [], []
+
+    def look(*args):
+        sizes.append(trainer._synthesizer._buckets.nbytes)
+        grads.append({n for n, p in trainer.model.named_parameters() if p.grad is not None})
+
+    trainer.create_optimizer().register_step_pre_hook(look)
     trainer.train()
     expected = llama()
     for name, p in expected.named_parameters():
         p.requires_grad_("down_proj" in name)
-    by_hand(expected, graddiff_losses, windows(trainer.data_collator.batches, 1), rule, max_norm=1e9)
+    steps = windows(trainer.data_collator.batches, 1)
+    reports = by_hand(expected, graddiff_losses, steps, rule, groups=how.get("groups"))
     assert_trained_alike(trainer.model, expected)
+    for found, report in zip(steps_of(trainer), reports, strict=True):
+        for name in ("norm_forget", "norm_retain", "norm_update", "cos_forget_retain"):
+            assert found[name] == pytest.approx(report[name], rel=DRIFT, abs=DRIFT)
+        assert found["grad_norm"] == pytest.approx(found["norm_update"], rel=DRIFT)
+    trained = {n: p for n, p in trainer.model.named_parameters() if "down_proj" in n}
+    assert grads == [set(trained)] * 4
+    copies = 1 if "one_copy" in how else 2
+    assert set(sizes) == {copies * sum(p.nbytes for p in trained.values())}
+    assert all(p.requires_grad for p in trainer.model.parameters())
+    assert not any(p._post_accumulate_grad_hooks for p in trainer.model.parameters())
+
+
+def test_an_optimizer_without_parameters_is_refused(tmp_path):
+    trainer = make(with_mixin(Few), tmp_path)
+    trainer.trained = "expert"
+    with pytest.raises(ValueError, match=r"optimizer should have at least one parameter.*Found none"):
+        trainer.train()
+
+
+def test_an_optimizer_that_holds_copies_trains_all_parameters(tmp_path):
+    """Like an optimizer on another device: no parameter of the model is in its groups."""
+
+    class Copies(torch.optim.SGD):
+        def __init__(self, params, lr):
+            self.own = list(params)
+            super().__init__([p.detach().clone() for p in self.own], lr=lr)
+
+        def step(self, closure=None):
+            for p, copied in zip(self.own, self.param_groups[0]["params"], strict=True):
+                copied.grad = p.grad
+            super().step(closure)
+            with torch.no_grad():
+                for p, copied in zip(self.own, self.param_groups[0]["params"], strict=True):
+                    p.copy_(copied)
+
+    states = []
+    for kind in (torch.optim.SGD, Copies):
+        trainer = make(with_mixin(GradDiff), tmp_path, data=Pairs(2))
+        trainer.optimizer = kind(trainer.model.parameters(), lr=1e-2)
+        trainer.train()
+        states.append(weights(trainer.model))
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    assert not torch.equal(states[0]["lm_head.weight"], llama().lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "how", "accumulation", "warns"),
+    [
+        (BF16, {}, 4, 1),
+        (BF16, {}, 1, 0),
+        (BF16, {"accumulate_dtype": FP32}, 4, 0),
+        (FP32, {}, 4, 0),
+    ],
+)
+def test_accumulation_in_bf16_is_told_once(dtype, how, accumulation, warns, tmp_path, caplog):
+    synthesizer._warned.clear()
+    for _ in range(2):
+        options = {"data": Pairs(4), "gradient_accumulation_steps": accumulation}
+        make(with_mixin(GradDiff, **how), tmp_path, llama(dtype), **options).train()
+    told = [r.message for r in caplog.records if "4 micro-batches are added up in bfloat16" in r.message]
+    assert len(told) == warns
+    assert all("accumulate_dtype=torch.float32" in text for text in told)
 
 
 def test_bf16_gradients_accumulate_in_fp32(tmp_path):

@@ -37,7 +37,12 @@ def micro_batches(trainer: Any) -> int:
     if hasattr(trainer, "current_gradient_accumulation_steps"):
         current: int = trainer.current_gradient_accumulation_steps
         return current
-    # Before transformers 4.54. In 4.45 accelerate may have a number of its own.
+    return most_micro_batches(trainer)  # before transformers 4.54
+
+
+def most_micro_batches(trainer: Any) -> int:
+    """The number of micro-batches of a full window."""
+    # In transformers 4.45 accelerate may have a number of its own.
     return max(trainer.args.gradient_accumulation_steps, trainer.accelerator.gradient_accumulation_steps)
 
 
@@ -82,7 +87,7 @@ def _context_parallel(accelerator: Any) -> bool:
 
 
 def check_one_micro_batch(trainer: Any) -> None:
-    count = max(trainer.args.gradient_accumulation_steps, trainer.accelerator.gradient_accumulation_steps)
+    count = most_micro_batches(trainer)
     if count > 1:
         raise ValueError(
             "Parameter `one_copy` should be False with gradient accumulation, because the retain gradients "

@@ -1,8 +1,9 @@
-"""The losses of a trainer that returns them without their weights."""
+"""Replacements for the `compute_loss` of a trainer during a training step."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +24,21 @@ def weighed(
     forget, retain = trainer.compute_losses(model, inputs)
     weights.update(weights_of(trainer, default=1.0))
     return weights["gamma"] * forget + weights["alpha"] * retain
+
+
+def without_count(compute_loss: Callable[..., Tensor]) -> Callable[..., Tensor] | None:
+    """The `compute_loss` of a trainer from before transformers 4.46, in a form that later ones can call.
+
+    Later versions pass `num_items_in_batch`, which is dropped. None if the function has this parameter.
+    """
+    parameters = inspect.signature(compute_loss).parameters
+    if "num_items_in_batch" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return None
+
+    def called(*args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Tensor:
+        return compute_loss(*args, **kwargs)
+
+    return called
 
 
 class LossesApart:

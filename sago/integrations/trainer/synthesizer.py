@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from sago.integrations.trainer.adapter import (
     engine_of,
     gradient_scale,
     micro_batches,
+    most_micro_batches,
 )
 from sago.integrations.trainer.configuration import ByPattern
 from sago.integrations.trainer.options import Synthesis
@@ -41,7 +41,6 @@ _LOGGED = (
     "nonfinite_forget",
     "nonfinite_retain",
 )
-_warned: set[str] = set()
 
 
 class Synthesizer:
@@ -58,12 +57,15 @@ class Synthesizer:
         self._backward_options: dict[str, Any] = {}  # those of the trainer's call for DeepSpeed
         self._named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self._how = Synthesis.of(trainer.synthesis)
-        self._rule, groups = _rule_and_groups(trainer, self._how, model, self._engine)
+        self._rule = resolve(self._how.rule)
+        outside = [] if self._engine is not None else _outside(trainer.optimizer, self._named)
         if self._how.one_copy:
             check_one_micro_batch(trainer)
-        self._buckets = GradientBuckets(
-            model, groups, self._how.accumulate_dtype, one_copy=self._how.one_copy
-        )
+        self._buckets = _buckets(model, self._how, outside)
+        # RMU trains three matrices of a model, and all other parameters require grad, too.
+        self._dropping = [p.register_post_accumulate_grad_hook(_drop) for p in outside]
+        if self._engine is None:
+            _warn_of_rounding(trainer, self._how, self._named)
         self._reducing = list(_reducing(model))
         # The weights of the first micro-batch of the open window.
         self._weights: tuple[float, float] | None = None
@@ -93,7 +95,9 @@ class Synthesizer:
                 module.set_requires_gradient_sync(True, recurse=False)
 
     def close(self) -> None:
-        """Switches the modules' own reduction on again."""
+        """Removes the hooks, and switches the modules' own reduction on again."""
+        for hook in self._dropping:
+            hook.remove()
         for module in self._reducing:
             if isinstance(module, DistributedDataParallel):
                 reduce_in_backward(module, True)
@@ -327,23 +331,48 @@ def _reducing(model: torch.nn.Module) -> Iterator[Any]:
     return (m for m in model.modules() if isinstance(m, (DistributedDataParallel, *sharded)))
 
 
-def _rule_and_groups(
-    trainer: Any, how: Synthesis, model: torch.nn.Module, engine: Any
-) -> tuple[Rule, list[Hashable] | None]:
-    """The rule and a key for each parameter, so that no sum mixes parameters of the optimizer with others."""
-    rule, groups = resolve(how.rule), how.groups
-    named = [(_clean(n), p) for n, p in model.named_parameters()]
-    if rule.scope != "global":
-        if isinstance(groups, ByPattern):
-            groups.check([n for n, _ in named])
-        return rule, None if groups is None else [groups(n) for n, _ in named]
-    if engine is not None:  # the optimizer of an engine has flat parts of the parameters
-        return rule, None
-    trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
-    keys: list[Hashable] = ["in the optimizer" if id(p) in trained else "others" for _, p in named]
-    if all(id(p) in trained or not p.requires_grad for _, p in named):
-        return rule, None
-    return replace(rule, scope="tensor"), keys
+def _outside(optimizer: Any, named: Sequence[tuple[str, Tensor]]) -> list[Tensor]:
+    """The parameters that require grad but are not in the optimizer."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not held:
+        raise ValueError(
+            "The optimizer should have at least one parameter. Found none, so that nothing would be trained. "
+            "If a regular expression selects the parameters, check that it matches names such as "
+            f"{named[0][0]!r}."
+        )
+    outside = [p for _, p in named if id(p) not in held]
+    # An optimizer that holds copies of all parameters, for example on another device, trains all of them.
+    return outside if len(outside) < len(named) else []
+
+
+def _buckets(model: torch.nn.Module, how: Synthesis, outside: Sequence[Tensor]) -> GradientBuckets:
+    named = list(model.named_parameters())
+    if how.groups is None:
+        keys = None
+    else:
+        if isinstance(how.groups, ByPattern):
+            how.groups.check([_clean(n) for n, _ in named])
+        keys = [how.groups(_clean(n)) for n, _ in named]
+    if not outside:
+        return GradientBuckets(model, keys, how.accumulate_dtype, one_copy=how.one_copy)
+    without = {id(p) for p in outside}
+    kept = [i for i, (_, p) in enumerate(named) if id(p) not in without]
+    for p in outside:
+        p.requires_grad_(False)  # the buckets refuse a model of DDP that has other trained parameters
+    try:
+        return GradientBuckets(
+            [named[i] for i in kept],
+            None if keys is None else [keys[i] for i in kept],
+            how.accumulate_dtype,
+            one_copy=how.one_copy,
+        )
+    finally:
+        for p in outside:
+            p.requires_grad_()
+
+
+def _drop(p: Tensor) -> None:
+    p.grad = None
 
 
 def _clean(name: str) -> str:
@@ -360,6 +389,23 @@ def _warn_of_retain(rule: Rule, gamma: float, alpha: float) -> None:
             f"`self.alpha` is 0, but the rule {rule.name!r} still reads the retain gradient: its signs, or "
             "inner products with it. With rule='sum', a retain loss of weight 0 changes nothing.",
         )
+
+
+def _warn_of_rounding(trainer: Any, how: Synthesis, named: Sequence[tuple[str, Tensor]]) -> None:
+    """Warns if micro-batches are added up in 16 bits. The figures are those of docs/gradients.md."""
+    narrow = {p.dtype for _, p in named} & {torch.bfloat16, torch.float16}
+    if narrow and how.accumulate_dtype is None and most_micro_batches(trainer) > 1:
+        _warn_once(
+            "accumulation",
+            f"the gradients of {most_micro_batches(trainer)} micro-batches are added up in "
+            f"{' and '.join(sorted(str(d).removeprefix('torch.') for d in narrow))}. In bfloat16, this moved "
+            "elements of an update by up to a quarter of its largest element (4 micro-batches; "
+            "`python -m benchmarks accumulation`). `accumulate_dtype=torch.float32` avoids it, for 10 bytes "
+            "an element of the gradients instead of 4.",
+        )
+
+
+_warned: set[str] = set()
 
 
 def _warn_once(kind: str, text: str) -> None:
