@@ -37,7 +37,7 @@ def run(micro_batches: Sequence[int] = MICRO_BATCHES) -> dict[str, Any]:
     model = llama(MODEL, torch.bfloat16, "cpu")
     rows = [row for count in micro_batches for row in compare(gradients(model, count))]
     return {
-        **origin("cpu", "sago", "benchmarks/accumulation.py"),
+        **origin("cpu", "sago/reference.py", "sago/rules", "benchmarks/accumulation.py"),
         **MODEL._asdict(),
         "elements": sum(p.numel() for p in model.parameters()),
         "rows": rows,

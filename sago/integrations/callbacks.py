@@ -22,7 +22,8 @@ class ReportWriter(TrainerCallback):
 
     Args:
         trainer: A trainer with `GradientSynthesisMixin`.
-        path: The file. An existing file is continued, as after a checkpoint.
+        path: The file. An existing file is continued. If a training resumes from a checkpoint, the lines of
+            later steps than that of the checkpoint are removed, because these steps are repeated.
     """
 
     def __init__(self, trainer: Any, path: str | Path) -> None:
@@ -33,6 +34,16 @@ class ReportWriter(TrainerCallback):
             )
         self._trainer, self._path = trainer, Path(path)
         self._last: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0 or not state.is_world_process_zero or not self._path.exists():
+            return
+        with self._path.open(newline="", encoding="utf-8") as file:
+            head, *rows = list(csv.reader(file))
+        kept = self._path.with_name(f"{self._path.name}.partial")
+        with kept.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([head, *(row for row in rows if int(row[0]) <= state.global_step)])
+        kept.replace(self._path)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         report = self._trainer.synthesis_report

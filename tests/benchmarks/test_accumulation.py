@@ -1,10 +1,13 @@
 """The ways to add up gradients have the errors that follow from their arithmetic."""
 
+import json
+
 import pytest
 import torch
 
 from benchmarks import accumulation
 from benchmarks.accumulation import WAYS, unit
+from benchmarks.measure import ROOT, table
 
 
 @pytest.mark.parametrize(
@@ -30,3 +33,10 @@ def test_fp32_keeps_the_gates_and_bf16_does_not():
     narrow, *_, wide = rows
     assert wide["error"] < narrow["error"] / 1000
     assert wide["flips"] < narrow["flips"]
+
+
+def test_the_docs_show_the_record():
+    record = json.loads((ROOT / "benchmarks/results/accumulation.json").read_text())
+    text = (ROOT / "docs/gradients.md").read_text()
+    assert table(record["rows"], accumulation.COLUMNS) in text
+    assert f"{record['elements']:,} random weights" in text

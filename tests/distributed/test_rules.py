@@ -118,6 +118,14 @@ def floored_on_shards():
     return [whole(u) for u in updates], report.to_dict()
 
 
+def floored_with_other_groups(stats):
+    """Every rank has two groups, but rank 0 and rank 1 put the last two gradients into different ones."""
+    mesh = mesh_of(shard=2)
+    sides = [[distribute_tensor(t, mesh, [Shard(0)]) for t in side] for side in gradients()]
+    groups = [0, 1, 0] if share()[0] == 0 else [0, 0, 1]
+    return error_of(sago.synthesize, *sides, groups=groups, stats=stats, retain_floor=0.73)
+
+
 def gradients():
     shapes = (7, 5), (3,), (1, 4)  # one rank holds no row of the last tensor
     return [[torch.randn(s, generator=torch.manual_seed(i)) for s in shapes] for i in range(2)]
@@ -137,6 +145,14 @@ def test_shards_have_the_floors_of_the_whole(ranks2):
     for updates, fields in ranks2(floored_on_shards):
         assert_equal_bits(updates, expected)
         assert fields["conflict_fraction"] == report.to_dict()["conflict_fraction"]
+
+
+@pytest.mark.parametrize("stats", [True, False])
+def test_floors_of_other_groups_on_some_ranks_are_refused(ranks2, stats):
+    """The floors alone need sums over the ranks if there are no statistics."""
+    for kind, text in ranks2(floored_with_other_groups, stats):
+        assert kind is ValueError
+        assert "should be the same on every rank" in text
 
 
 @pytest.mark.skipif(not FSDP2_ON_CPU, reason=NO_FSDP2)

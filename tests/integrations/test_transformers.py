@@ -384,6 +384,7 @@ FORMS = {
     "loss first": lambda self, f, r: f * self.gamma + r * self.alpha,
     "times a number": lambda self, f, r: self.alpha * 0.5 * (2.0 * r) + 4 * self.gamma * (f / 4),
     "negated": lambda self, f, r: -self.gamma * -f + (-1 * -self.alpha) * r,
+    "numpy": lambda self, f, r: np.float32(2) * self.gamma * (f / 2) + self.alpha * np.float64(0.5) * (2 * r),
     "divided": lambda self, f, r: self.gamma / 2 * (2 * f) + r * (self.alpha / 4 * 4),
     "functions": lambda self, f, r: torch.mul(f, self.gamma) + r.mul(self.alpha),
     "scaled together": lambda self, f, r: (self.gamma * f + self.alpha * r) * 3 / 3,
@@ -1249,6 +1250,22 @@ def test_a_writer_continues_its_file_and_leaves_out_what_is_absent(tmp_path):
     assert lines[1].endswith(",,,,")
     with pytest.raises(TypeError, match="`trainer` should have GradientSynthesisMixin"):
         ReportWriter(make(GradDiff, tmp_path), path)
+
+
+def test_a_writer_repeats_no_step_after_a_checkpoint(tmp_path):
+    path = tmp_path / "reports.csv"
+    options = {"data": Pairs(4), "save_strategy": "steps", "save_steps": 2}
+    files = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-2")):
+        trainer = make(with_mixin(GradDiff), tmp_path, **options)
+        trainer.add_callback(ReportWriter(trainer, path))
+        with torch.serialization.safe_globals(NUMPY):
+            trainer.train(resume_from_checkpoint=checkpoint)
+        files.append(path.read_text())
+    assert files[0] == files[1]
+    steps = [int(line.partition(",")[0]) for line in files[1].splitlines()[1:]]
+    assert steps == sorted(steps)
+    assert set(steps) == {1, 2, 3, 4}
 
 
 def test_a_cosine_that_is_not_defined_is_not_logged(tmp_path):

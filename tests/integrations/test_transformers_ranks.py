@@ -118,10 +118,24 @@ class Apart(GradientSynthesisMixin, GradDiff):
         return -model(**forget_inputs).loss
 
 
+class Few(GradDiff):
+    """Like RMU: few parameters are in the optimizer, and all require grad."""
+
+    def create_optimizer(self, *args):
+        for name, p in self.model.named_parameters():
+            p.requires_grad_("down_proj" in name)
+        super().create_optimizer(*args)
+        for p in self.model.parameters():
+            p.requires_grad_()
+        return self.optimizer
+
+
 @pytest.mark.parametrize(
     ("kind", "engine", "how", "accumulation"),
     [
         (NPO, "ddp", {"rule": "sago"}, 1),
+        (Few, "ddp", {"rule": "pcgrad_global"}, 2),
+        pytest.param(Few, "fsdp2", {"rule": "pcgrad_global"}, 2, marks=needs_fsdp2),
         (Apart, "ddp", {"rule": "pcgrad"}, 4),
         pytest.param(NPO, "fsdp2", {"rule": "pcgrad_global"}, 4, marks=needs_fsdp2),
         pytest.param(Apart, "fsdp2", {"rule": "pcgrad", "one_copy": True}, 1, marks=needs_fsdp2),

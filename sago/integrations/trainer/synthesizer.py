@@ -262,7 +262,11 @@ class Synthesizer:
             torch.autograd.backward(losses, scales, retain_graph=retain_graph)
             return
         total = torch.stack([(loss * scale).sum() for loss, scale in side]).sum()
-        self._engine.backward(total, retain_graph=retain_graph, **self._backward_options)
+        options = dict(self._backward_options)
+        if options.get("scale_wrt_gas", True) and self._engine.engine.scale_wrt_gas is None:
+            # DeepSpeed before 0.18 does not divide inside `no_sync`, where all micro-batches but the last are.
+            total, options["scale_wrt_gas"] = total / self._engine.engine.gradient_accumulation_steps(), False
+        self._engine.backward(total, retain_graph=retain_graph, **options)
 
     def _check_nothing_else(self) -> None:
         for name, p in self._named:

@@ -26,6 +26,7 @@ class Weight(float):
         times: The number that the weight was multiplied with.
     """
 
+    __array_ufunc__ = None  # so that a number of numpy leaves the product to the weight
     products: list[tuple[Tensor, Tensor]] | None
     origin: Weight | None
     times: float
