@@ -72,6 +72,18 @@ def test_the_epsilon_switches_the_projection_off_at_small_scales(backend, s):
     torch.testing.assert_close(with_eps, theirs, rtol=FEW, atol=0)
 
 
+def test_a_saturated_forget_loss_with_blur(backend):
+    """`blur` divides by `<f,f>`, here as small as the epsilon: the released code leaves out half of it."""
+    forget, retain = ([inputs.normal(1000, i) for i in seeds] for seeds in ((1, 2), (3, 4)))
+    retain = [r - f for f, r in zip(forget, retain, strict=True)]
+    forget = [f * (EPS / 2000) ** 0.5 for f in forget]
+    theirs = released(forget, retain, "blur")
+    with_eps, _ = backend(forget, retain, "blur", eps=EPS)
+    without, _ = backend(forget, retain, "blur")
+    assert max(differences(with_eps, theirs)) < 2e-6  # as in `test_agreement`
+    assert min(differences(without, theirs)) > 0.1
+
+
 def test_a_hidden_inf_is_the_same_but_counted(backend):
     f, r = torch.tensor([torch.inf, 2.0]), torch.tensor([-1.0, 1.0])
     (theirs,) = released([f], [r], "sago", alpha=2.0)

@@ -1,7 +1,7 @@
 """Loops in the shape of other codebases, before and after: `docs/recipes.md` shows the differences.
 
-Each module has a `before` that adds two weighted losses and an `after` that synthesizes their gradients. The
-model is a Llama with random weights, the texts are random tokens.
+Each module has a `before` that adds two weighted losses, or combines two gradients by hand, and an `after`
+that synthesizes the gradients. The model is a Llama with random weights, the texts are random tokens.
 """
 
 from __future__ import annotations
