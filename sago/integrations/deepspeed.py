@@ -32,7 +32,7 @@ _TESTED = "DeepSpeed 0.17.6 to 0.19"
 _ENGINE = (
     *("is_gradient_accumulation_boundary", "_is_gradient_accumulation_boundary", "allreduce_gradients"),
     *("seq_data_parallel_group", "sequence_parallel_size", "mp_world_size", "pipeline_parallelism"),
-    *("has_moe_layers", "is_deepcompile_enabled", "zenflow"),
+    *("has_moe_layers", "is_deepcompile_enabled", "zenflow", "scale_wrt_gas"),
 )
 _STAGE3 = (
     *(PARTITIONS, "grad_partitions_flat_buffer", "averaged_gradients", "ipg_buckets", "fp16_groups"),

@@ -264,7 +264,7 @@ class Synthesizer:
         total = torch.stack([(loss * scale).sum() for loss, scale in side]).sum()
         options = dict(self._backward_options)
         if options.get("scale_wrt_gas", True) and self._engine.engine.scale_wrt_gas is None:
-            # DeepSpeed before 0.18 does not divide inside `no_sync`, where all micro-batches but the last are.
+            # DeepSpeed 0.17 does not divide inside `no_sync`, which surrounds all micro-batches but the last.
             total, options["scale_wrt_gas"] = total / self._engine.engine.gradient_accumulation_steps(), False
         self._engine.backward(total, retain_graph=retain_graph, **options)
 
