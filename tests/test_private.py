@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import sago
+from sago.capture import hooks
 from sago.core import guards
 from sago.integrations import deepspeed
 from sago.integrations.trainer import adapter
@@ -75,12 +76,21 @@ def numbers(text):
 
 
 @pytest.mark.parametrize(
-    "name", [*ddp._DDP[:3], *fsdp._GROUP[1:], *fsdp._PARAM, deepspeed.PARTITIONS, "loss_scale"]
+    "name", [*ddp._DDP[:3], *fsdp._GROUP[1:], *fsdp._PARAM, deepspeed.PARTITIONS, "loss_scale", hooks.HOOKS]
 )
 def test_a_private_name_is_used_in_one_file(name):
     texts = {p: p.read_text(encoding="utf-8") for p in (ROOT / "sago").rglob("*.py")}
     users = [p.name for p, text in texts.items() if re.search(rf"""[."']{name}\b""", text)]
     assert len(users) == 1
+
+
+def test_a_tensor_has_its_hooks_under_the_private_name():
+    p = torch.nn.Parameter(torch.ones(1))
+    hooks.check_hooks(["p"], [p])
+    p.register_post_accumulate_grad_hook(print)
+    assert list(getattr(p, hooks.HOOKS).values()) == [print]
+    with pytest.raises(RuntimeError, match=f"torch should have the private attribute `Owner.{hooks.HOOKS}`"):
+        hooks.check_hooks(["p"], [Owner([])])
 
 
 def module_with(group):

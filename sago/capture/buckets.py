@@ -15,6 +15,7 @@ from sago.backends.choose import check_backend, choose_backend
 from sago.backends.streams import Cache, is_capturing
 from sago.capture.flat import flatten
 from sago.capture.fresh import FreshGradients
+from sago.capture.hooks import check_hooks
 from sago.capture.mean import RunningMean, shards_of
 from sago.capture.memory import RuleMemory, check_memory
 from sago.capture.opening import find_engine, open_host
@@ -550,6 +551,7 @@ class GradientBuckets:
         if self._ranks is None:
             ddp.check_not_wrapped(self._params)
         self._window.keep_apart(Others(self._params, self._sharded))
+        check_hooks(self._window.names, self._params)
         self._looked = True
 
     def _meet(self) -> None:

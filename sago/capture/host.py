@@ -111,6 +111,8 @@ class GradHost:
     def watch(self, capture: Capture, arrived: Arrived | None) -> None:
         for i, p in enumerate(self._params):
             if not p.requires_grad:
+                if arrived is not None:
+                    p.grad = None  # a gradient without a hook is then noticed by `collect`
                 continue
             if not capture.side.probed[i]:
                 capture.handles.append(p.register_hook(partial(_refuse_sparse, self._names[i])))
@@ -130,8 +132,8 @@ class GradHost:
                 if p.grad is not None and (side.fresh or p.grad is not grad):
                     raise ValueError(
                         f"`{name}.grad` should be written by the backward alone in synthesize_in_backward. "
-                        "Found that it was set to another tensor, which is in no update. Use retain() and "
-                        "synthesize_, without `one_copy`."
+                        "Found another tensor, which is in no update: it was set by hand, or the parameter "
+                        "was frozen when the block began. Use retain() and synthesize_, without `one_copy`."
                     )
             return
         kept = not any(side.touched)

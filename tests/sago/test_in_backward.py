@@ -343,6 +343,30 @@ def test_a_gradient_that_is_set_by_hand_in_the_block(one_copy):
         set_by_hand()
 
 
+@pytest.mark.parametrize("made", [{}, {"accumulate_dtype": FP64}, {"one_copy": True}], ids=str)
+def test_a_parameter_that_is_unfrozen_in_the_block(made):
+    """No hook waits for its gradient. Adapters, for example, are frozen while others are active."""
+    forget, retain = small()
+    params, buckets = fresh(ANY, forget, retain, **made)
+    without = [None if i == 1 else r for i, r in enumerate(retain)]
+
+    def unfreeze_within(gradients):
+        buckets.zero_()
+        params[1].requires_grad_(True)
+        with buckets.forget():
+            backward(params, forget)
+        params[1].requires_grad_(False)
+        with buckets.synthesize_in_backward("sago"):
+            params[1].requires_grad_(True)
+            backward(params, gradients)
+
+    with pytest.raises(ValueError, match=r"`params\[1\]\.grad` .* was frozen when the block began"):
+        unfreeze_within(retain)
+    unfreeze_within(without)  # not reached
+    expected, _ = sago.reference.synthesize(forget, without, "sago")
+    properties.assert_equal_bits(grads(params), expected)
+
+
 def test_on_update_is_a_function():
     params, buckets = fresh(ANY, *small(), one_copy=True)
     with buckets.forget():
