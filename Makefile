@@ -4,8 +4,9 @@ BIN = .venv/bin
 # Of transformers, besides the pinned one: OpenUnlearning's, its upstream's and the newest.
 MATRIX = 4.45.2 4.51.3 5.24.0
 DEEPSPEED = 0.19.8
+ECOSYSTEM = bitsandbytes==0.50.2 torchao==0.18.0 trl==1.16.0 datasets==5.2.0
 
-.PHONY: demo experiment test test-matrix test-deepspeed lint bench clean
+.PHONY: demo experiment test test-matrix test-deepspeed test-ecosystem lint bench clean
 
 demo: .venv/ready
 	$(BIN)/python -m examples.demo
@@ -30,6 +31,11 @@ test-deepspeed: .venv-deepspeed/ready
 	DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(CURDIR)/.venv-deepspeed/extensions OMP_NUM_THREADS=1 \
 		.venv-deepspeed/bin/python -m pytest -W default -rs \
 		tests/distributed/test_deepspeed.py tests/integrations/test_transformers_deepspeed.py
+
+# Optimizers of other libraries and TRL, which `make test` skips because they are not in its environment.
+test-ecosystem: .venv-ecosystem/ready
+	OMP_NUM_THREADS=1 .venv-ecosystem/bin/python -m pytest -W default -rs \
+		tests/integrations/test_ecosystem.py tests/integrations/test_peft.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -64,6 +70,14 @@ bench: .venv/ready
 	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt torch==2.13.0 numpy
 	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt \
 		--editable '.[transformers,triton,deepspeed]' deepspeed==$(DEEPSPEED) pytest hypothesis
+	touch $@
+
+.venv-ecosystem/ready: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt torch==2.13.0 numpy
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt \
+		--editable '.[transformers,triton]' pytest hypothesis peft $(ECOSYSTEM)
 	touch $@
 
 clean:
