@@ -22,7 +22,7 @@ from examples.grid import Cell, Grid
 from examples.objectives import FORGET
 from examples.recovery import CHOICE, entries
 from examples.runs import opened, run
-from examples.tables import broken
+from examples.tables import told_broken
 from examples.worlds import Kind
 from examples.worlds.choose import WORLDS, kind_of
 from examples.worlds.smollm import Unavailable
@@ -43,7 +43,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--objective", choices=FORGET, default="NPO", help="the forget loss")
     parser.add_argument(
-        "--out", type=Path, default=Path("build/demo"), help="folder for the model and the plots"
+        "--out", type=Path, default=Path("build/demo"), help="folder for the plot and the known facts"
     )
     return parser.parse_args(argv)
 
@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{error}\nThe world of invented people needs no download: --world people", file=sys.stderr)
         return 1
     print(f"\nWritten: {save(pareto(record), args.out / 'pareto.png')}")
-    return 1 if broken(record) else 0
+    return told_broken(record)
 
 
 if __name__ == "__main__":

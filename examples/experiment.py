@@ -17,12 +17,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import transformers
 
+from benchmarks.measure import source_hash, write_json
 from examples.draw import draw
 from examples.grid import Grid
-from examples.record import record_of, write
+from examples.record import SOURCES, record_of, write
 from examples.runs import completed, described, first_steps
-from examples.tables import broken, tell
+from examples.tables import tell, told_broken
+from examples.worlds import Kind
 from examples.worlds.choose import WORLDS, kind_of
 from examples.worlds.smollm import Unavailable
 
@@ -35,8 +38,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--workers",
         type=int,
-        default=min(8, torch.get_num_threads()),
-        help="processes of one thread each, by default one a core; 0 for none but this one",
+        default=2,
+        help="processes of one thread and about 5 GB of memory each; 0 for this process alone",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("build/experiment"), help="folder for runs and results"
@@ -45,20 +48,30 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def check_folder(folder: Path, world: str, grid: Grid) -> None:
-    """Notes the grid of the runs in `folder`, and refuses runs of another grid.
+def check_folder(folder: Path, kind: Kind, grid: Grid) -> None:
+    """Notes in `folder` what its runs depend on, and refuses runs that depend on something else.
 
     Raises:
-        ValueError: The folder has runs of another world or grid.
+        ValueError: The folder has runs of another world, grid, source or version.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path, wanted = folder / "grid.json", json.dumps({"world": world, **asdict(grid)})
+    path = folder / "grid.json"
+    wanted = {
+        "world": repr(kind),
+        "grid": repr(asdict(grid)),
+        "source": source_hash(*SOURCES),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     if not path.exists():
-        path.write_text(wanted)
-    elif path.read_text() != wanted:
+        write_json(path, wanted)
+    found = json.loads(path.read_text())
+    other = [name for name in wanted if found.get(name) != wanted[name]]
+    if other:
+        told = "; ".join(f"`{name}` is {wanted[name]}, and was {found.get(name)}" for name in other)
         raise ValueError(
-            f"Parameter `--out` should be a new folder, or one with runs of the same grid. Found {path} with "
-            f"{path.read_text()}. Now the grid is {wanted}."
+            f"Parameter `--out` should be a new folder, or one with runs of the same experiment. Found "
+            f"{path} of another one: {told}. Name another folder, or delete this one."
         )
 
 
@@ -69,7 +82,7 @@ def main(argv: Sequence[str] | None = None, grid: Grid | None = None) -> int:
     else:
         kind, default = kind_of(args.world)
         grid = grid or default
-        check_folder(args.out, args.world, grid)
+        check_folder(args.out, kind, grid)
         try:
             worlds = described(kind, args.out, (grid.trial_seed, *grid.seeds))
         except Unavailable as error:
@@ -84,7 +97,7 @@ def main(argv: Sequence[str] | None = None, grid: Grid | None = None) -> int:
         write(record, args.out / "experiment.json")
     print(tell(record))
     print("\nWritten: " + ", ".join(map(str, draw(record, args.out))))
-    return 1 if broken(record) else 0
+    return told_broken(record)
 
 
 if __name__ == "__main__":

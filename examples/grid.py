@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from examples.recovery import CHOICE, at_level, mean_recovery
+from examples.recovery import merit
 
 
 class Cell(NamedTuple):
@@ -62,29 +62,18 @@ class Grid:
         return [Cell(*key, gamma, seed) for seed in self.seeds for key, gamma in gammas.items()]
 
     def chosen(self, trials: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, float], float]:
-        """The weight of each loss and rule with each of its best learning rates.
-
-        A trial that reaches the level `CHOICE` of forgetting is better than one that does not. Among those
-        that reach it, the one with the largest mean recovery over all abilities there is best. Among the
-        others, the one that forgets most is best.
-        """
+        """The weight of each loss and rule with each of its best learning rates, by `merit`."""
         found = {}
         for objective, rule in itertools.product(self.objectives, self.rules):
             best = []
             for rate in self.rates:
                 key = objective, rule, rate
                 runs = [run for run in trials if (run["objective"], run["rule"], run["rate"]) == key]
-                best.append(max(runs, key=self._score))
-            best.sort(key=self._score, reverse=True)
+                best.append(max(runs, key=merit))
+            best.sort(key=merit, reverse=True)
             kept = sorted(best[: self.kept], key=lambda run: run["rate"])
             found.update({(objective, rule, run["rate"]): run["gamma"] for run in kept})
         return found
-
-    def _score(self, run: Mapping[str, Any]) -> tuple[bool, float]:
-        seen = at_level(run, CHOICE)
-        if seen is None:
-            return False, -min(run["known"]["forget"]["probability"])
-        return True, mean_recovery(seen)
 
     def __str__(self) -> str:
         kept = min(self.kept, len(self.rates))

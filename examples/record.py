@@ -15,8 +15,9 @@ from benchmarks.measure import origin
 from examples.grid import Grid
 
 SOURCES = (
-    *(f"examples/{name}.py" for name in ("grid", "losses", "objectives", "runs", "unlearn")),
-    *(f"examples/worlds/{name}.py" for name in ("capitals", "english", "facts", "smollm", "world")),
+    *(f"examples/{name}.py" for name in ("grid", "losses", "objectives", "recovery", "runs", "unlearn")),
+    "examples/worlds",
+    "sago",
 )
 
 

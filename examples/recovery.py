@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-# Of the mean probability of the forget answers: those of the tables, and the one at which weights and
-# learning rates are chosen.
+# Levels of the mean probability of the forget answers: those of the report, and the one at which the trials
+# choose learning rates and weights.
 LEVELS = (0.2, 0.1, 0.02)
 CHOICE = 0.1
 
@@ -17,30 +18,29 @@ Record = Mapping[str, Any]
 
 
 class Reached(NamedTuple):
-    """A run at the point where it reaches a level: the step, the seconds of training up to it, and the
-    recovery of each ability."""
+    """A run at a level: the step, the seconds of training up to it, and the recovery of each ability."""
 
-    step: float
+    step: int
     seconds: float
     recovery: dict[str, float]
 
+    @property
+    def mean(self) -> float:
+        """The mean recovery over the sets of facts. The text does not count."""
+        return statistics.fmean(value for name, value in self.recovery.items() if name != "text")
+
 
 class Entry(NamedTuple):
-    """A rule with an objective at a level, over the `seeds` that reach it.
+    """A rule with an objective at a level, with the learning rate and the weight that the trials chose.
 
-    `rate` is the learning rate with which most seeds reach it, and among equal ones the rate with the largest
-    mean recovery on the trial seed. `step` and `seconds` are means. `recovery` has the mean and the standard
-    deviation of each ability; it is empty if no seed reaches the level.
+    `seeds` has one value for each seed of the results. It is None if the run does not reach the level.
     """
 
     objective: str
     rule: str
     rate: float
     gamma: float
-    seeds: int
-    step: float
-    seconds: float
-    recovery: dict[str, tuple[float, float]]
+    seeds: list[Reached | None]
 
 
 def abilities(run: Run) -> list[str]:
@@ -60,28 +60,37 @@ def ability(run: Run, name: str) -> list[float]:
 
 
 def at_level(run: Run, level: float) -> Reached | None:
-    """The point where the mean probability of the forget answers first falls to `level`.
+    """The measurement from which on the mean probability of the forget answers stays at or below `level`.
 
-    It lies between two measurements, by linear interpolation. None if the run does not reach the level after
-    the first measurement.
+    A model that forgets and then learns again has not reached the level. None if the last measurement is
+    above the level, or if none is.
     """
-    forget = run["known"]["forget"]["probability"]
-    after = next((i for i, p in enumerate(forget) if p <= level), 0)
-    if after == 0:
+    above = [i for i, p in enumerate(run["known"]["forget"]["probability"]) if p > level]
+    if not above or above[-1] + 1 == len(run["measured"]):
         return None
-    before = after - 1
-    share = (forget[before] - level) / (forget[before] - forget[after])
-
-    def between(values: Sequence[float]) -> float:
-        return values[before] + share * (values[after] - values[before])
-
-    step = between(run["measured"])
+    i = above[-1] + 1
+    step = run["measured"][i]
     seconds = statistics.median(run["seconds"]) * step
-    return Reached(step, seconds, {name: between(ability(run, name)) for name in abilities(run)})
+    return Reached(step, seconds, {name: ability(run, name)[i] for name in abilities(run)})
 
 
-def mean_recovery(reached: Reached) -> float:
-    return statistics.fmean(reached.recovery.values())
+def mean_over(seeds: Sequence[Reached | None]) -> float | None:
+    """The mean recovery over the seeds.
+
+    None if one of them does not reach the level, because the mean of the others would be too large.
+    """
+    there = [seen.mean for seen in seeds if seen is not None]
+    return statistics.fmean(there) if len(there) == len(seeds) else None
+
+
+def merit(trial: Run) -> tuple[bool, float]:
+    """The larger, the better the trial.
+
+    A trial that reaches the level `CHOICE` is better than one that does not. Among those that reach it, the
+    one with the largest mean recovery there is best. Among the others, the one that forgets most is best.
+    """
+    seen = at_level(trial, CHOICE)
+    return (False, -min(trial["known"]["forget"]["probability"])) if seen is None else (True, seen.mean)
 
 
 def runs_of(record: Record, objective: str, rule: str, rate: float) -> list[Run]:
@@ -91,37 +100,24 @@ def runs_of(record: Record, objective: str, rule: str, rate: float) -> list[Run]
 
 
 def entries(record: Record, level: float) -> list[Entry]:
-    """One for each objective and rule of the record."""
-    grid = record["grid"]
-    return [
-        _entry(record, objective, rule, level) for objective in grid["objectives"] for rule in grid["rules"]
-    ]
+    """One for each objective and rule of the record.
 
-
-def _entry(record: Record, objective: str, rule: str, level: float) -> Entry:
-    def reached(runs: Sequence[Run]) -> list[Reached]:
-        return [seen for run in runs if (seen := at_level(run, level)) is not None]
-
-    def merit(rate: float) -> tuple[int, float]:
-        runs = runs_of(record, objective, rule, rate)
-        trials = [
-            trial
-            for trial in record["trials"]
-            if (trial["objective"], trial["rule"], trial["rate"]) == (objective, rule, rate)
-            and trial["gamma"] == runs[0]["gamma"]
-        ]
-        return len(reached(runs)), max((mean_recovery(seen) for seen in reached(trials)), default=-1.0)
-
-    rate = max(
-        (rate for rate in record["grid"]["rates"] if runs_of(record, objective, rule, rate)), key=merit
-    )
-    runs = runs_of(record, objective, rule, rate)
-    rows, gamma = reached(runs), runs[0]["gamma"]
-    if not rows:
-        return Entry(objective, rule, rate, gamma, 0, 0.0, 0.0, {})
-    recovery = {}
-    for name in rows[0].recovery:
-        values = [row.recovery[name] for row in rows]
-        recovery[name] = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-    step, seconds = (statistics.fmean(getattr(row, name) for row in rows) for name in ("step", "seconds"))
-    return Entry(objective, rule, rate, gamma, len(rows), step, seconds, recovery)
+    The trials alone choose the learning rate and the weight, among those that the results have. So they are
+    the same at every level.
+    """
+    found = []
+    for objective, rule in itertools.product(record["grid"]["objectives"], record["grid"]["rules"]):
+        best = max(
+            (
+                trial
+                for trial in record["trials"]
+                if (trial["objective"], trial["rule"]) == (objective, rule)
+                and any(
+                    run["gamma"] == trial["gamma"] for run in runs_of(record, objective, rule, trial["rate"])
+                )
+            ),
+            key=merit,
+        )
+        seeds = [at_level(run, level) for run in runs_of(record, objective, rule, best["rate"])]
+        found.append(Entry(objective, rule, best["rate"], best["gamma"], seeds))
+    return found

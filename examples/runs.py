@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from benchmarks.measure import write_json
 from examples.grid import Cell, Grid
 from examples.losses import OfAnswers
 from examples.unlearn import unlearn
@@ -95,7 +96,7 @@ def run(
 
 
 def first_steps(
-    kind: Kind, folder: Path, grid: Grid, seed: int, retain_floor: float, count: int = 3
+    kind: Kind, folder: Path, grid: Grid, seed: int, retain_floor: float, count: int = 1
 ) -> dict[str, Any]:
     """The norms, the cosine of update and forget gradient, and the share of conflicts in the first steps of
     `sago` with NPO and the KL divergence to the start model, whose gradient is rounding noise in step 1."""
@@ -130,9 +131,7 @@ def completed(
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     options = [kind] * len(missing), [folder] * len(missing), [grid] * len(missing), missing
     for cell, found in zip(missing, _bar(_map(run, options, workers), len(missing), name), strict=True):
-        partial = paths[cell].with_suffix(".partial")
-        partial.write_text(json.dumps(found) + "\n")
-        partial.replace(paths[cell])
+        write_json(paths[cell], found)
     return [json.loads(path.read_text()) for path in paths.values()]
 
 

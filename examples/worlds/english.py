@@ -1,4 +1,4 @@
-"""Facts of common sense, sums, and English prose, with which the general ability of a model is measured."""
+"""Facts of common sense, sums, and English text, with which the general ability of a model is measured."""
 
 from __future__ import annotations
 
@@ -78,7 +78,10 @@ def sums(largest: int = 9) -> list[Fact]:
 
 
 def passages(count: int, characters: int = 600) -> list[str]:
-    """`count` passages of the documentation that Python contains, which is English prose about Python."""
+    """`count` passages of the reference that Python contains. They differ between versions of Python.
+
+    They are about Python, and much of them is grammar in a formal notation.
+    """
     topics: Sequence[str] = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
     long = [text for text in topics if len(text) > 2 * characters]
     return [text[: text.rindex(" ", 0, characters)].strip() for text in long[:: len(long) // count][:count]]

@@ -58,7 +58,9 @@ class Invented:
         if not path.exists():
             world = self.untrained(seed)
             self.teach(world, seed, quiet=True)
-            torch.save(world.model.state_dict(), path)
+            partial = path.with_suffix(".partial")
+            torch.save(world.model.state_dict(), partial)
+            partial.replace(path)
 
     def open(self, folder: Path, seed: int) -> World:
         """The world of a seed with the model that `prepare` saved."""

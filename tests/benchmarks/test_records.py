@@ -9,7 +9,9 @@ import torch
 from benchmarks import measure
 from benchmarks.measure import ROOT, StaleRecord, origin, warn_if_stale, write_json
 
-RECORDS = sorted((ROOT / "benchmarks/results").glob("*.json"))
+RECORDS = sorted(
+    path for part in ("benchmarks", "examples") for path in (ROOT / part / "results").glob("*.json")
+)
 
 
 @pytest.mark.filterwarnings("default::benchmarks.measure.StaleRecord")

@@ -13,6 +13,7 @@ from examples.worlds import smollm
 from examples.worlds.capitals import Capitals, known, tables
 from examples.worlds.english import common_sense, passages, sums
 from examples.worlds.facts import Collator, Fact, chosen
+from examples.worlds.world import World
 
 FACTS = {
     "capitals": [[f"The capital of country {i} is", f" town {i}", [" a", " b", " c"]] for i in range(12)],
@@ -84,7 +85,7 @@ def test_a_fact_is_known_if_it_is_said_and_chosen():
 
 
 def test_a_split_depends_on_its_seed_only(folder):
-    kind = Capitals(forget=3, retain=4, general=2)
+    kind = Capitals(forget=3, retain=4, general=2, model=folder / "smollm2")
     kind.prepare(folder, 0)  # the model and the known facts are there already
     world, again, other = (kind.open(folder, seed) for seed in (0, 0, 1))
     assert world.facts == again.facts != other.facts
@@ -98,6 +99,17 @@ def test_a_split_depends_on_its_seed_only(folder):
     assert sorted(asked) == sorted(prompt for prompt, _, _ in FACTS["capitals"])
     assert not set(asked) & {fact.prompt for fact in world.facts["general"]}
     assert set(world.known(world.model)) == {"forget", "retain", "neighbours", "general", "text"}
+
+
+def test_random_models_choose_by_chance():
+    """One of four answers, in the mean over a third of the facts and three models."""
+    facts = {name: found[::3] for name, found in tables().items()}
+    models = [random_model(seed=seed).eval() for seed in range(3)]
+    world = World(models[0], byte_tokenizer(), facts)
+    shares = [world.choices(model) for model in models]
+    count = len(models) * sum(map(len, facts.values()))
+    right = sum(len(facts[name]) * value for share in shares for name, value in share.items())
+    assert abs(right - 0.25 * count) < 4 * (0.25 * 0.75 * count) ** 0.5
 
 
 def a_wheel(path, content):

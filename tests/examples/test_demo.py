@@ -12,14 +12,13 @@ from benchmarks.measure import ROOT
 from examples import demo, experiment
 from examples.draw import STYLES
 from examples.grid import Grid
-from examples.recovery import CHOICE, LEVELS, entries
+from examples.recovery import CHOICE, entries
 from examples.tables import (
+    FRONT,
     broken,
-    cosines_told,
     equal_told,
     front_page,
     noise_told,
-    rates_told,
     recovery_told,
     tell,
     worlds_told,
@@ -82,7 +81,9 @@ def check_record(record):
         for part in ("trials", "runs")
     }
     assert cells["trials"] == grid.trials()
-    assert cells["runs"] == grid.final(grid.chosen(record["trials"]))
+    gammas = {(r["objective"], r["rule"], r["rate"]): r["gamma"] for r in record["runs"]}
+    assert cells["runs"] == grid.final(gammas)
+    assert len(gammas) == len(grid.objectives) * len(grid.rules) * min(grid.kept, len(grid.rates))
     assert [world["seed"] for world in record["worlds"]] == [grid.trial_seed, *grid.seeds]
     assert all(record[name] for name in ("cpu", "torch", "transformers", "sago"))
     for run in [*record["trials"], *record["runs"]]:
@@ -129,12 +130,11 @@ def test_pages_show_the_committed_record(committed):
     page = (ROOT / "docs" / "experiment.md").read_text(encoding="utf-8")
     shown = (
         worlds_told(committed),
-        cosines_told(committed),
+        *(recovery_told(committed, level) for level in (FRONT, CHOICE)),
         equal_told(committed),
-        rates_told(committed, CHOICE),
         noise_told(committed),
     )
-    for text in (*shown, *(recovery_told(committed, level) for level in LEVELS)):
+    for text in shown:
         assert text in page
     assert front_page(committed) in (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -149,6 +149,9 @@ def test_the_demo_takes_the_choice_of_the_committed_record(committed):
 def test_an_experiment_has_every_cell(ran):
     check_record(ran[1])
     assert ran[1]["world"] == "people"
+    assert {(r["objective"], r["rule"], r["rate"], r["gamma"]) for r in ran[1]["runs"]} == {
+        (*key, gamma) for key, gamma in GRID.chosen(ran[1]["trials"]).items()
+    }
 
 
 def test_an_experiment_tells_its_record(ran, folder):
@@ -170,9 +173,28 @@ def test_an_experiment_that_is_complete_makes_no_run(ran, tiny, folder, monkeypa
     assert tell(ran[1]) in capsys.readouterr().out
 
 
-def test_runs_of_another_grid_are_refused(ran, tiny, folder):
-    with pytest.raises(ValueError, match=r"`--out` should be a new folder.*grid\.json"):
-        experiment.main(["--world=capitals", f"--out={folder}"])
+@pytest.mark.parametrize("name", ["world", "grid", "source", "torch", "transformers"])
+def test_runs_of_another_experiment_are_refused(name, tmp_path):
+    experiment.check_folder(tmp_path, TINY, GRID)
+    experiment.check_folder(tmp_path, TINY, GRID)
+    path = tmp_path / "grid.json"
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps({**found, name: "another"}))
+    with pytest.raises(
+        ValueError, match=rf"`--out` should be a new folder.*`{name}` is .*, and was another\."
+    ):
+        experiment.check_folder(tmp_path, TINY, GRID)
+
+
+def test_cosines_are_compared_over_the_steps_that_all_rules_have(ran):
+    record = json.loads(json.dumps(ran[1]))
+    for run in record["trials"]:
+        count = 2 if run["rule"] == "sum" else len(run["seconds"])
+        run["seconds"] = run["seconds"][:count]
+        run["steps"] = {name: [0.5] * 2 + [-1.0] * (count - 2) for name in run["steps"]}
+    rows = [line for line in equal_told(record).splitlines() if line.startswith(GRID.objectives)]
+    assert len(rows) == len(GRID.objectives) * len(GRID.rules)
+    assert all(re.search(r"1 to 2 +\+0\.50 +\+0\.50 +\+0\.50$", row) for row in rows)
 
 
 def test_a_report_comes_from_a_record_alone(ran, folder, tmp_path, capsys):
@@ -189,7 +211,9 @@ def test_a_broken_promise_is_told_and_exits_non_zero(ran, tmp_path, capsys):
     path = tmp_path / "experiment.json"
     path.write_text(json.dumps(record))
     assert experiment.main([f"--report={path}", f"--out={tmp_path}"]) == 1
-    told = dict(re.findall(r"^([a-z_]+) .* (none|kept|BROKEN)$", capsys.readouterr().out, re.MULTILINE))
+    printed = capsys.readouterr().out
+    assert "<u, r> is negative in a step of pcgrad." in printed
+    told = dict(re.findall(r"^([a-z_]+) .* (none|kept|BROKEN)$", printed, re.MULTILINE))
     assert told == {"sum": "none", "pcgrad": "BROKEN", "pcgrad_global": "kept", "sago": "kept"}
 
 

@@ -173,19 +173,6 @@ def test_processes_give_the_same_numbers(folder, tmp_path):
         assert {**found, "seconds": None} == {**same, "seconds": None}
 
 
-def test_a_model_that_knows_nothing_chooses_by_chance():
-    """Made-up people have no wrong answers. With three of other people each, a quarter is right by chance."""
-    world = TINY.untrained(0)
-    answers = [fact.answer for fact in world.facts["retain"]]
-    facts = [
-        fact._replace(wrong=tuple(answers[(i + 8 * k) % len(answers)] for k in (1, 2, 3)))
-        for i, fact in enumerate(world.facts["retain"])
-    ]
-    share = replace(world, facts={"retain": facts}).choices(world.model)["retain"]
-    deviation = (0.25 * 0.75 / len(facts)) ** 0.5
-    assert abs(share - 0.25) < 4 * deviation
-
-
 def test_a_description_of_the_worlds(folder):
     (row,) = described(TINY, folder, [1])
     assert row["facts"] == {"forget": 8, "retain": 72, "general": 21}
