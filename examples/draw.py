@@ -71,7 +71,7 @@ def pareto(record: Record) -> Figure:
                 for run in runs_of(record, objective, rule, rate)
                 for x, y in zip(run["known"]["forget"]["probability"], ability(run, name), strict=True)
             ]
-            axes.plot(*zip(*points, strict=True), marker, color=color, markersize=3, alpha=0.25, mew=0)
+            axes.plot(*zip(*points, strict=True), marker, color=color, markersize=4, alpha=0.35, mew=0)
             x, y = zip(*front(points), strict=True)
             axes.plot(x, y, line, marker=marker, color=color, markersize=4.5, label=rule)
         for level in LEVELS:
@@ -86,7 +86,7 @@ def pareto(record: Record) -> Figure:
         figure,
         panels,
         "Recovery of abilities against forgetting, which grows to the right: all measurements, and the front "
-        f"of each rule\n{len(grid['seeds'])} seeds, the best learning rates of each rule; vertical lines: "
+        f"of each rule\n{len(grid['seeds'])} seeds, every learning rate of the results; vertical lines: "
         "the levels " + ", ".join(f"{level:g}" for level in LEVELS),
     )
     return figure
@@ -112,7 +112,7 @@ def cosines(record: Record) -> Figure:
         panels,
         "Cosines of the forget gradient f, the retain gradient r and the update u\n"
         f"means over {len(grid['seeds'])} seeds with the smaller learning rate of each rule, bands from the "
-        "least to the most; a run ends when it has forgotten",
+        "smallest to the largest; a run ends when it has forgotten",
     )
     return figure
 
@@ -134,6 +134,7 @@ def _lines(axes: Axes, series: Sequence[Sequence[float]], rule: str, markevery: 
 
 def _panels(rows: Sequence[str], columns: Sequence[str]) -> tuple[Figure, dict[tuple[str, str], Axes]]:
     figure = Figure(figsize=(10, 0.9 + 2.4 * len(rows)), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.06)
     grid = figure.subplots(len(rows), len(columns), sharex=True, sharey="row", squeeze=False)
     panels = {
         (row, column): axes

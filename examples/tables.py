@@ -25,10 +25,10 @@ FRONT = 0.2  # the level in README.md
 DEFINITION = f"""\
 Recovery is the number of right answers at a level divided by the number before unlearning. For text it is the
 perplexity before divided by the perplexity at the level. A run is at a level at the first measurement from
-which on the mean probability of the forget answers stays at or below it. The columns from steps to text have
-one value for each seed, and "-" for a seed that does not reach the level. "mean" is the recovery of retain,
-neighbours and general, and is given if all seeds reach the level. The trials chose lr and gamma once, at
-{CHOICE:g}. Seconds are those of training, without the measurements."""
+which on the mean probability of a forget answer stays at or below it. "mean" is the mean recovery over the
+sets of facts, and is given if all seeds reach the level. The columns after it have one value for each seed,
+and "-" for a seed that does not reach the level. The trials chose lr and gamma once, at {CHOICE:g}.
+Seconds are those of training, without the measurements."""
 
 
 def worlds_told(record: Record) -> str:
@@ -135,6 +135,7 @@ def recovery_told(record: Record, level: float) -> str:
             "lr": f"{entry.rate:g}",
             "gamma": f"{entry.gamma:g}",
             "mean": _mean_told(entry.seeds),
+            "by seed": _each_told(seen and 100 * seen.mean for seen in entry.seeds),
             "steps": _each_told(seen and seen.step for seen in entry.seeds),
             "seconds": _each_told(seen and seen.seconds for seen in entry.seeds),
         }
