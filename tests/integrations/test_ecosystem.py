@@ -37,6 +37,7 @@ OF_THE_TRAINER = [
     ("bitsandbytes.optim", "AdamW8bit", "adamw_bnb_8bit"),
     ("bitsandbytes.optim", "Lion8bit", "lion_8bit"),
     ("torchao.optim", "AdamW8bit", "adamw_torch_8bit"),
+    ("torchao.optim", "AdamW4bit", "adamw_torch_4bit"),
 ]
 
 
@@ -187,6 +188,8 @@ def test_optimizers_in_the_trainer(module, name, optim, accumulation, tmp_path):
     trainer = make(SAGO, tmp_path, wide(), Pairs(6), **options)
     # The Trainer gives its betas to Lion, too, whose own default is another.
     own = {"betas": (0.9, 0.999)} if "Lion" in name else {"eps": trainer.args.adam_epsilon}
+    if module == "torchao.optim":
+        own["block_size"] = 256  # that of the Trainer, also for 4 bits, where torchao's own is 128
     checking = Checking(
         trainer.data_collator.batches,
         accumulation,
