@@ -65,7 +65,7 @@ class Capitals:
                 "neighbours": capitals[end : end + self.neighbours],
                 "general": [fact for facts in shuffled.values() for fact in facts[: self.general]],
             },
-            passages(2),
+            passages(),
         )
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import pydoc_data.topics
-from collections.abc import Sequence
-
 from examples.worlds.facts import Fact
 
 # A text, its continuation, and three continuations that are wrong.
@@ -56,6 +53,40 @@ COMMON_SENSE = (
 )  # fmt: skip
 
 
+# Prose of everyday subjects, written for this purpose, so that every machine measures the same text.
+PASSAGES = (
+    """The rain had stopped before noon, but the road to the village was still wet. Two boys walked along the
+    river and looked for stones that were flat enough to throw. Their grandmother waited at the gate, because
+    the soup was ready and the bread was getting cold.""",
+    """To grow tomatoes, choose a place that gets at least six hours of sun a day. Water the plants early in
+    the morning, and keep the leaves dry. When the first flowers appear, tie the stems to a stick, so that the
+    weight of the fruit does not break them.""",
+    """A steam engine burns fuel to boil water. The steam needs much more space than the water did, and so it
+    pushes a piston. A rod and a wheel turn this movement into a rotation, which can drive a pump, a mill or a
+    train. Most of the heat is lost through the chimney.""",
+    """The committee met on Tuesday to discuss the price of tickets. Several members said that higher prices
+    would keep families away from the theater. Others answered that the building needed a new roof, and that
+    nobody had offered another way to pay for it. The vote was postponed.""",
+    """Bats find their way in the dark by listening. They call many times in a second, and the echo tells them
+    how far away an insect is and in which direction it flies. Some moths hear these calls and fold their
+    wings, so that they fall out of reach.""",
+    """She had never spoken in front of so many people. Her hands were shaking when she opened the folder, and
+    for a moment she could not read her own writing. Then she saw her brother in the third row. He smiled, and
+    she began with the story of the old piano.""",
+    """Good sleep depends on regular hours. Doctors advise their patients to go to bed at the same time every
+    evening, to avoid coffee in the afternoon, and to leave the telephone in another room. A short walk before
+    dinner helps many people more than medicine does.""",
+    """The old harbor is no longer used by large ships. Fishermen still land their catch there in the early
+    hours, and by nine o'clock the market is over. In the afternoon the square belongs to tourists, who drink
+    tea in the sun and watch the gulls fight over scraps.""",
+)
+
+
+def passages() -> list[str]:
+    """Eight passages of English prose, each on one line."""
+    return [" ".join(text.split()) for text in PASSAGES]
+
+
 def common_sense() -> list[Fact]:
     return [
         Fact(prompt, f" {answer}", tuple(f" {word}" for word in wrong))
@@ -75,13 +106,3 @@ def sums(largest: int = 9) -> list[Fact]:
         for a in numbers
         for b in numbers
     ]
-
-
-def passages(count: int, characters: int = 600) -> list[str]:
-    """`count` passages of the reference that Python contains. They differ between versions of Python.
-
-    They are about Python, and much of them is grammar in a formal notation.
-    """
-    topics: Sequence[str] = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
-    long = [text for text in topics if len(text) > 2 * characters]
-    return [text[: text.rindex(" ", 0, characters)].strip() for text in long[:: len(long) // count][:count]]

@@ -66,10 +66,13 @@ def test_sums_are_right_and_their_wrong_answers_positive():
         assert all(int(text) > 0 for text in fact.wrong)
 
 
-def test_passages_are_of_text():
-    found = passages(4)
-    assert len(set(found)) == 4
-    assert all(400 < len(text) <= 600 for text in found)
+def test_passages_are_prose():
+    found = passages()
+    assert len(set(found)) == len(found) == 8
+    for text in found:
+        sentences = re.findall(r"[A-Z][a-z',\- A-Z]+\.", text)
+        assert " ".join(sentences) == text
+        assert 3 <= len(sentences) <= 6
 
 
 def test_a_fact_is_known_if_it_is_said_and_chosen():
