@@ -19,7 +19,7 @@ from sago.capture.hooks import check_hooks
 from sago.capture.mean import RunningMean, shards_of
 from sago.capture.memory import RuleMemory, check_memory
 from sago.capture.opening import find_engine, open_host
-from sago.capture.others import Others
+from sago.capture.others import Others, registrations
 from sago.capture.parameters import choose
 from sago.capture.streamed import InBackward, check_exact
 from sago.capture.window import Action, Window
@@ -110,8 +110,9 @@ class GradientBuckets:
     If `params` is a part of a module, freeze the other parameters. If a backward in a capture reaches a
     trained parameter that was not given, the capture raises, because the gradient of that parameter would be
     the sum of both sides. Parameters that other buckets capture at the same time are exempt. All live modules
-    are searched once for such parameters, before the first capture. Parameters that belong to no module, or
-    to one that `gc.freeze` hides, are not found.
+    are searched for such parameters before the first capture, and before a later one if a parameter or a
+    module was added to any module since. Parameters that belong to no module, or to one that `gc.freeze`
+    hides, are not found.
 
     If an optimizer that holds a captured parameter steps inside a capture, the step raises, because `p.grad`
     is the gradient of one side there. If the optimizer steps between a capture and `synthesize_`, it finds no
@@ -177,10 +178,11 @@ class GradientBuckets:
                 )
             self._retain = RunningMean(self._retain, self._params, retain_decay)
         self._forget.mean = self._retain.mean = accumulation == "mean"
-        self._window = Window(chosen.names, self._params, opened.host, self._forget, self._retain)
+        # DeepSpeed's engine has all parameters of its module.
+        others = Others((), ()) if engine is not None else Others(self._params, opened.sharded)
+        self._window = Window(chosen.names, self._params, others, opened.host, self._forget, self._retain)
         self._ranks, self._shards = opened.ranks, opened.shards
-        self._looked = engine is not None  # whether `_check_around` has searched
-        self._sharded = opened.sharded
+        self._checked_at = -1  # the number of registrations at the last search of `_check_around`
         self._engine = engine
         # A running mean is kept, and fresh gradients are not. The update is written over forget then.
         self._written = self._forget if self._retain.keeps or self._retain.fresh else self._retain
@@ -543,16 +545,15 @@ class GradientBuckets:
         )
 
     def _check_around(self) -> None:
-        """Checks before a capture. Live objects are searched before the first capture only."""
+        """Checks before a capture. Live objects are searched only if a module was registered meanwhile."""
         if self._ranks is not None:
             self._ranks.check_not_joined()
-        if self._looked:
+        if self._engine is not None or self._checked_at == registrations().count:
             return
         if self._ranks is None:
             ddp.check_not_wrapped(self._params)
-        self._window.keep_apart(Others(self._params, self._sharded))
         check_hooks(self._window.names, self._params)
-        self._looked = True
+        self._checked_at = registrations().count
 
     def _meet(self) -> None:
         """Compares and averages the gradients over the ranks, once a window, before the synthesis."""

@@ -5,10 +5,15 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from sago.ranks import fsdp
 
@@ -17,22 +22,27 @@ class Others:
     """The parameters that were not given, but belong to a live module that also holds a given parameter.
 
     During a capture, the gradients of those that require grad are set to None. If a backward gives one of
-    them a gradient, this is noticed and the gradient is dropped. Without arguments the object has no
-    parameters.
+    them a gradient, this is noticed and the gradient is dropped. The live modules are searched before the
+    first capture, and again before a later one if any module was given a parameter or a module meanwhile.
 
     Args:
         params: The captured parameters.
         sharded: The FSDP2 modules that hold the parameters.
     """
 
-    def __init__(self, params: Sequence[Tensor] = (), sharded: Sequence[torch.nn.Module] = ()) -> None:
-        registered = any(isinstance(p, torch.nn.Parameter) for p in params)
-        self._named = _beside(params, sharded) if registered else []
+    def __init__(self, params: Sequence[Tensor], sharded: Sequence[torch.nn.Module]) -> None:
+        self._params, self._sharded = params, sharded
+        self._may_be_beside = any(isinstance(p, torch.nn.Parameter) for p in params)
+        self._searched_at = -1  # the number of registrations at the last search
+        self._named: list[tuple[str, Any]] = []
         self._aside: list[tuple[str, Any, Tensor | None]] = []
 
     def put_aside(self, captured: Sequence[Tensor]) -> None:
         """Begins a capture of these parameters."""
         _capturing[self] = {id(p) for p in captured}
+        if self._may_be_beside and self._searched_at != registrations().count:
+            self._searched_at = registrations().count
+            self._named = _beside(self._params, self._sharded)
         elsewhere = set().union(*_capturing.values())  # other buckets capture these right now
         for name, ref in self._named:
             p = ref()
@@ -50,6 +60,24 @@ class Others:
             p.grad = grad
         self._aside = []
         return reached
+
+
+class Registrations:
+    """Counts how often any module was given a parameter or a module."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        register_module_parameter_registration_hook(self._add)
+        register_module_module_registration_hook(self._add)
+
+    def _add(self, *_: object) -> None:
+        self.count += 1
+
+
+@cache
+def registrations() -> Registrations:
+    """The registrations since the first call."""
+    return Registrations()
 
 
 # The ids of the parameters of open captures.

@@ -106,6 +106,7 @@ class Window:
 
     Args:
         names, params: The captured parameters.
+        others: The parameters that no capture may reach.
         host: Where the accumulators are mounted.
         forget, retain: The accumulators.
 
@@ -116,7 +117,13 @@ class Window:
     """
 
     def __init__(
-        self, names: Sequence[str], params: Sequence[Tensor], host: Host, forget: Side, retain: Side
+        self,
+        names: Sequence[str],
+        params: Sequence[Tensor],
+        others: Others,
+        host: Host,
+        forget: Side,
+        retain: Side,
     ) -> None:
         self.names, self.params = names, params
         self.forget, self.retain = forget, retain
@@ -124,7 +131,7 @@ class Window:
         self.lent: Tensor | None = None
         self._state = State.EMPTY
         self._agreed = False
-        self._others = Others()
+        self._others = others
         self._host = host
         self._open: list[Capture] = []
         self._reason = ""  # why the gradients are not complete, in UPDATING and BROKEN
@@ -185,10 +192,6 @@ class Window:
                 f"{name} should be called between two windows, because the accumulators hold gradients of a "
                 "window after a capture. Found such a window. Call synthesize_ or zero_ before."
             )
-
-    def keep_apart(self, others: Others) -> None:
-        """From now on, no capture may reach these trained parameters, which were not given."""
-        self._others = others
 
     def agree(self) -> None:
         """Records that the same parameters were reached on all ranks, until the next capture."""

@@ -96,16 +96,23 @@ def test_losses_that_share_a_forward_and_captures_within_captures(ranks2):
         assert_equal_tensors(found, one_forward(transformer(), Run("pcgrad")))
 
 
-def wrapped_later():
+def wrapped_later(windows):
     """The buckets are there before DDP is, which would reduce the first of two gradients only."""
     model = transformer()
     buckets = sago.GradientBuckets(model)
+    for _ in range(windows):
+        for capture in (buckets.forget, buckets.retain):
+            with capture():
+                sum(p.sum() for p in model.parameters()).backward()
+        buckets.synthesize_()
+        buckets.zero_()
     ddp = DistributedDataParallel(model)
     return [error_of(capture) for capture in (buckets.forget, buckets.retain)], ddp.training
 
 
-def test_a_module_that_is_wrapped_when_the_buckets_are_there_is_refused(ranks2):
-    for errors, _ in ranks2(wrapped_later):
+@pytest.mark.parametrize("windows", [0, 1])
+def test_a_module_that_is_wrapped_when_the_buckets_are_there_is_refused(ranks2, windows):
+    for errors, _ in ranks2(wrapped_later, windows):
         for error, text in errors:
             assert error is ValueError
             assert "Make new GradientBuckets" in text

@@ -228,6 +228,17 @@ def test_an_adapter_that_is_added_needs_new_buckets():
     check_training(model, accumulation=2)
 
 
+def test_an_adapter_that_is_added_is_noticed_by_buckets_of_a_list():
+    model = adapted(**KINDS["LoRA"])
+    buckets = sago.GradientBuckets([p for p in model.parameters() if p.requires_grad])
+    check_window(model, buckets, BATCHES[:1])
+    buckets.zero_()
+    model.add_adapter("other", configured(**KINDS["LoRA"]))
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match=r"`.*lora_.*other.*` should be given"), buckets.forget():
+        both(model, BATCHES[1])[0].backward()
+
+
 def test_several_adapters_together_and_in_turn():
     """The buckets are made while both are trained. An adapter that is frozen has no update."""
     model = adapted(**KINDS["DoRA"])

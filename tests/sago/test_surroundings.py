@@ -14,6 +14,7 @@ from torch.optim import optimizer as optimizers
 
 import sago
 from sago.backends import compiled, packs
+from sago.capture import others
 from tests.support.backends import RULES
 from tests.support.properties import assert_equal_bits
 from tests.support.windows import ANY, BF16, FP32, backward, fresh, losses, model_of, window
@@ -198,6 +199,64 @@ def test_a_gradient_of_a_parameter_that_was_not_given_goes_with_a_capture_that_f
         loss_of(model).backward()
         raise ZeroDivisionError
     assert model["body"].weight.grad is None
+
+
+MADE_BEFORE = torch.nn.Linear(4, 4)
+ADDITIONS = {
+    "module": lambda head: head.add_module("adapter", torch.nn.Linear(4, 4)),
+    "attribute": lambda head: setattr(head, "adapter", torch.nn.Linear(4, 4)),
+    "module made before": lambda head: setattr(head, "adapter", copy.deepcopy(MADE_BEFORE)),
+    "parameter": lambda head: setattr(head, "scale", torch.nn.Parameter(torch.ones(4))),
+}
+
+
+class Head(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.linear(getattr(self, "adapter", torch.nn.Identity())(x) * getattr(self, "scale", 1.0))
+
+
+@pytest.mark.parametrize("inside", ["between windows", "between the sides"])
+@pytest.mark.parametrize("added", ADDITIONS)
+def test_a_parameter_that_is_added_after_the_first_capture_is_noticed(added, inside):
+    """As an adapter is. The buckets were made from a list, so they do not know the module."""
+    head, x = Head(), torch.ones(1, 4)
+    buckets = sago.GradientBuckets(head.parameters())
+    with buckets.forget():
+        head(x).sum().backward()
+    if inside == "between windows":
+        with buckets.retain():
+            head(x).sum().backward()
+        buckets.synthesize_()
+        buckets.zero_()
+    ADDITIONS[added](head)
+    side = "forget" if inside == "between windows" else "retain"
+    found = r"`scale`" if added == "parameter" else r"`adapter\.(weight|bias)`"
+    error = pytest.raises(ValueError, match=rf"{found} should be given.*{side}\(\) reaches")
+    with error, getattr(buckets, side)():
+        head(x).sum().backward()
+    assert all(p.grad is None for p in head.parameters())
+
+
+def test_live_modules_are_searched_again_only_after_something_was_added(monkeypatch):
+    head, x = Head(), torch.ones(1, 4)
+    buckets = sago.GradientBuckets(head.parameters())
+    searches = []
+    monkeypatch.setattr(others, "_beside", lambda *args: searches.append(args) or [])
+    counts = []
+    for step in range(6):
+        if step in (2, 5):
+            torch.nn.Sequential(torch.nn.ReLU())  # it does not matter where
+        for side in (buckets.forget, buckets.retain):
+            with side():
+                head(x).sum().backward()
+        buckets.synthesize_()
+        buckets.zero_()
+        counts.append(len(searches))
+    assert counts == [1, 1, 2, 2, 2, 3]
 
 
 def test_modules_whose_init_has_not_run_are_passed_over():
