@@ -4,6 +4,7 @@ import logging
 import os
 import warnings
 from importlib.util import find_spec
+from unittest import mock
 
 import pytest
 import torch
@@ -109,6 +110,7 @@ def train(folder, how, stage, accumulation, kind=GradDiff, dtype=torch.float32):
         "bf16": {"enabled": dtype == torch.bfloat16},
     }
     options = {"use_cpu": False, "deepspeed": config, "gradient_accumulation_steps": accumulation}
+    options["bf16"] = dtype == torch.bfloat16
     args = arguments(folder, ddp_backend="gloo", **options)
     assert args.device.type == "cpu"
     # Without an accelerator, accelerate gives DeepSpeed one process. Told of both, it does all the rest.
@@ -125,9 +127,8 @@ def train(folder, how, stage, accumulation, kind=GradDiff, dtype=torch.float32):
     engine = trainer.model_wrapped
     assert engine.zero_optimization_stage() == stage
     if stage == 3:
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        found = {n: safe_get_full_fp32_param(p).clone() for n, p in engine.module.named_parameters()}
+        with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+            found = weights(engine.module)
     else:
         found = weights(engine.module)
     return found, [log for log in trainer.state.log_history if "loss" in log]
@@ -202,7 +203,8 @@ def reported(folder, stage):
     handler.emit = lambda record: found.append(record.getMessage())
     logging.getLogger("sago").addHandler(handler)
     try:
-        train(folder, {}, stage, 2, dtype=torch.bfloat16)
+        with mock.patch("transformers.training_args.is_torch_bf16_gpu_available", return_value=True):
+            train(folder, {}, stage, 2, dtype=torch.bfloat16)
     finally:
         logging.getLogger("sago").removeHandler(handler)
     return [text for text in found if "added up" in text]

@@ -355,14 +355,20 @@ def _buckets(model: torch.nn.Module, how: Synthesis, apart: Sequence[Tensor]) ->
         how.groups.check([_clean(n) for n, _ in kept])
     # An engine is given whole, because it knows which parameters it trains.
     whole = not apart or deepspeed.is_engine(model)
-    of = named if whole else kept
-    keys = None if how.groups is None else [how.groups(_clean(n)) for n, _ in of]
-    for p in apart:
-        p.requires_grad_(False)  # the buckets refuse a model of DDP that has other trained parameters
-    try:
+    keys = None if how.groups is None else [how.groups(_clean(n)) for n, _ in (named if whole else kept)]
+    with _frozen([] if whole else apart):  # the buckets refuse a model of DDP that has others
         return GradientBuckets(model if whole else kept, keys, how.accumulate_dtype, one_copy=how.one_copy)
+
+
+@contextmanager
+def _frozen(params: Sequence[Tensor]) -> Iterator[None]:
+    """Inside the block the parameters do not require grad."""
+    for p in params:
+        p.requires_grad_(False)
+    try:
+        yield
     finally:
-        for p in apart:
+        for p in params:
             p.requires_grad_()
 
 
