@@ -17,9 +17,8 @@ import yaml
 import sago.__main__
 
 ROOT = Path(__file__).parent.parent
-REPOSITORY = re.search('^Repository = "(.*)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)[
-    1
-]
+PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+REPOSITORY = re.search('^Repository = "(.*)"$', PYPROJECT, re.MULTILINE)[1]
 WITHOUT_TRITON = "import sys; sys.modules['triton'] = None\n"  # `import triton` is an ImportError then
 
 

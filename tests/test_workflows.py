@@ -80,7 +80,7 @@ def test_only_the_release_may_upload():
     release = yaml.safe_load(WORKFLOWS["release.yml"].read_text(encoding="utf-8"))
     assert release[True] == {"push": {"tags": ["v*"]}}  # YAML 1.1 reads the key `on` as true
     upload = release["jobs"]["upload"]
-    assert (upload["needs"], upload["environment"]["name"]) == ("dist", "pypi")
+    assert (upload["needs"], upload["environment"]) == ("dist", "pypi")
     assert release["jobs"]["dist"]["uses"] == "./.github/workflows/dist.yml"
 
 

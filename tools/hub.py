@@ -18,9 +18,8 @@ ROOT = Path(__file__).parents[1]
 NAME = "sago-kernels"
 BACKENDS = ("cuda", "rocm")
 VERSION = 0  # By convention, 0 is the version of kernels whose interface may still change.
-REPOSITORY = re.search('^Repository = "(.*)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)[
-    1
-]
+PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+REPOSITORY = re.search('^Repository = "(.*)"$', PYPROJECT, re.MULTILINE)[1]
 # The kernels, and the modules of the library that they import.
 FILES = {
     **{path.name: path for path in sorted((ROOT / "kernels/triton").glob("*.py"))},
