@@ -6,7 +6,7 @@ MATRIX = 4.45.2 4.51.3 5.24.0
 DEEPSPEED = 0.19.8
 ECOSYSTEM = bitsandbytes==0.50.2 torchao==0.18.0 trl==1.16.0 datasets==5.2.0
 
-.PHONY: demo experiment test test-matrix test-deepspeed test-ecosystem lint bench clean
+.PHONY: demo experiment docs test test-matrix test-deepspeed test-ecosystem lint bench clean
 
 demo: .venv/ready
 	$(BIN)/python -m examples.demo
@@ -41,6 +41,11 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site in build/docs. A browser then opens it, if one is installed, and leaves pictures in build/docs-screenshots.
+docs: .venv-docs/ready
+	.venv-docs/bin/python -m sphinx -q -W --keep-going -E docs build/docs
+	.venv-docs/bin/python -m pytest --noconftest -q -rs tests/test_site.py
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks cpu
@@ -78,6 +83,13 @@ bench: .venv/ready
 	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt torch==2.13.0 numpy
 	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt \
 		--editable '.[transformers,triton]' pytest hypothesis peft $(ECOSYSTEM)
+	touch $@
+
+.venv-docs/ready: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt torch==2.13.0 numpy
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 clean:

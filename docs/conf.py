@@ -35,7 +35,8 @@ myst_heading_anchors = 4  # the anchors of GitHub
 nitpicky = True
 # Types of other libraries, whose pages are not at hand without a network, and type aliases of this one.
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|transformers|torchjd|collections|typing|pathlib|abc)\..*"),
+    ("py:.*", r"(torch|transformers|torchjd|collections|contextlib|typing|pathlib|abc)\..*"),
+    ("py:class", "Tensor|ProcessGroup|DeviceMesh|Term"),
 ]
 
 # Docstrings
@@ -58,8 +59,9 @@ html_css_files = ["style.css"]
 html_math_renderer = "mathml"
 html_copy_source = False
 html_show_sourcelink = False
+html_show_search_summary = False  # it loads pages by script, which browsers refuse for local files
 html_theme_options = {
-    "light_css_variables": {"font-stack--monospace": "ui-monospace, SFMono-Regular, Menlo, Consolas, monospace"},
+    "light_css_variables": {"font-stack--monospace": "ui-monospace, Menlo, Consolas, monospace"},
 }
 pygments_style = "default"
 pygments_dark_style = "github-dark"

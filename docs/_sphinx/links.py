@@ -1,7 +1,8 @@
 """Links that work on GitHub as well: files outside of docs/ that are pages of the site become those pages.
 
 README.md is a part of the front page, CONTRIBUTING.md and CHANGELOG.md are pages of their own. The links
-in their text are relative to the root of the repository. Links to other files become downloads.
+in their text are relative to the root of the repository. Links to other files become downloads. A link whose
+text is the name of a file gets the title of the page as its text.
 """
 
 import os
@@ -10,6 +11,7 @@ from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).parents[2]
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+_NAMED = re.compile(r"\[(?:[\w-]+/)*[\w-]+\.md\](?=\()")  # the text of the link is the name of the file
 _LINK = re.compile(r"(?<=\]\()(?P<path>[^)#\s:]+)(?P<anchor>#[^)\s]*)?(?=\))")
 
 
@@ -23,7 +25,7 @@ def relocated(text: str, source: Path, page: Path) -> str:
         found = PurePosixPath(os.path.relpath(target, page.parent))
         return f"{found}{match['anchor'] or ''}"
 
-    return _LINK.sub(link, text)
+    return _NAMED.sub("[]", _LINK.sub(link, text))
 
 
 def _read(app, docname, content):
