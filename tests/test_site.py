@@ -17,7 +17,14 @@ PICTURES = ROOT / "build/docs-screenshots"
 PAGES = sorted(
     str(p.relative_to(SITE)) for p in SITE.glob("**/*.html") if "_static" not in p.relative_to(SITE).parts
 )
-LOOKED_AT = ("quickstart.html", "rules.html", "math.html", "experiment.html", "how-it-works.html", "api/buckets.html")
+LOOKED_AT = (
+    "quickstart.html",
+    "rules.html",
+    "math.html",
+    "experiment.html",
+    "how-it-works.html",
+    "api/buckets.html",
+)
 SCHEMES = ("light", "dark")
 WIDTHS = {"desktop": 1280, "mobile": 390}
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -157,7 +164,9 @@ def test_formulas_are_drawn(browser, tab, scheme, width, page):
     text = tab.inner_text("article")
     assert not [raw for raw in ("\\frac", "\\begin", "\\langle", "$$") if raw in text]
     assert tab.evaluate("document.fonts.check('16px \"STIX Two Math\"')")
-    assert "loaded" in tab.evaluate("[...document.fonts].filter(f => f.family.includes('STIX')).map(f => f.status)")
+    assert "loaded" in tab.evaluate(
+        "[...document.fonts].filter(f => f.family.includes('STIX')).map(f => f.status)"
+    )
 
 
 @pytest.mark.parametrize("page", ["experiment.html", "how-it-works.html"])
