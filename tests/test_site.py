@@ -82,7 +82,7 @@ def width(request):
 
 @pytest.fixture(scope="module")
 def tab(browser, scheme, width):
-    """A page of the browser in which requests to other machines fail. `tab.faults` has them and all errors."""
+    """A page of the browser. Requests to other machines fail, and `tab.faults` has them and all errors."""
     context = browser.new_context(viewport={"width": WIDTHS[width], "height": 900}, color_scheme=scheme)
     faults = []
 

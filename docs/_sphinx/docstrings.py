@@ -1,4 +1,7 @@
-"""Docstrings as reStructuredText. They are plain text in which backticks are code and indented blocks are, too."""
+"""Docstrings as reStructuredText.
+
+The docstrings are plain text, in which single backticks and indented blocks are code.
+"""
 
 import re
 
@@ -25,7 +28,7 @@ def with_literal_blocks(lines: list[str]) -> list[str]:
 
 
 def _is_block(lines: list[str]) -> bool:
-    """Whether the last line that is not blank is indented code, so that a blank line does not end the block."""
+    """Whether the last line that is not blank is indented, so that a blank line does not end the block."""
     last = next((line for line in reversed(lines) if line.strip()), "")
     return last.startswith("    ")
 

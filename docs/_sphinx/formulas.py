@@ -1,7 +1,7 @@
 """Formulas as MathML, which browsers draw without a script and without a network.
 
-docutils, on which Sphinx is built, converts TeX to MathML. A command that it does not know is a warning. The font has
-the tables that a browser needs for large braces and roots.
+docutils, on which Sphinx is built, converts TeX to MathML. A command that it does not know is a warning. The
+font has the tables that a browser needs for large braces and roots.
 """
 
 import re
