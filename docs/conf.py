@@ -31,6 +31,8 @@ myst_enable_extensions = ["dollarmath"]
 myst_fence_as_directive = ["math"]  # GitHub renders these fences, too
 myst_heading_anchors = 4  # the anchors of GitHub
 
+highlight_language = "none"  # of blocks without a language, which are tables and commands
+
 # References
 nitpicky = True
 # Types of other libraries, whose pages are not at hand without a network, and type aliases of this one.
@@ -49,7 +51,7 @@ default_role = "text-code"  # see _sphinx/docstrings.py
 napoleon_numpy_docstring = False
 napoleon_use_param = False  # a name of several parameters is not a type and a name
 napoleon_use_rtype = False
-napoleon_use_ivar = True
+napoleon_custom_sections = [("Attributes", "params_style")]  # not "Variables"
 
 # HTML
 html_theme = "furo"

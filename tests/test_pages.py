@@ -102,6 +102,7 @@ def documented():
         ):
             if directive in ("currentmodule", "automodule"):
                 module = name
+            name = name.removesuffix("()")
             found.add(name if name == module else f"{module}.{name}")
     return found
 

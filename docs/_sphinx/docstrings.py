@@ -3,7 +3,11 @@
 The docstrings are plain text, in which single backticks and indented blocks are code.
 """
 
+import ast
 import re
+from itertools import takewhile
+from pkgutil import resolve_name
+from textwrap import dedent
 
 from docutils import nodes
 from sphinx import addnodes
@@ -12,8 +16,8 @@ _SECTION = re.compile(r"^(Args|Attributes|Example|Raises|Returns|Yields):$")
 _NAME = re.compile(r"^[A-Za-z_][\w.]*(\(\))?$")
 
 
-def with_literal_blocks(lines: list[str]) -> list[str]:
-    """The docstring with indented blocks outside of sections marked as literal blocks."""
+def with_code_blocks(lines: list[str]) -> list[str]:
+    """The docstring with indented blocks outside of sections marked as code."""
     found: list[str] = []
     section = False
     for i, line in enumerate(lines):
@@ -22,9 +26,19 @@ def with_literal_blocks(lines: list[str]) -> list[str]:
             section = bool(_SECTION.match(line))
         inside = bool(found) and _is_block(found)
         if line.startswith("    ") and not section and blank_before and not inside:
-            found += ["::", ""]
+            found += [f".. code-block:: {_language(lines[i:])}", ""]
         found.append(line)
     return found
+
+
+def _language(lines: list[str]) -> str:
+    """Whether the block at the beginning of these lines is Python, or a formula or table."""
+    rest = takewhile(lambda line: not line.strip() or line.startswith("    "), lines)
+    try:
+        ast.parse(dedent("\n".join(rest)))
+    except SyntaxError:
+        return "text"
+    return "python"
 
 
 def _is_block(lines: list[str]) -> bool:
@@ -34,7 +48,7 @@ def _is_block(lines: list[str]) -> bool:
 
 
 def _process(app, what, name, obj, options, lines):
-    lines[:] = with_literal_blocks(lines)
+    lines[:] = with_code_blocks(lines)
 
 
 def _code(name, rawtext, text, lineno, inliner, options=None, content=None):
@@ -43,18 +57,20 @@ def _code(name, rawtext, text, lineno, inliner, options=None, content=None):
     if not _NAME.match(text):
         return [literal], []
     env = inliner.document.settings.env
+    module, owner = env.ref_context.get("py:module"), env.ref_context.get("py:class")
+    target = text.removesuffix("()")
+    if owner is not None and hasattr(resolve_name(f"{module}.{owner}"), target):
+        target = f"{module}.{owner}.{target}"  # a method is meant, and not a function of the same name
     link = addnodes.pending_xref(
         rawtext,
         literal,
         refdomain="py",
         reftype="obj",
-        reftarget=text.removesuffix("()"),
-        refspecific=False,
+        reftarget=target,
         refwarn=False,
     )
     link["refdoc"] = env.docname
-    link.update_basic_atts({})
-    link["py:module"], link["py:class"] = env.ref_context.get("py:module"), env.ref_context.get("py:class")
+    link["py:module"], link["py:class"] = module, owner
     return [link], []
 
 
