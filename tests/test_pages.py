@@ -56,7 +56,10 @@ def anchors(path):
 def links(path):
     """The targets of all links, without those in code."""
     text = FENCE.sub("", path.read_text(encoding="utf-8"))
-    return [match["target"] for match in LINK.finditer(re.sub(r"`[^`\n]*`", "code", text))]
+    text = re.sub(r"(`+)(?!`).+?(?<!`)\1(?!`)", "code", text, flags=re.DOTALL)
+    found = [match["target"] for match in LINK.finditer(text)]
+    assert len(found) == text.count("]("), "a link should have a target without spaces and brackets"
+    return found
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
