@@ -15,7 +15,7 @@ TESTS = tests/test_packaging.py tests/test_architecture.py tests/sago/test_rules
 # `make test-torch` tests with this version of torch, or with the newest.
 TORCH = newest
 
-.PHONY: demo experiment test test-torch test-matrix test-deepspeed test-ecosystem test-hub \
+.PHONY: demo experiment docs test test-torch test-matrix test-deepspeed test-ecosystem test-hub \
 	lint bench dist hub clean
 
 demo: .venv/ready
@@ -60,6 +60,11 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site in build/docs. A browser then opens it, if one is installed, and leaves pictures in build/docs-screenshots.
+docs: .venv-docs/ready
+	.venv-docs/bin/python -m sphinx -q -W --keep-going -E docs build/docs
+	.venv-docs/bin/python -m pytest --noconftest -q -rs tests/test_site.py
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks cpu
@@ -129,6 +134,13 @@ hub:
 .venv-dist/ready:
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade pip build twine 'readme_renderer[md]'
+	touch $@
+
+.venv-docs/ready: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt torch==2.13.0 numpy
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 clean:

@@ -11,8 +11,11 @@ from typing import NamedTuple
 
 import pytest
 
-# Raised inside of torch when torch.compile is first used.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+pytestmark = [
+    # Raised inside of torch when torch.compile is first used, and in peft.
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 ROOT = Path(__file__).parents[1]
 ELSEWHERE = {"docs/distributed.md": "tests/test_distributed_doc.py"}  # where a page has a test of its own

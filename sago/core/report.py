@@ -138,7 +138,7 @@ class SynthesisReport:
 
     @property
     def total_norm(self) -> Tensor | None:
-        """`uu.sum().sqrt()`, 0-d: the norm of the whole update, before it was clipped."""
+        """The norm of the whole update before it was clipped, `uu.sum().sqrt()`, 0-d."""
         uu = self._column("uu")
         return None if uu is None else uu.sum().sqrt()
 
