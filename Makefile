@@ -4,9 +4,19 @@ BIN = .venv/bin
 # Of transformers, besides the pinned one: OpenUnlearning's, its upstream's and the newest.
 MATRIX = 4.45.2 4.51.3 5.24.0
 DEEPSPEED = 0.19.8
+KERNELS = 0.17.2
 ECOSYSTEM = bitsandbytes==0.50.2 torchao==0.18.0 trl==1.16.0 datasets==5.2.0
 
-.PHONY: demo experiment test test-matrix test-deepspeed test-ecosystem lint bench clean
+# The tests that `make dist` runs in the unpacked sdist: rules, kernels, metadata, and tests that read files of
+# every folder. `make dist TESTS=tests` runs all of them.
+TESTS = tests/test_packaging.py tests/test_architecture.py tests/sago/test_rules.py tests/kernels/test_gram.py \
+	tests/benchmarks/test_records.py tests/examples/test_draw.py
+
+# `make test-torch` tests with this version of torch, or with the newest.
+TORCH = newest
+
+.PHONY: demo experiment test test-torch test-matrix test-deepspeed test-ecosystem test-hub \
+	lint bench dist hub clean
 
 demo: .venv/ready
 	$(BIN)/python -m examples.demo
@@ -26,6 +36,11 @@ test-matrix: $(MATRIX:%=.venv-transformers-%/ready)
 		.venv-transformers-$$version/bin/python -m pytest -q -W default tests/integrations/test_transformers*.py || exit 1; \
 	done
 
+# All tests with another version of torch. Only the pinned versions have to raise no warnings. CUDA builds of
+# torch before 2.8 need an older Triton than the tests, so that these versions need a CPU build.
+test-torch: .venv-torch-$(TORCH)/ready
+	OMP_NUM_THREADS=1 .venv-torch-$(TORCH)/bin/python -m pytest -n auto --dist loadfile -W default
+
 # The tests that `make test` skips because DeepSpeed is not in its environment.
 test-deepspeed: .venv-deepspeed/ready
 	DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(CURDIR)/.venv-deepspeed/extensions OMP_NUM_THREADS=1 \
@@ -36,6 +51,10 @@ test-deepspeed: .venv-deepspeed/ready
 test-ecosystem: .venv-ecosystem/ready
 	OMP_NUM_THREADS=1 .venv-ecosystem/bin/python -m pytest -W default -rs \
 		tests/integrations/test_ecosystem.py tests/integrations/test_peft.py
+
+# The kernels in the layout of the Hugging Face hub, loaded with its package `kernels`.
+test-hub: .venv-hub/ready
+	OMP_NUM_THREADS=1 .venv-hub/bin/python -m pytest -W default -rs tests/test_hub.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -50,6 +69,18 @@ bench: .venv/ready
 	$(BIN)/python -m benchmarks shards
 	$(BIN)/python -m benchmarks compile
 
+# Builds the sdist, and the wheel from it, and installs each into an environment of its own. The sdist would
+# otherwise also have the files of an earlier list in *.egg-info.
+dist: .venv-dist/ready
+	rm -rf dist *.egg-info
+	.venv-dist/bin/python -m build
+	.venv-dist/bin/python -m twine check --strict dist/*
+	.venv-dist/bin/python tools/check_dist.py $(TESTS)
+
+# Needs no package besides Python.
+hub:
+	$(PYTHON) tools/hub.py build/hub
+
 .venv/ready: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -62,6 +93,14 @@ bench: .venv/ready
 	grep -vE '^(transformers|tokenizers)==' constraints.txt > $(@D)/constraints.txt
 	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt \
 		--editable '.[transformers,triton]' transformers==$* torch==2.13.0 numpy pytest hypothesis
+	touch $@
+
+.venv-torch-%/ready: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	grep -vE '^(torch|triton)==' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt \
+		$(if $(filter newest,$*),torch,torch==$*) --editable '.[test]'
 	touch $@
 
 .venv-deepspeed/ready: pyproject.toml setup.py constraints.txt
@@ -80,5 +119,17 @@ bench: .venv/ready
 		--editable '.[transformers,triton]' pytest hypothesis peft $(ECOSYSTEM)
 	touch $@
 
+.venv-hub/ready: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt \
+		--editable '.[triton]' kernels==$(KERNELS) numpy pytest hypothesis
+	touch $@
+
+.venv-dist/ready:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip build twine 'readme_renderer[md]'
+	touch $@
+
 clean:
-	rm -rf .venv .venv-* build *.egg-info
+	rm -rf .venv .venv-* build dist *.egg-info

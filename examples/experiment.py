@@ -15,14 +15,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
 from benchmarks.measure import source_hash, write_json
 from examples.draw import draw
-from examples.grid import Grid
-from examples.record import SOURCES, record_of, write
+from examples.grid import Cell, Grid
+from examples.record import ORIGIN, SOURCES, record_of, write
 from examples.runs import completed, described, first_steps
 from examples.tables import tell, told_broken
 from examples.worlds import Kind
@@ -43,6 +44,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--out", type=Path, default=Path("build/experiment"), help="folder for runs and results"
+    )
+    parser.add_argument(
+        "--trials",
+        type=Path,
+        metavar="RECORD",
+        help="takes the trials from this record of the same grid instead of running them",
     )
     parser.add_argument("--report", type=Path, metavar="RECORD", help="prints and draws this record instead")
     return parser.parse_args(argv)
@@ -75,6 +82,30 @@ def check_folder(folder: Path, kind: Kind, grid: Grid) -> None:
         )
 
 
+def trials_of(path: Path, world: str, grid: Grid) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The trials of an earlier record, without their text, and where that record comes from.
+
+    The trials choose learning rates and weights by their facts alone, so the text may have changed since.
+
+    Raises:
+        ValueError: The record is of another world, or of a grid with other trials.
+    """
+    record = json.loads(path.read_text())
+    found = [Cell(*(trial[name] for name in Cell._fields)) for trial in record["trials"]]
+    same = {"world": world, "grid": json.loads(json.dumps(asdict(grid)))}
+    other = [name for name, value in same.items() if record[name] != value]
+    if other or found != grid.trials():
+        raise ValueError(
+            f"Parameter `--trials` should be a record with the trials of this experiment. Found another "
+            f"{' and '.join(other) or 'list of trials'} in {path}."
+        )
+    trials = [
+        {**trial, "known": {name: known for name, known in trial["known"].items() if name != "text"}}
+        for trial in record["trials"]
+    ]
+    return trials, {name: record[name] for name in ORIGIN}
+
+
 def main(argv: Sequence[str] | None = None, grid: Grid | None = None) -> int:
     args = parse(argv)
     if args.report is not None:
@@ -89,11 +120,14 @@ def main(argv: Sequence[str] | None = None, grid: Grid | None = None) -> int:
             print(f"{error}\nThe world of invented people needs no download: --world people", file=sys.stderr)
             return 1
         print(f"{grid}\n", flush=True)
-        trials = completed(kind, args.out, grid, grid.trials(), args.workers, "trials")
+        if args.trials is None:
+            trials, earlier = completed(kind, args.out, grid, grid.trials(), args.workers, "trials"), None
+        else:
+            trials, earlier = trials_of(args.trials, args.world, grid)
         cells = grid.final(grid.chosen(trials))
         runs = completed(kind, args.out, grid, cells, args.workers, "results")
         noise = [first_steps(kind, args.out, grid, grid.trial_seed, floor) for floor in FLOORS]
-        record = record_of(args.world, grid, worlds, trials, runs, noise, args.workers)
+        record = record_of(args.world, grid, worlds, trials, runs, noise, args.workers, earlier)
         write(record, args.out / "experiment.json")
     print(tell(record))
     print("\nWritten: " + ", ".join(map(str, draw(record, args.out))))

@@ -21,6 +21,9 @@ SOURCES = (
 )
 
 
+ORIGIN = ("date", "cpu", "python", "torch", "transformers", "sago", "source")
+
+
 def record_of(
     name: str,
     grid: Grid,
@@ -29,16 +32,19 @@ def record_of(
     runs: Sequence[dict[str, Any]],
     noise: Sequence[dict[str, Any]],
     workers: int,
+    earlier: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The record of a grid on the world called `name`, with `workers` processes of one thread each.
 
-    `noise` has what `first_steps` returns for each floor.
+    `noise` has what `first_steps` returns for each floor. `earlier` says where the trials come from, if they
+    are those of an earlier record.
     """
     return {
         **origin("cpu", *SOURCES),
         "sago": sago.__version__,
         "transformers": transformers.__version__,
         "workers": workers,
+        "trials_from": earlier,
         "world": name,
         "grid": asdict(grid),
         "noise": list(noise),

@@ -230,6 +230,8 @@ def tell(record: Record) -> str:
         f"{recovery_told(record, level)}"
         for level in LEVELS
     )
+    earlier = record.get("trials_from")
+    source = "" if earlier is None else f", from the record of {earlier['date']}"
     parts = (
         f"The facts, and what the model knows of them before unlearning\n\n{worlds_told(record)}",
         f"The cosine of update u and retain gradient r in all runs\n\n{promises_told(record)}",
@@ -239,7 +241,7 @@ def tell(record: Record) -> str:
         "All rules at the same learning rate and weight: recovery, and cosines of forget gradient f, retain "
         f"gradient r and update u\n\n{equal_told(record)}",
         f"The trials: the mean at {CHOICE:g} with every learning rate / gamma, seed "
-        f"{record['grid']['trial_seed']}\n\n{trials_told(record, CHOICE)}",
+        f"{record['grid']['trial_seed']}{source}\n\n{trials_told(record, CHOICE)}",
         f"The first step of sago with NPO and the KL divergence to the start model\n\n{noise_told(record)}",
     )
     return "\n\n".join(parts)

@@ -1,16 +1,25 @@
-"""The distribution: its name, and import names that belong to other projects."""
+"""The distribution: its metadata, its name, and import names that belong to other projects."""
 
 import os
+import re
+import runpy
+import shutil
 import subprocess
 import sys
+from email.parser import BytesParser
 from importlib import metadata
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
+import yaml
 
 import sago.__main__
 
 ROOT = Path(__file__).parent.parent
+REPOSITORY = re.search('^Repository = "(.*)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)[
+    1
+]
 WITHOUT_TRITON = "import sys; sys.modules['triton'] = None\n"  # `import triton` is an ImportError then
 
 
@@ -19,6 +28,138 @@ def python(program, path, *options):
     environment = {**os.environ, "PYTHONPATH": str(path), "TRITON_INTERPRET": "0"}
     command = [sys.executable, *options, *(["-c", program] if program else [])]
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The metadata as the build writes it into a wheel."""
+    folder = tmp_path_factory.mktemp("metadata")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "sago").mkdir()
+    (folder / "kernels/triton").mkdir(parents=True)
+    shutil.copy(ROOT / "sago/__init__.py", folder / "sago")
+    hook = "from setuptools.build_meta import prepare_metadata_for_build_wheel as hook; hook('out')"
+    (folder / "out").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", hook], cwd=folder, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = (folder / "out").glob("*.dist-info/METADATA")
+    return BytesParser().parsebytes(file.read_bytes())
+
+
+def test_the_metadata_of_the_package_index(built):
+    assert (built["Name"], built["Version"]) == ("sago-kernels", sago.__version__)
+    assert built["Author"] == "The sago authors"
+    assert built["License-Expression"] == "MIT"
+    assert built["Description-Content-Type"] == "text/markdown"
+    assert set(built["Keywords"].split(",")) >= {"machine unlearning", "PCGrad", "SAGO"}
+    assert {"Typing :: Typed", "Development Status :: 4 - Beta"} <= set(built.get_all("Classifier"))
+    urls = dict(url.split(", ") for url in built.get_all("Project-URL"))
+    assert urls.keys() == {"Repository", "Documentation", "Changelog", "Issues", "Paper"}
+    assert urls.pop("Paper") == "https://arxiv.org/abs/2604.14808"
+    assert all(url.startswith(REPOSITORY) for url in urls.values())
+
+
+def test_links_in_the_description_are_absolute_and_lead_to_files(built):
+    description = built.get_payload(decode=True).decode()
+    links = re.findall(r'\]\(([^)]*)\)|(?:href|src|srcset)="([^"]*)"', without_code(description))
+    links = [markdown or html for markdown, html in links]
+    assert len(links) >= 10
+    assert [link for link in links if not link.startswith("https://")] == []
+    prefixes = tuple(f"{REPOSITORY}/{view}/v{sago.__version__}/" for view in ("blob", "raw"))
+    of_files = [link.removeprefix(prefix) for link in links for prefix in prefixes if link.startswith(prefix)]
+    assert "docs/rules.md" in of_files
+    assert [path for path in of_files if not (ROOT / path.partition("#")[0]).exists()] == []
+
+
+def without_code(text):
+    return re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[a](docs/x.md#y)", "[a](URL/blob/vN/docs/x.md#y)"),
+        ("[`a[0](b)`](docs/x.md)", "[`a[0](b)`](URL/blob/vN/docs/x.md)"),
+        ("![p](docs/images/p.png)", "![p](URL/raw/vN/docs/images/p.png)"),
+        ("[![p](p.svg)](docs/x.md)", "[![p](URL/raw/vN/p.svg)](URL/blob/vN/docs/x.md)"),
+        (
+            '<source srcset="p.png"><img src="q.png">',
+            '<source srcset="URL/raw/vN/p.png"><img src="URL/raw/vN/q.png">',
+        ),
+        ("[up](#install)", "[up](URL/blob/vN/README.md#install)"),
+        ("[a](https://arxiv.org)", "[a](https://arxiv.org)"),
+        ("```python\nkernel[grid](x)\n```", "```python\nkernel[grid](x)\n```"),
+        ("`kernel[grid](x)`", "`kernel[grid](x)`"),
+    ],
+)
+def test_how_links_are_made_absolute(text, expected, monkeypatch):
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    setup = runpy.run_path(str(ROOT / "setup.py"))
+    found = setup["LINK"].sub(setup["absolute"], text)
+    assert found.replace(REPOSITORY, "URL").replace(sago.__version__, "N") == expected
+
+
+def test_all_files_name_the_same_repository():
+    """The address is planned (CONTRIBUTING.md, "Release"). This test names the places to change with it."""
+    folders = ("", ".github", ".github/ISSUE_TEMPLATE", ".github/workflows", "docs", "sago", "tools")
+    files = [file for folder in folders for file in (ROOT / folder).glob("*.*") if file.is_file()]
+    found = {
+        (file.relative_to(ROOT).as_posix(), address)
+        for file in files
+        if file.suffix in {".md", ".yml", ".cff", ".toml", ".py"}
+        for address in re.findall(r"https://github\.com/[\w-]+/sago[\w-]*", file.read_text(encoding="utf-8"))
+    }
+    assert {"pyproject.toml", "CITATION.cff", "SECURITY.md", "README.md"} <= {file for file, _ in found}
+    assert [(file, address) for file, address in found if address != REPOSITORY] == []
+
+
+def test_the_citation_file():
+    """The fields that the Citation File Format 1.2.0 requires, and those that another file has, too."""
+    text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    citation = yaml.safe_load(text)
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["type"] == "software"
+    assert citation["message"]
+    assert citation["authors"] == [{"name": "The sago authors"}]
+    assert str(citation["version"]) == sago.__version__
+    assert citation["license"] == "MIT"
+    assert citation["repository-code"] == REPOSITORY
+    paper = citation["preferred-citation"]
+    assert paper["type"] == "conference-paper"
+    assert paper["url"] == "https://arxiv.org/abs/2604.14808"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"version = {{{sago.__version__}}}" in readme
+    assert citation["title"] in readme.replace("{LLM}", "LLM")
+    assert paper["title"] in readme.replace("{LLM}", "LLM")
+    assert len(paper["authors"]) == 7
+    for author in paper["authors"]:
+        assert f"{author['family-names']}, {author['given-names']}" in " ".join(readme.split())
+
+
+def test_the_changelog_has_the_version_or_unreleased_changes():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert all(re.fullmatch(r"\[(Unreleased|\d+\.\d+\.\d+)\]( - \d{4}-\d\d-\d\d)?", one) for one in headings)
+    assert headings[0] == "[Unreleased]" or headings[0].startswith(f"[{sago.__version__}] - ")
+    kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security", "Known limits"}
+    assert set(re.findall(r"^### (.*)$", text, re.MULTILINE)) <= kinds
+    for heading in headings:
+        assert f"\n[{heading.partition('[')[2].partition(']')[0]}]: {REPOSITORY}/" in text
+
+
+def test_the_public_names_exist():
+    page = (ROOT / "docs/api-stability.md").read_text(encoding="utf-8")
+    table = [line for line in page.splitlines() if line.startswith("|")]
+    names = re.findall(r"`(sago[\w.]+)`", "\n".join(table))
+    assert len(names) >= 10
+    for name in names:
+        path = re.sub(r"\.(\w+)$", r":\1", name)
+        if name.startswith("sago.integrations.torchjd"):
+            pytest.importorskip("torchjd", reason="needs TorchJD")
+        assert resolve_name(path) is not None
 
 
 def test_the_folder_of_the_kernels_is_not_a_package_of_that_name():

@@ -125,6 +125,7 @@ class GradientBuckets:
 
     Attributes:
         nbytes: The size of all buffers in bytes.
+        dtypes: The dtypes in which gradients are accumulated.
 
     Raises:
         ValueError, TypeError: For invalid parameters, and in methods for invalid calls. Nothing is written
@@ -195,6 +196,7 @@ class GradientBuckets:
             self._updates[i], self._update_grads[i] = view, dtensor.wrap(view, self._params[i])
         self._in_place = not apart and not opened.padded
         buffers = [*self._forget.buffers, *self._retain.buffers, *updates.buffers]
+        self.dtypes = frozenset(v.dtype for v in self._forget.views)
         self.nbytes: int = sum(buffer.nbytes for buffer in buffers)
         everything: list[int | None] = [None, *range(len(self._forget.buffers))]
         owner = self._forget.owner
@@ -552,7 +554,8 @@ class GradientBuckets:
             return
         if self._ranks is None:
             ddp.check_not_wrapped(self._params)
-        check_hooks(self._window.names, self._params)
+        if self._checked_at < 0:  # it warns once
+            check_hooks(self._window.names, self._params)
         self._checked_at = registrations().count
 
     def _meet(self) -> None:

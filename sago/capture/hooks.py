@@ -23,23 +23,34 @@ def check_hooks(names: Sequence[str], params: Sequence[Any]) -> None:
     Raises:
         ValueError: For a hook of an optimizer that steps with the gradients that the hook has copied.
     """
+    seen = []
     for name, p in zip(names, params, strict=True):
         require(p, [HOOKS], "torch", _TESTED)
         for hook in (getattr(p, HOOKS) or {}).values():
-            function = hook.func if isinstance(hook, partial) else hook
-            found = function if hasattr(function, "__qualname__") else type(function)
-            where = f"`{found.__module__}.{found.__qualname__}`"
-            if found.__module__.startswith(_OFFLOADING):
+            where = _where(hook)
+            if where.startswith(_OFFLOADING):
                 raise ValueError(
                     f"Parameter `{name}` should be in an optimizer that reads `p.grad` in its step. Found "
-                    f"the hook {where}, which copies the gradient in each backward: the optimizer would step "
-                    "with the gradient of one side. Use an optimizer without offloading to the CPU."
+                    f"the hook `{where}`, which copies the gradient in each backward: the optimizer would "
+                    "step with the gradient of one side. Use an optimizer without offloading to the CPU."
                 )
-            warnings.warn(
-                f"Parameter `{name}` should have no hook that uses `p.grad` after the backward. Found "
-                f"{where}, registered with register_post_accumulate_grad_hook. In a capture `p.grad` is the "
-                "gradient of one side, and the hook does not see the update.",
-                RuntimeWarning,
-                stacklevel=4,  # this function, `_check_around`, `forget` or `retain`, and its caller
-            )
-            return
+            seen.append((name, where))
+    if seen:
+        name, where = seen[0]
+        warnings.warn(
+            f"Parameter `{name}` should have no hook that uses `p.grad` after the backward. Found "
+            f"`{where}`, registered with register_post_accumulate_grad_hook. In a capture `p.grad` is the "
+            "gradient of one side, and the hook does not see the update. Remove the hook, unless it does not "
+            "matter which gradient it sees.",
+            RuntimeWarning,
+            stacklevel=4,  # this function, `_check_around`, `forget` or `retain`, and its caller
+        )
+
+
+def _where(hook: Any) -> str:
+    """The module and the name of the function of a hook, or of the class of a hook without a name."""
+    function = hook.func if isinstance(hook, partial) else hook
+    found = function if hasattr(function, "__qualname__") else type(function)
+    # Methods of built-in classes have no module.
+    module = getattr(found, "__module__", None) or type(function).__module__
+    return f"{module}.{found.__qualname__}"

@@ -80,7 +80,7 @@ class ReportWriter(TrainerCallback):
         rows = rows_of(state.global_step, report)
         if not state.is_world_process_zero:
             return
-        new = not self._path.exists()
+        new = not self._path.exists() or self._path.stat().st_size == 0
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)

@@ -7,7 +7,7 @@ stage 3 they are mounted as partitions in the table of its optimizer.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -67,6 +67,7 @@ class Engine:
         self.core = core
         self.stage = int(core.zero_optimization_stage())
         _check(core, self.stage)
+        self._trained = trained(core)
         self.waiting = False
         self._held = False
         self._capturing = False
@@ -88,7 +89,7 @@ class Engine:
 
     def wanted(self, p: Any) -> bool:
         """Whether the optimizer trains the parameter."""
-        return self.stage != 3 or getattr(p, "ds_id", None) in getattr(self.core.optimizer, PARTITIONS)
+        return self._trained(p)
 
     def open(
         self,
@@ -392,6 +393,29 @@ def is_engine(model: Any) -> bool:
     return deepspeed is not None and isinstance(model, deepspeed.DeepSpeedEngine)
 
 
+def accumulates(model: Any) -> bool:
+    """Whether the model is an engine that adds up micro-batches in accumulators of its own dtype."""
+    return is_engine(model) and model.zero_optimization_stage() == 3
+
+
+def trained(core: Any) -> Callable[[Any], bool]:
+    """A function that says whether the engine's optimizer trains a parameter of its module."""
+    optimizer = core.optimizer
+    if core.zero_optimization_stage() == 3:
+        table = getattr(optimizer, PARTITIONS)
+        return lambda p: getattr(p, "ds_id", None) in table
+    if type(optimizer).__name__ in _SCALING:  # their groups have copies
+        held = {id(p) for group in optimizer.fp16_groups for p in group}
+    else:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    # An optimizer that also holds tensors of its own may train every parameter.
+    return (lambda p: id(p) in held) if held <= {id(p) for p in core.module.parameters()} else _every
+
+
+def _every(p: Any) -> bool:
+    return True
+
+
 def scale_of(core: Any) -> Any:
     """The scale that the step of the engine's optimizer divides the gradients by."""
     optimizer = core.optimizer
@@ -416,7 +440,7 @@ def _check(core: Any, stage: int) -> None:
         for bucket in optimizer.ipg_buckets.values():
             require(bucket, _BUCKET, "DeepSpeed", _TESTED)
     elif kind in _SCALING:
-        require(optimizer, ["loss_scale"], "DeepSpeed", _TESTED)
+        require(optimizer, ["loss_scale", "fp16_groups"], "DeepSpeed", _TESTED)
     found = None
     if optimizer is None or kind in ("DummyOptim", "DeepSpeedZeRoOffload"):
         found = "none"

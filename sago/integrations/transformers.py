@@ -13,6 +13,7 @@ from sago.integrations.trainer.adapter import TESTED, micro_batches, steps_next
 from sago.integrations.trainer.losses import LossesApart, weighed, without_count
 from sago.integrations.trainer.options import Synthesis
 from sago.integrations.trainer.synthesizer import Synthesizer
+from sago.integrations.trainer.trained import check_trains
 from sago.integrations.trainer.weights import replaced, weights_of
 
 __all__ = ["GradientSynthesisMixin", "Synthesis"]
@@ -89,7 +90,10 @@ class GradientSynthesisMixin(_Trainer):
             )
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        if self._synthesizer is None or self._synthesizer.model is not model:
+        if self._synthesizer is not None and not self._synthesizer.serves(self, model):
+            self._synthesizer.close()
+            self._synthesizer = None
+        if self._synthesizer is None:
             # The mixin overrides `_inner_training_loop` to notice the end of a training.
             if not hasattr(super(), "_inner_training_loop"):
                 raise RuntimeError(
@@ -134,6 +138,11 @@ class GradientSynthesisMixin(_Trainer):
         if steps_next(self):
             self.synthesis_report = synthesizer.synthesize(self.accelerator)
         return loss if apart is None else loss + apart.weighed / micro_batches(self)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        check_trains(self.optimizer)  # DeepSpeed's own error says something else
+        return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # The trainer itself logs its loss on every rank, so ranks can be averaged here.

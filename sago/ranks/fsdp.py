@@ -1,4 +1,4 @@
-"""Finds gradients that FSDP2 has not reduced yet. Only this file uses private names of FSDP2."""
+"""Parameters of FSDP2, and gradients that it has not reduced yet. Only this file uses its private names."""
 
 from __future__ import annotations
 
@@ -43,6 +43,16 @@ def sharded_parameters(modules: Sequence[torch.nn.Module]) -> dict[int, Any]:
         for p in group.fsdp_params
         if hasattr(p, "_unsharded_param")
     }
+
+
+def reshard(module: torch.nn.Module) -> None:
+    """Shards the parameters that a forward without a backward has left unsharded."""
+    if torch.distributed.is_available():
+        from torch.distributed.fsdp import FSDPModule
+
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
 
 
 def discard(modules: Sequence[torch.nn.Module]) -> None:

@@ -9,6 +9,8 @@ from benchmarks import accumulation
 from benchmarks.accumulation import WAYS, unit
 from benchmarks.measure import ROOT, table
 
+SYNTHESIZER = ROOT / "sago/integrations/trainer/synthesizer.py"
+
 
 @pytest.mark.parametrize(
     ("way", "units"), [("bfloat16", 128), ("bfloat16 + 8 bits", 1.5), ("float32", 2**-8)]
@@ -40,3 +42,15 @@ def test_the_docs_show_the_record():
     text = (ROOT / "docs/gradients.md").read_text()
     assert table(record["rows"], accumulation.COLUMNS) in text
     assert f"{record['elements']:,} random weights" in text
+    of = {(row["micro_batches"], row["forget"], row["retain"]): row for row in record["rows"]}
+    narrow, wide, parts = "bfloat16", "float32", "bfloat16 + 8 bits"
+
+    def fewer(*ways):
+        return [of[n, narrow, narrow]["flips"] / of[(n, *way)]["flips"] for n in (4, 16) for way in ways]
+
+    one, both = fewer((wide, narrow), (narrow, wide)), fewer((parts, parts))
+    joined = " ".join(text.split())
+    assert f"only {min(one):.1f} to {max(one):.1f} times fewer flips" in joined
+    assert f"{min(both):.0f} to {max(both):.0f} times fewer flips with 6 bytes" in joined
+    most = of[4, narrow, narrow]["largest"]
+    assert f"up to {most:.2f} of its largest element (4 micro-batches" in SYNTHESIZER.read_text()

@@ -5,6 +5,8 @@ import json
 import re
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
+from shutil import copytree
+from unittest import mock
 
 import pytest
 
@@ -12,6 +14,7 @@ from benchmarks.measure import ROOT
 from examples import demo, experiment
 from examples.draw import STYLES
 from examples.grid import Grid
+from examples.record import ORIGIN
 from examples.recovery import CHOICE, entries
 from examples.tables import (
     FRONT,
@@ -171,6 +174,29 @@ def test_an_experiment_that_is_complete_makes_no_run(ran, tiny, folder, monkeypa
     monkeypatch.setattr("examples.runs.run", run)
     assert experiment.main(["--world=people", "--workers=0", f"--out={folder}"]) == 0
     assert tell(ran[1]) in capsys.readouterr().out
+
+
+def test_the_trials_of_an_earlier_record_are_not_run_again(ran, tiny, folder, tmp_path, monkeypatch):
+    """They have no text, which may have changed since."""
+    record = json.loads(json.dumps(ran[1]))
+    for run in [*record["trials"], *record["runs"]]:
+        run["known"]["text"] = {"loss": [1.0] * len(run["measured"])}
+    earlier, out = tmp_path / "earlier.json", tmp_path / "out"
+    earlier.write_text(json.dumps(record))
+    copytree(folder, out)
+    for cell in GRID.trials():
+        (out / "runs" / f"{cell}.json").unlink()
+    monkeypatch.setattr("examples.runs.run", mock.Mock(side_effect=AssertionError("no run should be made")))
+    arguments = ["--world=people", "--workers=0", f"--out={out}", f"--trials={earlier}"]
+    assert experiment.main(arguments) == 0
+    found = json.loads((out / "experiment.json").read_text())
+    assert found["trials"] == ran[1]["trials"]
+    assert found["runs"] == ran[1]["runs"]
+    assert found["trials_from"] == {name: record[name] for name in ORIGIN}
+    for name, value in (("world", "capitals"), ("grid", {**record["grid"], "steps": 1}), ("trials", [])):
+        earlier.write_text(json.dumps({**record, name: value}))
+        with pytest.raises(ValueError, match=r"`--trials` should be a record with the trials of this"):
+            experiment.main(arguments)
 
 
 @pytest.mark.parametrize("name", ["world", "grid", "source", "torch", "transformers"])

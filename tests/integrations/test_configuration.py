@@ -50,6 +50,13 @@ def test_rules_that_are_refused(value, error, says):
         rule_of(value)
 
 
+def test_an_expression_has_to_match_a_name():
+    groups = groups_of(r"layers\.\d+")
+    groups.check(["embed", "layers.3.weight"])
+    with pytest.raises(ValueError, match=r"`groups` should be a regular expression.*layers.*matches none"):
+        groups.check(["embed", "head"])
+
+
 def test_dtypes():
     assert dtype_of("float32") is dtype_of("torch.float32") is dtype_of(torch.float32) is torch.float32
     assert dtype_of(None) is None

@@ -89,7 +89,7 @@ def assert_quantized(optimizer):
     assert any("OptimState" in type(x).__name__ or getattr(x, "dtype", None) == torch.uint8 for x in found)
 
 
-def check_optimizer(module, name, dtype, accumulation, rule):
+def check_supported(module, name, dtype, accumulation, rule):
     """Three steps with the buckets, and with the updates of the reference in `p.grad`: the same bits."""
     model = wide(dtype)
     expected = copy.deepcopy(model)
@@ -126,14 +126,14 @@ def check_optimizer(module, name, dtype, accumulation, rule):
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("name", BITSANDBYTES)
 def test_optimizers_of_bitsandbytes(name, dtype, accumulation):
-    check_optimizer(package("bitsandbytes.optim"), name, dtype, accumulation, "sago")
+    check_supported(package("bitsandbytes.optim"), name, dtype, accumulation, "sago")
 
 
 @pytest.mark.parametrize(("dtype", "accumulation"), [(FP32, 1), (BF16, 2)])
 @pytest.mark.parametrize("name", TORCHAO)
 def test_optimizers_of_torchao(name, dtype, accumulation):
     """They compile their step."""
-    check_optimizer(package("torchao.optim"), name, dtype, accumulation, "sago")
+    check_supported(package("torchao.optim"), name, dtype, accumulation, "sago")
 
 
 def test_the_offloading_optimizer_of_torchao_is_refused(monkeypatch):

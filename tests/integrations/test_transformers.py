@@ -10,6 +10,7 @@ import sys
 import weakref
 from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import accelerate
 import numpy as np
@@ -22,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sago
 from sago.integrations.callbacks import ReportWriter
 from sago.integrations.trainer import adapter, synthesizer
+from sago.integrations.trainer.losses import without_count
 from sago.integrations.transformers import GradientSynthesisMixin, Synthesis
 from tests.support.backends import RULES
 from tests.support.oracle import rounding_error
@@ -456,7 +458,7 @@ class Labelled(Collator):
         return {**batch, "labels": batch["forget"]["labels"]} if "forget" in batch else batch
 
 
-@pytest.mark.parametrize("says_scaled", [None, True, False])
+@pytest.mark.parametrize("says_scaled", [None, True, False, "by a function"])
 def test_losses_from_compute_losses_are_averaged_over_a_window(says_scaled, tmp_path):
     """However the trainer divides: they are means over a micro-batch. Clipped, so that a factor shows.
 
@@ -464,9 +466,12 @@ def test_losses_from_compute_losses_are_averaged_over_a_window(says_scaled, tmp_
     """
     trainer = make(with_mixin(WithLosses, rule="pcgrad"), tmp_path, gradient_accumulation_steps=4)
     trainer.data_collator = Labelled()
-    trainer.loss_is_scaled_for_ga = says_scaled
+    if says_scaled == "by a function":
+        trainer.compute_loss_func = lambda *args, **kwargs: pytest.fail("compute_losses comes first")
+    else:
+        trainer.loss_is_scaled_for_ga = says_scaled
     trainer.train()
-    assert trainer.loss_is_scaled_for_ga is says_scaled
+    assert says_scaled == "by a function" or trainer.loss_is_scaled_for_ga is says_scaled
     expected = llama()
     steps = averaged(trainer.data_collator.batches, 4)
     reports = by_hand(expected, graddiff_losses, steps, "pcgrad")
@@ -1055,7 +1060,7 @@ def test_refuses_context_parallelism(tmp_path, monkeypatch):
     trainer = make(with_mixin(GradDiff), tmp_path)
     state = trainer.accelerator.state
     monkeypatch.setattr(state, "parallelism_config", parallelism.ParallelismConfig(cp_size=1))
-    adapter.check_optimizer(trainer)
+    adapter.check_supported(trainer)
     monkeypatch.setattr(state, "parallelism_config", parallelism.ParallelismConfig(cp_size=2))
     with pytest.raises(ValueError, match=r"without context parallelism.*Found cp_size > 1"):
         synthesizer.Synthesizer(trainer, trainer.model)
@@ -1075,10 +1080,10 @@ def test_context_parallelism_that_cannot_be_recognised_is_an_error(name, acceler
     """In accelerate 1.10 and later, which has it."""
     monkeypatch.setattr(accelerate, "__version__", "1.10.0.dev0")
     with pytest.raises(RuntimeError, match=rf"accelerate should have .*SimpleNamespace\.{name}`"):
-        adapter.check_optimizer(trainer_with(**accelerator))
+        adapter.check_supported(trainer_with(**accelerator))
     monkeypatch.setattr(accelerate, "__version__", "1.9.1")
-    adapter.check_optimizer(trainer_with())
-    adapter.check_optimizer(trainer_with(parallelism_config=None))
+    adapter.check_supported(trainer_with())
+    adapter.check_supported(trainer_with(parallelism_config=None))
 
 
 def test_an_engine_without_the_wrapper_of_accelerate_is_an_error(monkeypatch):
@@ -1252,6 +1257,34 @@ def test_a_writer_continues_its_file_and_leaves_out_what_is_absent(tmp_path):
         ReportWriter(make(GradDiff, tmp_path), path)
 
 
+def test_a_writer_of_another_process_leaves_the_file_and_an_empty_file_is_continued(tmp_path):
+    path = tmp_path / "reports.csv"
+    trainer = make(with_mixin(GradDiff), tmp_path, data=Pairs(1))
+    writer = ReportWriter(trainer, path)
+    trainer.train()
+    state = mock.Mock(global_step=1, is_world_process_zero=False)
+    path.write_text("step,group\n7,x\n")
+    writer.on_train_begin(None, state, None)
+    writer.on_log(None, state, None)
+    assert path.read_text() == "step,group\n7,x\n"
+    state.is_world_process_zero = True
+    path.write_text("")
+    writer._last = None
+    writer.on_log(None, state, None)
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["group"] for row in rows] == list(trainer.synthesis_report.groups)
+
+
+def test_a_loss_with_any_arguments_takes_the_count():
+    def known(model, inputs, return_outputs=False, num_items_in_batch=None):
+        pass
+
+    assert without_count(known) is None
+    assert without_count(lambda model, inputs, **kwargs: None) is None
+    assert without_count(lambda model, inputs: (model, inputs))(1, 2, num_items_in_batch=3) == (1, 2)
+
+
 def test_a_writer_repeats_no_step_after_a_checkpoint(tmp_path):
     path = tmp_path / "reports.csv"
     options = {"data": Pairs(4), "save_strategy": "steps", "save_steps": 2}
@@ -1320,13 +1353,13 @@ class Few(GradDiff):
     ("rule", "how"),
     [
         ("pcgrad_global", {}),
-        ("pcgrad", {"groups": lambda name: name.split(".")[:3][-1]}),
+        ("pcgrad", {"groups": lambda name: "0 and 1" if "down_proj" in name else name}),
         ("sago", {}),
         ("sago", {"one_copy": True}),
     ],
 )
 @pytest.mark.parametrize("options", [{}, {CHECKPOINTING: True}], ids=["plain", "checkpointing"])
-def test_parameters_outside_of_the_optimizer_have_no_gradients(rule, how, options, tmp_path):
+def test_parameters_outside_of_the_optimizer_have_no_gradients(rule, how, options, tmp_path, caplog):
     """They count in no inner product, norm or log, also in the trainer's norm, and need no memory."""
     trainer = make(with_mixin(Few, rule=rule, **how), tmp_path, data=Pairs(4), **options)
     sizes, grads = [], []
@@ -1349,6 +1382,13 @@ def test_parameters_outside_of_the_optimizer_have_no_gradients(rule, how, option
         assert found["grad_norm"] == pytest.approx(found["norm_update"], rel=DRIFT)
     trained = {n: p for n, p in trainer.model.named_parameters() if "down_proj" in n}
     assert grads == [set(trained)] * 4
+    if "groups" in how:
+        assert trainer.synthesis_report.groups == ("0 and 1",)
+    told = [r.getMessage() for r in caplog.records if "not in the optimizer" in r.getMessage()]
+    outside = [n for n, _ in trainer.model.named_parameters() if n not in trained]
+    assert len(told) == 1
+    assert f"{len(outside)} of the {len(outside) + len(trained)} parameters" in told[0]
+    assert f"The first of them is `{outside[0]}`" in told[0]
     copies = 1 if "one_copy" in how else 2
     assert set(sizes) == {copies * sum(p.nbytes for p in trained.values())}
     assert all(p.requires_grad for p in trainer.model.parameters())
@@ -1360,6 +1400,67 @@ def test_an_optimizer_without_parameters_is_refused(tmp_path):
     trainer.trained = "expert"
     with pytest.raises(ValueError, match=r"optimizer should have at least one parameter.*Found none"):
         trainer.train()
+
+
+def test_groups_by_an_expression_that_matches_no_trained_parameter_are_refused(tmp_path):
+    trainer = make(partial(with_mixin(Few), synthesis={"groups": r"(q_proj)"}), tmp_path)
+    with pytest.raises(ValueError, match=r"`groups` should be a regular expression that matches.*q_proj"):
+        trainer.train()
+
+
+class Unfreezing(transformers.TrainerCallback):
+    """Adds the head to the optimizer after the second step."""
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs):
+        if state.global_step == 2:
+            optimizer.add_param_group({"params": [model.lm_head.weight], "initial_lr": 1e-2})
+            lr_scheduler.base_lrs.append(1e-2)
+            lr_scheduler.lr_lambdas.append(lambda _: 1.0)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_parameter_that_enters_the_optimizer_is_trained_from_the_next_window_on(accumulation, tmp_path):
+    states = []
+    for kind in (GradDiff, with_mixin(GradDiff, rule="sum")):
+        data = Pairs(4 * accumulation)
+        options = {"gradient_accumulation_steps": accumulation, "data": data, "max_grad_norm": 0.0}
+        trainer = make(kind, tmp_path, callbacks=[Unfreezing()], **options)
+        of_layers = [p for n, p in trainer.model.named_parameters() if "layers" in n]
+        trainer.optimizer = torch.optim.SGD(of_layers, lr=1e-2)
+        trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda _: 1.0)
+        head = trainer.model.lm_head.weight.detach().clone()
+        trainer.train()
+        assert not torch.equal(trainer.model.lm_head.weight, head)
+        states.append(weights(trainer.model))
+    assert not any(p._post_accumulate_grad_hooks for p in trainer.model.parameters())
+    torch.testing.assert_close(states[1], states[0], rtol=0, atol=DRIFT)
+
+
+class InFp32(torch.optim.SGD):
+    """Steps on copies in fp32 of the parameters in bf16, and on the other parameters themselves."""
+
+    def __init__(self, params, lr):
+        self.pairs = [(p, p.detach().float().clone() if p.dtype == BF16 else p) for p in params]
+        super().__init__([q for _, q in self.pairs], lr=lr)
+
+    def step(self, closure=None):
+        for p, q in self.pairs:
+            q.grad = None if p.grad is None else p.grad.float()
+        super().step(closure)
+        with torch.no_grad():
+            for p, q in self.pairs:
+                p.copy_(q)
+
+
+def test_an_optimizer_that_holds_copies_of_some_parameters_trains_all_of_them(tmp_path):
+    model = llama(BF16)
+    model.model.norm.float()
+    model.model.norm.register_forward_hook(lambda module, args, output: output.bfloat16())
+    start = weights(model)
+    trainer = make(with_mixin(GradDiff, rule="sum"), tmp_path, model, data=Pairs(4))
+    trainer.optimizer = InFp32(list(model.parameters()), lr=0.5)
+    trainer.train()
+    assert [n for n, p in model.named_parameters() if torch.equal(p, start[n])] == []
 
 
 def test_an_optimizer_that_holds_copies_trains_all_parameters(tmp_path):
@@ -1395,16 +1496,38 @@ def test_an_optimizer_that_holds_copies_trains_all_parameters(tmp_path):
         (BF16, {}, 1, 0),
         (BF16, {"accumulate_dtype": FP32}, 4, 0),
         (FP32, {}, 4, 0),
+        ("only the rest", {}, 4, 0),
     ],
 )
-def test_accumulation_in_bf16_is_told_once(dtype, how, accumulation, warns, tmp_path, caplog):
+def test_accumulation_in_bf16_is_reported_once(dtype, how, accumulation, warns, tmp_path, caplog):
     synthesizer._warned.clear()
     for _ in range(2):
         options = {"data": Pairs(4), "gradient_accumulation_steps": accumulation}
-        make(with_mixin(GradDiff, **how), tmp_path, llama(dtype), **options).train()
-    told = [r.message for r in caplog.records if "4 micro-batches are added up in bfloat16" in r.message]
+        kind = Few if dtype == "only the rest" else GradDiff
+        model = llama(BF16 if kind is Few else dtype)
+        if kind is Few:  # which trains these parameters
+            for layer in model.model.layers:
+                layer.mlp.down_proj.float()
+                layer.mlp.down_proj.register_forward_pre_hook(lambda module, args: args[0].float())
+                layer.mlp.down_proj.register_forward_hook(lambda module, args, output: output.bfloat16())
+        make(with_mixin(kind, **how), tmp_path, model, **options).train()
+    told = [r.getMessage() for r in caplog.records if "are added up in" in r.getMessage()]
     assert len(told) == warns
-    assert all("accumulate_dtype=torch.float32" in text for text in told)
+    for text in told:
+        assert "the gradients of 4 micro-batches are added up in bfloat16" in text
+        assert "accumulate_dtype=torch.float32" in text
+
+
+@pytest.mark.parametrize("divides", [True, None])
+def test_losses_that_the_engine_does_not_divide_are_divided(divides):
+    """DeepSpeed 0.17 leaves the division out inside `no_sync`, where `engine.scale_wrt_gas` is None."""
+    engine = SimpleNamespace(scale_wrt_gas=divides, gradient_accumulation_steps=lambda: 4)
+    wrapper = mock.Mock(engine=engine)
+    trained = SimpleNamespace(_engine=wrapper, _backward_options={"scale_wrt_gas": True})
+    side = [(torch.tensor(3.0), torch.tensor(2.0)), (torch.tensor(1.0), torch.tensor(2.0))]
+    synthesizer.Synthesizer._backward(trained, side, retain_graph=False)
+    ((total,), options) = wrapper.backward.call_args
+    assert (float(total), options["scale_wrt_gas"]) == ((8.0, True) if divides else (2.0, False))
 
 
 def test_bf16_gradients_accumulate_in_fp32(tmp_path):

@@ -1,14 +1,17 @@
 """Two ranks of DeepSpeed through the Trainer, against one process that has the batches of both."""
 
+import logging
 import os
 import warnings
 from importlib.util import find_spec
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 
+from sago.integrations.trainer import synthesizer
 from sago.integrations.transformers import GradientSynthesisMixin, Synthesis
 from tests.support.ranks import Ranks
 from tests.support.trainers import (
@@ -55,6 +58,24 @@ class Apart(GradientSynthesisMixin, GradDiff):
         return -model(**forget_inputs).loss
 
 
+class Few(GradDiff):
+    """Like RMU: few parameters are in the optimizer, and all require grad."""
+
+    trained = "down_proj"
+
+    def create_optimizer(self, *args):
+        for name, p in self.model.named_parameters():
+            p.requires_grad_(self.trained in name)
+        super().create_optimizer(*args)
+        for p in self.model.parameters():
+            p.requires_grad_()
+        return self.optimizer
+
+
+class NoneTrained(Few):
+    trained = "expert"
+
+
 class Regularised(GradDiff):
     def compute_unlearn_loss(self, model, inputs, return_outputs=False):
         loss = super().compute_unlearn_loss(model, inputs)
@@ -66,7 +87,7 @@ def trainer_of(how, kind=GradDiff):
     return type("Trained", bases, {"synthesis": Synthesis(**how)})
 
 
-def train(folder, how, stage, accumulation, kind=GradDiff):
+def train(folder, how, stage, accumulation, kind=GradDiff, dtype=torch.float32):
     """Weights and logs of a training on this rank."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     warnings.simplefilter("ignore")  # of which DeepSpeed gives many
@@ -86,8 +107,10 @@ def train(folder, how, stage, accumulation, kind=GradDiff):
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 0.5,
         "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": dtype == torch.bfloat16},
     }
     options = {"use_cpu": False, "deepspeed": config, "gradient_accumulation_steps": accumulation}
+    options["bf16"] = dtype == torch.bfloat16
     args = arguments(folder, ddp_backend="gloo", **options)
     assert args.device.type == "cpu"
     # Without an accelerator, accelerate gives DeepSpeed one process. Told of both, it does all the rest.
@@ -95,7 +118,7 @@ def train(folder, how, stage, accumulation, kind=GradDiff):
     trainer = trainer_of(how, kind)(
         gamma=GAMMA,
         alpha=ALPHA,
-        model=llama(),
+        model=llama(dtype),
         args=args,
         train_dataset=Pairs(8),
         data_collator=Collator(),
@@ -104,9 +127,8 @@ def train(folder, how, stage, accumulation, kind=GradDiff):
     engine = trainer.model_wrapped
     assert engine.zero_optimization_stage() == stage
     if stage == 3:
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        found = {n: safe_get_full_fp32_param(p).clone() for n, p in engine.module.named_parameters()}
+        with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+            found = weights(engine.module)
     else:
         found = weights(engine.module)
     return found, [log for log in trainer.state.log_history if "loss" in log]
@@ -121,13 +143,16 @@ def train(folder, how, stage, accumulation, kind=GradDiff):
         (WithLosses, 3, "sago", 4),
         (Apart, 3, "sago", 2),
         (WithLosses, 0, "sago", 2),
+        (Few, 3, "pcgrad_global", 2),
+        (Few, 0, "pcgrad_global", 2),
+        (Few, 0, "sago", 1),
     ],
 )
 def test_ranks_of_deepspeed_are_one_process(ranks, kind, stage, rule, accumulation, tmp_path):
     """The engine clips, and steps in accelerate's backward if it is let."""
     how = {"rule": rule}
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": accumulation}
-    alone = make(trainer_of(how), tmp_path, **options)
+    alone = make(trainer_of(how, Few if kind is Few else GradDiff), tmp_path, **options)
     alone.train()
     expected = [log for log in alone.state.log_history if "loss" in log]
     fields = ["forget_loss", "retain_loss", "norm_update", "cos_forget_retain", "conflict_fraction"]
@@ -152,6 +177,37 @@ class Undivided(WithLosses):
 def test_losses_that_are_not_averaged_over_a_window_are_refused(ranks, stage, tmp_path):
     for text in ranks(refused, str(tmp_path), stage, Undivided, 2, RuntimeError):
         assert "with the factor 0.5, because a window has 2 micro-batches. Found 1." in text
+
+
+@pytest.mark.parametrize("stage", [3, 0])
+def test_an_optimizer_without_parameters_is_refused_before_the_engine_is_made(ranks, stage, tmp_path):
+    for text in ranks(refused, str(tmp_path), stage, NoneTrained):
+        assert "optimizer should have at least one parameter" in text
+
+
+@pytest.mark.parametrize(
+    ("stage", "remedy"), [(3, "`data_types.grad_accum_dtype: fp32`"), (0, "`accumulate_dtype=torch.float32`")]
+)
+def test_accumulation_in_bf16_is_reported(ranks, stage, remedy, tmp_path):
+    for told in ranks(reported, str(tmp_path), stage):
+        assert len(told) == 1
+        assert "the gradients of 2 micro-batches are added up in bfloat16" in told[0]
+        assert f"{remedy}" in told[0]
+
+
+def reported(folder, stage):
+    """The warnings of a training in bf16 with two micro-batches."""
+    found = []
+    synthesizer._warned.clear()
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())
+    logging.getLogger("sago").addHandler(handler)
+    try:
+        with mock.patch("transformers.training_args.is_torch_bf16_gpu_available", return_value=True):
+            train(folder, {}, stage, 2, dtype=torch.bfloat16)
+    finally:
+        logging.getLogger("sago").removeHandler(handler)
+    return [text for text in found if "added up" in text]
 
 
 def test_stages_that_mix_the_gradients_are_refused(ranks, tmp_path):

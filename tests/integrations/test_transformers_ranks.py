@@ -1,6 +1,7 @@
 """Two ranks under DDP and FSDP2, against one process that has the batches of both."""
 
 import os
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sago.integrations.transformers import GradientSynthesisMixin, Synthesis
+from sago.ranks.fsdp import reshard
 from tests.support.ranks import Ranks
 from tests.support.trainers import (
     DRIFT,
@@ -20,6 +22,7 @@ from tests.support.trainers import (
     NPO,
     GradDiff,
     Pairs,
+    Texts,
     assert_logged,
     graddiff_losses,
     llama,
@@ -43,19 +46,34 @@ def ranks():
 class Fsdp2:
     """accelerate takes FSDP for accelerators only. Told that it has one, it does all the rest on a CPU."""
 
+    plugin: ClassVar = {
+        "auto_wrap_policy": "transformer_based_wrap",
+        "transformer_cls_names_to_wrap": ["LlamaDecoderLayer"],
+    }
+
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
         plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
-            cpu_ram_efficient_loading=False,
+            fsdp_version=2, cpu_ram_efficient_loading=False, **self.plugin
         )
         self.accelerator.state.fsdp_plugin = plugin
         for state in (self.accelerator.state, PartialState()):
             state.distributed_type = DistributedType.FSDP
         assert self.accelerator.is_fsdp2
         self.is_fsdp_enabled = True
+
+
+class Fsdp2AsAWhole(Fsdp2):
+    plugin: ClassVar = {"auto_wrap_policy": None}
+
+
+class Fsdp2Kept(Fsdp2):
+    """The parameters stay unsharded from the forward to the backward."""
+
+    plugin: ClassVar = {**Fsdp2.plugin, "reshard_after_forward": False}
+
+
+FSDP2 = {"fsdp2": Fsdp2, "fsdp2 as a whole": Fsdp2AsAWhole, "fsdp2 kept": Fsdp2Kept}
 
 
 def train(folder, kind, engine, how, options):
@@ -72,21 +90,22 @@ def train(folder, kind, engine, how, options):
     bases = (
         Watched,
         *([] if how is None or issubclass(kind, GradientSynthesisMixin) else [GradientSynthesisMixin]),
-        *([Fsdp2] if engine == "fsdp2" else []),
+        *([FSDP2[engine]] if engine in FSDP2 else []),
         kind,
     )
     trainer = type("Trained", bases, {} if how is None else {"synthesis": Synthesis(**how)})
     trainer = make(trainer, folder, llama(), Pairs(16), **own, **options)
     trainer.train()
     (wrapped,) = trainer.wrapped
-    assert issubclass(wrapped, {None: nn.Module, "ddp": DistributedDataParallel, "fsdp2": FSDPModule}[engine])
+    assert issubclass(wrapped, {None: nn.Module, "ddp": DistributedDataParallel}.get(engine, FSDPModule))
     assert how is None or trainer.syncing == {False}  # the buckets do, once a window
     assert how is None or getattr(
         trainer.model_wrapped, "require_backward_grad_sync", True
     )  # but not for good
+    reshard(trainer.model)
     params = dict(trainer.model.named_parameters())
-    assert all(isinstance(p, DTensor) is (engine == "fsdp2") for p in params.values())
-    found = {n: (p.full_tensor() if engine == "fsdp2" else p).detach().clone() for n, p in params.items()}
+    assert all(isinstance(p, DTensor) is (engine in FSDP2) for p in params.values())
+    found = {n: (p.full_tensor() if engine in FSDP2 else p).detach().clone() for n, p in params.items()}
     logs = [{k: log[k] for k in FIELDS if k in log} for log in trainer.state.log_history if "loss" in log]
     return found, logs
 
@@ -163,6 +182,15 @@ def test_ddp_where_every_parameter_has_to_be_reached(ranks, tmp_path):
     options = {"ddp_find_unused_parameters": False, "gradient_accumulation_steps": 2}
     found = ranks(train, str(tmp_path), GradDiff, "ddp", {}, options)
     assert_alike(found, train(str(tmp_path), GradDiff, None, {}, options))
+
+
+@needs_fsdp2
+@pytest.mark.parametrize("engine", FSDP2)
+def test_evaluations_of_fsdp2_before_and_in_the_training(ranks, engine, tmp_path):
+    """A forward without a backward leaves parameters unsharded, which are not those of the optimizer."""
+    options = {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 1, "eval_dataset": Texts(2)}
+    found = ranks(train, str(tmp_path), GradDiff, engine, {"rule": "sum"}, options)
+    assert_alike(found, train(str(tmp_path), GradDiff, None, {"rule": "sum"}, {}))
 
 
 class Unweighted(GradDiff):

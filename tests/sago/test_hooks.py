@@ -59,6 +59,9 @@ def test_a_hook_that_never_sees_the_update_is_told_once(accumulate_dtype, captur
         (partial(Offloading.copy, None), r"Offloading\.copy"),
         (Called(), "Called"),
         (print, r"builtins\.print"),
+        ([].append, r"builtins\.list\.append"),
+        (torch.Tensor.detach_, r"TensorBase\.detach_"),
+        (partial(torch.Tensor.add_, other=0), r"TensorBase\.add_"),
     ],
 )
 def test_a_hook_is_named(hook, name):
@@ -85,6 +88,8 @@ def test_an_optimizer_that_steps_with_its_copies_is_refused():
 
     backward_hook.__module__ = "torchao.optim.cpu_offload"
     params = parameters()
+    params[0].register_post_accumulate_grad_hook(Called())  # of another library, and harmless
+    params[1].register_post_accumulate_grad_hook(Called())
     params[1].register_post_accumulate_grad_hook(backward_hook)
     buckets = sago.GradientBuckets(params)
     for capture in CAPTURES:

@@ -1,4 +1,4 @@
-"""What the mixin reads of the Trainer and of accelerate, in the versions that were tested."""
+"""Adapters to attributes of the Trainer and of accelerate, in the versions that were tested."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ def gradient_scale(accelerator: Any, like: Tensor) -> Any:
     return 1.0 if accelerator.scaler is None else accelerator.scaler.scale(torch.ones_like(like[0]))
 
 
-def check_optimizer(trainer: Any) -> None:
+def check_supported(trainer: Any) -> None:
+    """Raises for options of the trainer with which its backward cannot be replaced."""
     name = str(getattr(trainer.args.optim, "value", trainer.args.optim))
     if "layerwise" in name or "lomo" in name:
         raise ValueError(f"Parameter `optim` should step after the backward, not in it. Found {name!r}.")

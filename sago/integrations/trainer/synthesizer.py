@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ from sago.integrations import deepspeed
 from sago.integrations.trainer.adapter import (
     TESTED,
     check_one_micro_batch,
-    check_optimizer,
+    check_supported,
     engine_of,
     gradient_scale,
     micro_batches,
@@ -28,7 +28,9 @@ from sago.integrations.trainer.adapter import (
 )
 from sago.integrations.trainer.configuration import ByPattern
 from sago.integrations.trainer.options import Synthesis
+from sago.integrations.trainer.trained import Dropped, outside
 from sago.integrations.trainer.weights import SIDES, Weight, ratio_of, scaled
+from sago.ranks import fsdp
 from sago.ranks.ddp import reduce_in_backward
 from sago.rules import Rule, resolve
 
@@ -51,21 +53,20 @@ class Synthesizer:
     """
 
     def __init__(self, trainer: Any, model: Any) -> None:
-        check_optimizer(trainer)
+        check_supported(trainer)
         self.model = model
+        fsdp.reshard(model)  # an evaluation before the training leaves parameters unsharded
         self._engine = engine_of(trainer.accelerator, model)
         self._backward_options: dict[str, Any] = {}  # those of the trainer's call for DeepSpeed
         self._named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self._how = Synthesis.of(trainer.synthesis)
         self._rule = resolve(self._how.rule)
-        outside = [] if self._engine is not None else _outside(trainer.optimizer, self._named)
+        apart = outside(trainer.optimizer, model, self._named)
         if self._how.one_copy:
             check_one_micro_batch(trainer)
-        self._buckets = _buckets(model, self._how, outside)
-        # RMU trains three matrices of a model, and all other parameters require grad, too.
-        self._dropping = [p.register_post_accumulate_grad_hook(_drop) for p in outside]
-        if self._engine is None:
-            _warn_of_rounding(trainer, self._how, self._named)
+        self._buckets = _buckets(model, self._how, [p for _, p in apart])
+        self._dropped = Dropped(apart, len(self._named))
+        _warn_of_rounding(most_micro_batches(trainer), self._buckets.dtypes, model)
         self._reducing = list(_reducing(model))
         # The weights of the first micro-batch of the open window.
         self._weights: tuple[float, float] | None = None
@@ -77,6 +78,17 @@ class Synthesizer:
         self._checked: set[tuple[int, bool]] = set()  # the cases in which `check_scale` has read the scale
         self._losses: Tensor | None = None  # sums since the last log
         self._count = 0
+
+    def serves(self, trainer: Any, model: Any) -> bool:
+        """Whether the buckets are those of this model and of the parameters in the optimizer.
+
+        A change of the optimizer counts from the next window on.
+        """
+        if self.model is not model:
+            return False
+        if self._weights is not None or self._engine is not None:
+            return True
+        return self._dropped.ids == [id(p) for _, p in outside(trainer.optimizer, model, self._named)]
 
     def begin(self, trainer: Any) -> None:
         step = trainer.state.global_step
@@ -96,8 +108,7 @@ class Synthesizer:
 
     def close(self) -> None:
         """Removes the hooks, and switches the modules' own reduction on again."""
-        for hook in self._dropping:
-            hook.remove()
+        self._dropped.close()
         for module in self._reducing:
             if isinstance(module, DistributedDataParallel):
                 reduce_in_backward(module, True)
@@ -335,48 +346,30 @@ def _reducing(model: torch.nn.Module) -> Iterator[Any]:
     return (m for m in model.modules() if isinstance(m, (DistributedDataParallel, *sharded)))
 
 
-def _outside(optimizer: Any, named: Sequence[tuple[str, Tensor]]) -> list[Tensor]:
-    """The parameters that require grad but are not in the optimizer."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if not held:
-        raise ValueError(
-            "The optimizer should have at least one parameter. Found none, so that nothing would be trained. "
-            "If a regular expression selects the parameters, check that it matches names such as "
-            f"{named[0][0]!r}."
-        )
-    outside = [p for _, p in named if id(p) not in held]
-    # An optimizer that holds copies of all parameters, for example on another device, trains all of them.
-    return outside if len(outside) < len(named) else []
-
-
-def _buckets(model: torch.nn.Module, how: Synthesis, outside: Sequence[Tensor]) -> GradientBuckets:
+def _buckets(model: torch.nn.Module, how: Synthesis, apart: Sequence[Tensor]) -> GradientBuckets:
+    """The buckets of all parameters except `apart`."""
+    without = {id(p) for p in apart}
     named = list(model.named_parameters())
-    if how.groups is None:
-        keys = None
-    else:
-        if isinstance(how.groups, ByPattern):
-            how.groups.check([_clean(n) for n, _ in named])
-        keys = [how.groups(_clean(n)) for n, _ in named]
-    if not outside:
-        return GradientBuckets(model, keys, how.accumulate_dtype, one_copy=how.one_copy)
-    without = {id(p) for p in outside}
-    kept = [i for i, (_, p) in enumerate(named) if id(p) not in without]
-    for p in outside:
-        p.requires_grad_(False)  # the buckets refuse a model of DDP that has other trained parameters
+    kept = [(n, p) for n, p in named if id(p) not in without]
+    if isinstance(how.groups, ByPattern):
+        how.groups.check([_clean(n) for n, _ in kept])
+    # An engine is given whole, because it knows which parameters it trains.
+    whole = not apart or deepspeed.is_engine(model)
+    keys = None if how.groups is None else [how.groups(_clean(n)) for n, _ in (named if whole else kept)]
+    with _frozen([] if whole else apart):  # the buckets refuse a model of DDP that has others
+        return GradientBuckets(model if whole else kept, keys, how.accumulate_dtype, one_copy=how.one_copy)
+
+
+@contextmanager
+def _frozen(params: Sequence[Tensor]) -> Iterator[None]:
+    """Inside the block the parameters do not require grad."""
+    for p in params:
+        p.requires_grad_(False)
     try:
-        return GradientBuckets(
-            [named[i] for i in kept],
-            None if keys is None else [keys[i] for i in kept],
-            how.accumulate_dtype,
-            one_copy=how.one_copy,
-        )
+        yield
     finally:
-        for p in outside:
+        for p in params:
             p.requires_grad_()
-
-
-def _drop(p: Tensor) -> None:
-    p.grad = None
 
 
 def _clean(name: str) -> str:
@@ -395,17 +388,28 @@ def _warn_of_retain(rule: Rule, gamma: float, alpha: float) -> None:
         )
 
 
-def _warn_of_rounding(trainer: Any, how: Synthesis, named: Sequence[tuple[str, Tensor]]) -> None:
-    """Warns if micro-batches are added up in 16 bits. The figures are those of docs/gradients.md."""
-    narrow = {p.dtype for _, p in named} & {torch.bfloat16, torch.float16}
-    if narrow and how.accumulate_dtype is None and most_micro_batches(trainer) > 1:
+def _warn_of_rounding(count: int, dtypes: Set[torch.dtype], model: Any) -> None:
+    """Warns if micro-batches are added up in 16 bits. The figures are those of docs/gradients.md.
+
+    Args:
+        count: The number of micro-batches.
+        dtypes: Those of the accumulators.
+        model: The model or its DeepSpeed engine.
+    """
+    narrow = sorted(str(d).removeprefix("torch.") for d in dtypes & {torch.bfloat16, torch.float16})
+    if narrow and count > 1:
+        if deepspeed.accumulates(model):
+            remedy = "`data_types.grad_accum_dtype: fp32` in DeepSpeed's configuration avoids it."
+        else:
+            remedy = (
+                "`accumulate_dtype=torch.float32` avoids it, for 10 bytes an element of the gradients "
+                "instead of 4."
+            )
         _warn_once(
             "accumulation",
-            f"the gradients of {most_micro_batches(trainer)} micro-batches are added up in "
-            f"{' and '.join(sorted(str(d).removeprefix('torch.') for d in narrow))}. In bfloat16, this moved "
-            "elements of an update by up to a quarter of its largest element (4 micro-batches; "
-            "`python -m benchmarks accumulation`). `accumulate_dtype=torch.float32` avoids it, for 10 bytes "
-            "an element of the gradients instead of 4.",
+            f"the gradients of {count} micro-batches are added up in {' and '.join(narrow)}. In bfloat16, "
+            "this moved elements of an update by up to 0.27 of its largest element (4 micro-batches; "
+            f"`python -m benchmarks accumulation`). {remedy}",
         )
 
 

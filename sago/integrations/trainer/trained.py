@@ -1,0 +1,69 @@
+"""Which parameters of a model the optimizer trains. Those of RMU are three matrices of a model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sago.integrations import deepspeed
+
+Named = Sequence[tuple[str, Tensor]]
+
+
+def check_trains(optimizer: Any) -> None:
+    """Raises if the optimizer has no parameter."""
+    if not any(group["params"] for group in optimizer.param_groups):
+        raise ValueError(
+            "The optimizer should have at least one parameter. Found none, so that nothing would be trained. "
+            "If a regular expression selects the parameters, check that it matches their names."
+        )
+
+
+def outside(optimizer: Any, model: torch.nn.Module, named: Named) -> list[tuple[str, Tensor]]:
+    """The parameters that the optimizer does not train.
+
+    Args:
+        optimizer: That of the trainer. None if it has none.
+        model: The model, or the DeepSpeed engine of the model.
+        named: The parameters that require grad.
+    """
+    if deepspeed.is_engine(model):
+        trained = deepspeed.trained(model)
+        return [(name, p) for name, p in named if not trained(p)]
+    if optimizer is None:
+        return []
+    check_trains(optimizer)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    # An optimizer that also holds tensors of its own, such as copies in fp32 or on another device, may train
+    # every parameter.
+    if not held <= {id(p) for p in model.parameters()}:
+        return []
+    return [(name, p) for name, p in named if id(p) not in held]
+
+
+class Dropped:
+    """Gives the parameters no gradient, until `close` is called."""
+
+    def __init__(self, named: Named, count: int) -> None:
+        self.ids = [id(p) for _, p in named]
+        self._hooks: list[Any] = [p.register_post_accumulate_grad_hook(_drop) for _, p in named]
+        if named:
+            logging.getLogger("sago").warning(
+                "sago: %d of the %d parameters that require grad are not in the optimizer. Their gradients "
+                "are dropped. The first of them is `%s`.",
+                len(named),
+                count,
+                named[0][0],
+            )
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _drop(p: Tensor) -> None:
+    p.grad = None
