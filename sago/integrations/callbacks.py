@@ -66,7 +66,7 @@ class ReportWriter(TrainerCallback):
         if state.global_step == 0 or not state.is_world_process_zero or not self._path.exists():
             return
         with self._path.open(newline="", encoding="utf-8") as file:
-            head, *rows = list(csv.reader(file)) or [COLUMNS]
+            head, *rows = list(csv.reader(file)) or [list(COLUMNS)]
         kept = self._path.with_name(f"{self._path.name}.partial")
         with kept.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([head, *(row for row in rows if int(row[0]) <= state.global_step)])

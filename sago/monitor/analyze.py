@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +120,12 @@ def _layer(layer: int | None) -> str:
 
 def _print(report: SynthesisReport) -> None:
     """Prints the table, by rich if it is installed and the output is a terminal."""
-    if sys.stdout.isatty() and find_spec("rich") is not None:
-        from rich.console import Console
-
-        Console().print(report)
-    else:
-        print(report.table())
+    if sys.stdout.isatty():
+        try:
+            from rich.console import Console
+        except ModuleNotFoundError:
+            pass
+        else:
+            Console().print(report)
+            return
+    print(report.table())
