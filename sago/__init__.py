@@ -1,6 +1,6 @@
 """Gradient synthesis for LLM unlearning: computes one update from the forget and the retain gradient."""
 
-from sago import distributed, reference
+from sago import distributed, monitor, reference
 from sago.capture.buckets import GradientBuckets
 from sago.core.report import SynthesisReport
 from sago.rules import Rule, list_rules
@@ -15,6 +15,7 @@ __all__ = [
     "SynthesisReport",
     "distributed",
     "list_rules",
+    "monitor",
     "reference",
     "synthesize",
     "synthesize_",

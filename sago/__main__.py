@@ -1,10 +1,11 @@
-"""`python -m sago`: the facts about an environment that a bug report needs."""
+"""`python -m sago`: the facts about an environment that a bug report needs; `python -m sago analyze`."""
 
 from __future__ import annotations
 
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -76,8 +77,16 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def main() -> int:
-    """Prints the report. Returns 1 if there is a clash with the unrelated distribution `sago`."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the facts. Returns 1 if there is a clash with the unrelated distribution `sago`."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] == "analyze":
+        from sago.monitor import analyze
+
+        return analyze.main(argv[1:])
+    if argv:
+        print(f"Usage: python -m sago [analyze ...]. Found {' '.join(argv)!r}.", file=sys.stderr)
+        return 2
     clash = other_package()
     try:
         found = lines()

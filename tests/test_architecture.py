@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "ranks": {"backends"},
     "synthesis": {"ranks", "core", "backends", "rules"},
     "capture": {"ranks", "core", "backends", "rules"},
-    "integrations": {"capture", "synthesis", "ranks", "core", "backends", "rules"},
+    "monitor": {"capture", "synthesis", "core", "rules"},
+    "integrations": {"capture", "monitor", "synthesis", "ranks", "core", "backends", "rules"},
     "reference": {"core", "backends", "rules"},
     "distributed": {"ranks"},
     "testing": {"reference", "synthesis", "rules"},
@@ -39,6 +40,7 @@ MAY_IMPORT = {
 NAMED = {
     "sago/backends/choose.py": {"kernels"},  # MODULES
     "sago/capture/opening.py": {"integrations"},  # ENGINES
+    "sago/core/report.py": {"monitor"},  # _PLOTS
 }
 # It imports modules that a user's configuration names.
 OF_USERS = "sago/integrations/trainer/configuration.py"

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from sago.backends.upload import upload
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
 
 # A retain gradient with a norm below this share of the forget gradient's norm is regarded as rounding noise.
 # One rounding of fp32 is 2 ** -24. In a language model with a KL divergence to itself, 2 ** -20 was found.
@@ -27,6 +33,7 @@ FIELDS = {
     "norm_retain": ("rr",),
     "norm_update": ("uu",),
 }
+_PLOTS = "sago.monitor.plots"  # imported when a report is drawn, because it needs matplotlib
 
 
 class SynthesisReport:
@@ -160,6 +167,29 @@ class SynthesisReport:
         sums = {name: values.sum(0, keepdim=True) for name, values in self._read().items()}
         return SynthesisReport(self.rule, ("all",), self.numel.sum(0, keepdim=True), lambda: sums)
 
+    def regroup(self, groups: Sequence[Hashable]) -> SynthesisReport:
+        """The report with one row for each key, in which its groups are summed. Waits for the device.
+
+        Args:
+            groups: One key for each group. The rows are in the order in which the keys first appear.
+
+        Returns:
+            A report on the CPU.
+        """
+        if len(groups) != len(self.groups):
+            raise ValueError(
+                f"Parameter `groups` should have one key for each of the {len(self.groups)} groups. Found "
+                f"{len(groups)}."
+            )
+        rows = {key: row for row, key in enumerate(dict.fromkeys(groups))}
+        index = torch.tensor([rows[key] for key in groups], dtype=torch.int64)
+
+        def summed(values: Tensor) -> Tensor:
+            return values.new_zeros(len(rows), device="cpu").index_add_(0, index, values.cpu())
+
+        sums = {name: summed(values) for name, values in self._read().items()}
+        return SynthesisReport(self.rule, tuple(rows), summed(self.numel), lambda: sums)
+
     def to_dict(self) -> dict[str, list[float]]:
         """Every field that was computed, as a list with one number for each group. Waits for the device."""
         present = {name: values for name in FIELDS if (values := getattr(self, name)) is not None}
@@ -196,15 +226,9 @@ class SynthesisReport:
     def table(self) -> str:
         """An aligned text table with one line for each group and a line of totals, and the warnings.
 
-        Waits for the device.
+        Waits for the device. `rich.print(report)` prints the same table with colours.
         """
-        columns = [name for name in FIELDS if name not in ("ff", "fr", "rr", "uu", "uf", "ur")]
-        rows, totals = self.to_dict(), self.summary()
-        columns = [name for name in columns if name in rows]
-        lines = [["group", *columns]]
-        for i, group in enumerate(self.groups):
-            lines.append([str(group), *(f"{rows[name][i]:.4g}" for name in columns)])
-        lines.append(["total", *(f"{totals[name]:.4g}" for name in columns)])
+        lines = self._lines()
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
         aligned = [
             "  ".join(
@@ -214,10 +238,57 @@ class SynthesisReport:
         ]
         return "\n".join([*aligned, *self.warnings()])
 
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """Draws the share of conflicts and the cosines by layer and kind of parameter. Waits for the device.
+
+        The groups should be names of parameters, as those of `GradientBuckets(model)` are: the first number
+        in a name is the layer, and the part after it is the kind. Groups of the same layer and kind, such as
+        those of experts, are summed. Needs matplotlib (`pip install 'sago-kernels[plot]'`).
+
+        Args:
+            path: Where the picture is written; the suffix is its format. None writes nothing.
+
+        Raises:
+            ValueError: If the report has neither the share of conflicts nor a cosine.
+        """
+        plots = import_module(_PLOTS)
+        figure: Figure = plots.save(plots.heat_maps(self), path)
+        return figure
+
+    def __rich__(self) -> Table:
+        """The table that rich prints."""
+        from rich.table import Table
+
+        head, *rows, totals = self._lines()
+        caption = "\n".join(self.warnings()) or None
+        table = Table(
+            title=f"rule {self.rule}", caption=caption, caption_style="yellow", title_justify="left"
+        )
+        for i, name in enumerate(head):
+            table.add_column(name.replace("_", " "), justify="right" if i else "left")
+        for row in rows:
+            table.add_row(*row)
+        table.add_section()
+        table.add_row(*totals)
+        return table
+
+    def _lines(self) -> list[list[str]]:
+        """The cells of the table: the names of its columns, one line for each group, and the totals."""
+        columns = [name for name in FIELDS if name not in ("ff", "fr", "rr", "uu", "uf", "ur")]
+        values, totals = self.to_dict(), self.summary()
+        columns = [name for name in columns if name in values]
+        return [
+            ["group", *columns],
+            *([str(g), *(f"{values[name][i]:.4g}" for name in columns)] for i, g in enumerate(self.groups)),
+            ["total", *(f"{totals[name]:.4g}" for name in columns)],
+        ]
+
     def __getstate__(self) -> dict[str, Any]:
         """The state of copies and pickles, in which the values replace the function that computes them."""
         values = {name: t.detach().clone() for name, t in self._read().items()}
-        return {**vars(self), "_numel": self.numel.clone(), "_columns": dict, "_values": values}
+        # A list of numbers is not uploaded for this.
+        numel = self._numel.clone() if isinstance(self._numel, Tensor) else tuple(self._numel)
+        return {**vars(self), "_numel": numel, "_columns": dict, "_values": values}
 
     def __repr__(self) -> str:
         absent = f", absent={self.absent}" if self.absent else ""

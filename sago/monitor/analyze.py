@@ -1,0 +1,131 @@
+"""`python -m sago analyze`: where two gradients conflict, from files or from a model and two texts."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sago.capture.buckets import GradientBuckets
+from sago.core.report import SynthesisReport
+from sago.monitor.monitor import ConflictMonitor
+from sago.monitor.places import places
+from sago.rules import list_rules
+from sago.synthesis import synthesize
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m sago analyze",
+        description="Shows where the forget and the retain gradient conflict: prints a table by layer, and "
+        "writes one line for each tensor to conflicts.csv and a picture to conflicts.png.",
+    )
+    parser.add_argument(
+        "forget",
+        type=Path,
+        help="the forget gradients: a file of torch.save with a list or a dict of tensors, or a .safetensors "
+        "file; with --model a text file, each line of which is a text to forget",
+    )
+    parser.add_argument("retain", type=Path, help="the same for retain")
+    parser.add_argument("--model", type=Path, help="a folder of a causal language model of transformers")
+    parser.add_argument("--tokens", type=int, default=256, help="the most tokens of a text (default: 256)")
+    parser.add_argument("--rule", default="sago", choices=list_rules(), help="default: sago")
+    parser.add_argument("--gamma", type=float, default=1.0, help="the weight of forget (default: 1)")
+    parser.add_argument("--alpha", type=float, default=1.0, help="the weight of retain (default: 1)")
+    parser.add_argument("--out", type=Path, default=Path(), help="the folder of the two files (default: .)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    options = {"rule": args.rule, "gamma": args.gamma, "alpha": args.alpha}
+    try:
+        if args.model is None:
+            report = of_files(args.forget, args.retain, **options)
+        else:
+            report = of_model(args.model, args.forget, args.retain, args.tokens, **options)
+        by_layer = report.regroup([_layer(place.layer) for place in places(report.groups)])
+        _print(by_layer if len(by_layer.groups) > 1 else report)
+        args.out.mkdir(parents=True, exist_ok=True)
+        monitor = ConflictMonitor()
+        monitor.add(report)
+        monitor.to_csv(args.out / "conflicts.csv")
+        print(f"Written: {args.out / 'conflicts.csv'}")
+        report.plot(args.out / "conflicts.png")
+        print(f"Written: {args.out / 'conflicts.png'}")
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def of_files(forget: Path, retain: Path, **options: Any) -> SynthesisReport:
+    """The report of two files of gradients."""
+    f, r = read(forget), read(retain)
+    if f.keys() != r.keys():
+        other = sorted(f.keys() ^ r.keys())
+        raise ValueError(
+            f"The files should have gradients of the same names. Found {len(other)} names that are in one "
+            f"file only, the first of which is {other[0]!r}."
+        )
+    _, report = synthesize(list(f.values()), [r[name] for name in f], groups=list(f), **options)
+    return report
+
+
+def read(path: Path) -> dict[str, Tensor | None]:
+    """The gradients of a file by their name, or by their position if they have no names."""
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return dict(load_file(path))
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(found, (list, tuple)):
+        found = {str(i): g for i, g in enumerate(found)}
+    if not isinstance(found, Mapping) or not all(g is None or isinstance(g, Tensor) for g in found.values()):
+        raise TypeError(
+            f"The file {path} should have a list or a dict of tensors. Found {type(found).__name__}."
+        )
+    return {str(name): g for name, g in found.items()}
+
+
+def of_model(folder: Path, forget: Path, retain: Path, tokens: int, **options: Any) -> SynthesisReport:
+    """The report of one step of gradient ascent on the forget texts, with the loss of the retain texts.
+
+    The losses are `-NLL` and `NLL`, where `NLL` is the mean of `model(ids, labels=ids).loss` over the texts.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).float().eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    buckets = GradientBuckets(model)
+    for capture, path, sign in ((buckets.forget, forget, -1.0), (buckets.retain, retain, 1.0)):
+        texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not texts:
+            raise ValueError(f"The file {path} should have a text on each line. Found none.")
+        with capture():
+            for text in texts:
+                ids = torch.tensor([tokenizer.encode(text)[:tokens]])
+                (sign / len(texts) * model(input_ids=ids, labels=ids).loss).backward()
+    return buckets.synthesize_(**options)
+
+
+def _layer(layer: int | None) -> str:
+    return "no layer" if layer is None else f"layer {layer}"
+
+
+def _print(report: SynthesisReport) -> None:
+    """Prints the table, by rich if it is installed and the output is a terminal."""
+    if sys.stdout.isatty():
+        try:
+            from rich.console import Console
+        except ModuleNotFoundError:
+            pass
+        else:
+            Console().print(report)
+            return
+    print(report.table())

@@ -1,0 +1,115 @@
+"""`python -m sago analyze`."""
+
+import csv
+
+import pytest
+import torch
+
+import sago
+from examples.corpus import byte_tokenizer, random_model
+from sago.__main__ import main
+
+NAMES = ["embed.weight", "layers.0.weight", "layers.0.bias", "layers.1.weight", "layers.1.bias"]
+
+
+def gradients(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(5 + i, generator=generator) for i, name in enumerate(NAMES)}
+
+
+def rows_of(folder):
+    with (folder / "conflicts.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def check(folder, report):
+    rows = rows_of(folder)
+    assert [row["group"] for row in rows] == [str(group) for group in report.groups]
+    for name, expected in report.to_dict().items():
+        assert [float(row[name]) for row in rows] == pytest.approx(expected, rel=1e-12, nan_ok=True)
+    assert (folder / "conflicts.png").stat().st_size > 10_000
+
+
+def saved(kind, path, values):
+    if kind == "safetensors":
+        from safetensors.torch import save_file
+
+        save_file(values, path.with_suffix(".safetensors"))
+        return path.with_suffix(".safetensors")
+    torch.save(list(values.values()) if kind == "list" else values, path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["dict", "list", "safetensors"])
+def test_two_files_of_gradients(kind, tmp_path, capsys):
+    forget, retain = gradients(0), dict(reversed(gradients(1).items()))
+    if kind == "list":
+        retain = gradients(1)
+    files = [saved(kind, tmp_path / name, g) for name, g in (("f.pt", forget), ("r.pt", retain))]
+    arguments = ["analyze", *map(str, files), "--rule=pcgrad", "--gamma=2", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    if kind == "safetensors":  # which sorts names
+        forget = dict(sorted(forget.items()))
+    pairs = list(forget.values()), [retain[name] for name in forget]
+    groups = [str(i) for i in range(len(NAMES))] if kind == "list" else list(forget)
+    _, report = sago.synthesize(*pairs, rule="pcgrad", gamma=2.0, groups=groups)
+    check(tmp_path / "out", report)
+    printed = capsys.readouterr().out
+    if kind == "dict":
+        layers = report.regroup(["no layer", "layer 0", "layer 0", "layer 1", "layer 1"])
+        assert printed.startswith(f"{layers.table()}\nWritten: ")
+
+
+def test_a_model_and_two_texts(tmp_path, capsys):
+    model, tokenizer = random_model().eval(), byte_tokenizer()
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    texts = {"forget": ["Oslo is in Norway.", "Paris is in France."], "retain": ["Two plus two is four."]}
+    for name, lines in texts.items():
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(lines) + "\n")
+    files = [str(tmp_path / f"{name}.txt") for name in texts]
+    arguments = ["analyze", *files, f"--model={tmp_path / 'model'}", "--tokens=12", f"--out={tmp_path}"]
+    assert main(arguments) == 0
+
+    def loss(lines):
+        rows = [torch.tensor([tokenizer.encode(line)[:12]]) for line in lines]
+        return sum(model(input_ids=ids, labels=ids).loss for ids in rows) / len(rows)
+
+    params = dict(model.named_parameters())
+    f = torch.autograd.grad(-loss(texts["forget"]), list(params.values()))
+    r = torch.autograd.grad(loss(texts["retain"]), list(params.values()))
+    _, report = sago.synthesize(f, r, groups=list(params))
+    rows, expected = rows_of(tmp_path), report.to_dict()
+    assert [row["group"] for row in rows] == list(params)
+    for name in ("ff", "rr", "conflict_fraction"):  # micro-batches are added up in another order
+        assert [float(row[name]) for row in rows] == pytest.approx(expected[name], rel=1e-3, abs=1e-2)
+    assert "layer 3" in capsys.readouterr().out
+
+
+WRONG = {
+    "other names": ({"a": torch.ones(2)}, {"b": torch.ones(2)}, "same names.*'a'"),
+    "not tensors": ({"a": 1}, {"a": 2}, "should have a list or a dict of tensors"),
+    "other shapes": ([torch.ones(2)], [torch.ones(3)], "shape"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_files_that_are_wrong(wrong, tmp_path, capsys):
+    *values, message = WRONG[wrong]
+    for name, value in zip(("f", "r"), values, strict=True):
+        torch.save(value, tmp_path / name)
+    assert main(["analyze", str(tmp_path / "f"), str(tmp_path / "r"), f"--out={tmp_path}"]) == 1
+    assert pytest.importorskip("re").search(message, capsys.readouterr().err)
+    assert not (tmp_path / "conflicts.csv").exists()
+
+
+def test_files_that_are_not_there_and_commands_that_do_not_exist(tmp_path, capsys):
+    assert main(["analyze", str(tmp_path / "f"), str(tmp_path / "r")]) == 1
+    assert "No such file" in capsys.readouterr().err
+    (tmp_path / "f").write_text("\n")
+    random_model().save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    assert main(["analyze", *[str(tmp_path / "f")] * 2, f"--model={tmp_path / 'model'}"]) == 1
+    assert "should have a text on each line" in capsys.readouterr().err
+    assert main(["analyse"]) == 2
+    assert "Usage: python -m sago [analyze ...]" in capsys.readouterr().err
