@@ -9,7 +9,7 @@ sys.path.insert(0, str(HERE / "_sphinx"))
 from sago import __version__  # noqa: E402 - Sphinx runs this file from another folder
 
 project = "sago"
-author = "The authors of sago"
+author = "The sago authors"
 copyright = author
 release = version = __version__
 

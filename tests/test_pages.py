@@ -20,10 +20,15 @@ FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *P
 FENCE = re.compile(r"^( *)(```+).*?^\1\2 *$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[(?:[^\[\]]|\[[^\]]*\])*\]\((?P<target>[^()\s]+)\)")
 # What is public besides `sago.__all__`.
-MODULES = {"sago.testing": ["check_rule"], "sago.rules": sago.rules.__all__, "sago.distributed": ["SumOver"]}
+MODULES = {
+    "sago.testing": ["check_rule"],
+    "sago.rules": sago.rules.__all__,
+    "sago.distributed": ["SumOver"],
+    "sago.monitor": ["ConflictMonitor"],
+}
 INTEGRATIONS = {
     "sago.integrations.transformers": ["GradientSynthesisMixin", "Synthesis"],
-    "sago.integrations.callbacks": ["ReportWriter"],
+    "sago.integrations.callbacks": ["MonitorCallback", "ReportWriter"],
     "sago.integrations.torchjd": ["SynthesisAggregator", "SynthesisWeighting"],
 }
 

@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState, GradientState
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sago
-from sago.integrations.callbacks import ReportWriter
+from sago.integrations.callbacks import MonitorCallback, ReportWriter
 from sago.integrations.trainer import adapter, synthesizer
 from sago.integrations.trainer.losses import without_count
 from sago.integrations.transformers import GradientSynthesisMixin, Synthesis
@@ -1220,6 +1220,23 @@ def test_reports_of_each_group_in_a_file(one_copy, tmp_path):
         for name, expected in values.items():
             assert [float(row[name]) for row in of_step] == expected
     assert reports[-1] is trainer.synthesis_report
+
+
+def test_a_monitor_has_the_report_of_every_step(tmp_path):
+    monitor, reports = sago.monitor.ConflictMonitor(), []
+    for steps in (3, 2):  # the second training begins anew
+        reports.clear()
+        kind = with_mixin(GradDiff, stats=True)
+        trainer = make(kind, tmp_path, data=Pairs(2 * steps), gradient_accumulation_steps=2, logging_steps=10)
+        trainer.add_callback(MonitorCallback(trainer, monitor))
+        trainer.add_callback(Looking(lambda: reports.append(trainer.synthesis_report)))  # noqa: B023
+        trainer.train()
+        assert list(monitor.reports) == list(range(1, steps + 1))
+        assert len(reports) == steps
+        for kept, report in zip(monitor.reports.values(), reports, strict=True):
+            assert kept.to_dict() == report.to_dict()
+    with pytest.raises(TypeError, match="`trainer` should have GradientSynthesisMixin"):
+        MonitorCallback(make(GradDiff, tmp_path), monitor)
 
 
 def test_groups_by_an_expression_that_matches_no_parameter_are_refused(tmp_path):
