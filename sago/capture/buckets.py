@@ -28,7 +28,7 @@ from sago.core.pairs import Call, Pairs, Weight
 from sago.core.pipeline import Pipeline, count_versions
 from sago.core.report import SynthesisReport
 from sago.private import require
-from sago.ranks import ddp, dtensor
+from sago.ranks import ddp, dtensor, fsdp
 from sago.ranks.dtensor import Shards
 from sago.ranks.sum_over import SumOver
 from sago.rules import Rule, resolve
@@ -165,6 +165,8 @@ class GradientBuckets:
             raise ValueError(f"Parameter `bucket_cap_mb` should be positive. Found {bucket_cap_mb}.")
         engine = find_engine(params)
         source = params if engine is None else engine.module
+        if isinstance(source, torch.nn.Module):
+            fsdp.reshard(source)  # a forward without a backward leaves parameters unsharded
         chosen = choose(source, groups, None if engine is None else engine.wanted)
         capacity = bucket_cap_mb * 2**20
         opened = open_host(engine, source, chosen, accumulate_dtype, capacity, one_copy)

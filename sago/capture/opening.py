@@ -117,7 +117,9 @@ def open_host(
     if sharded and plain:
         raise ValueError(
             f"Parameter `{plain[0]}` should be sharded by fully_shard like the others, or frozen, because "
-            "nothing else reduces its gradient over the ranks. Found that it is neither."
+            "nothing else reduces its gradient over the ranks. Found that it is neither. A forward without a "
+            "backward may have left it unsharded: call reshard() on the FSDP modules before you list the "
+            "parameters."
         )
     averaged = ddp.take_over(source, chosen.tensors, chosen.names)
     if one_copy and (averaged is not None or (world_size() > 1 and not sharded)):

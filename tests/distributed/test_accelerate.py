@@ -87,6 +87,6 @@ def test_as_on_one_process(ranks2, kind, sync_each_batch, order):
         assert_equal_results(result, single(RUN))
 
 
-def test_fsdp_that_holds_gradients_back_is_told_to_sync_each_batch(ranks2):
+def test_fsdp_that_holds_gradients_back_is_asked_to_sync_each_batch(ranks2):
     for text in ranks2(trained, "fsdp", INTERLEAVED):
         assert "sync_each_batch=True" in text

@@ -195,7 +195,7 @@ def beside_the_mesh():
     return error_of(sago.synthesize_, f, r, "pcgrad")
 
 
-def test_a_rank_beside_the_mesh_is_told_so(ranks4):
+def test_a_rank_beside_the_mesh_is_an_error(ranks4):
     first, second, *others = ranks4(beside_the_mesh)
     assert first is second is None
     for error, text in others:

@@ -608,6 +608,24 @@ def test_parameters_that_are_frozen_or_not_reached(ranks2):
                 assert_equal_reports(report, of_one)
 
 
+def after_an_evaluation():
+    """A forward without a backward leaves the parameters of the root unsharded."""
+    model, _, part = laid_out("fsdp")
+    run = Run("pcgrad")
+    optimizer = optimizer_of(model, run)
+    with torch.no_grad():
+        losses_of(model, run, batches(0, 0, *part))[0]()
+    refused = error_of(lambda: sago.GradientBuckets(list(model.parameters())))
+    return refused, train(model, run, part, optimizer=optimizer)
+
+
+def test_buckets_that_are_made_after_an_evaluation(ranks2):
+    for (error, text), result in ranks2(after_an_evaluation):
+        assert error is ValueError
+        assert "call reshard() on the FSDP modules" in text
+        assert_equal_results(result, single(Run("pcgrad")))
+
+
 def scaled_on_ranks():
     return scaled(laid_out("fsdp")[0], share())
 

@@ -230,7 +230,7 @@ def test_a_report_comes_from_a_record_alone(ran, folder, tmp_path, capsys):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_a_broken_promise_is_told_and_exits_non_zero(ran, tmp_path, capsys):
+def test_a_broken_promise_is_reported_and_exits_non_zero(ran, tmp_path, capsys):
     record = json.loads(json.dumps(ran[1]))
     run = next(run for run in record["runs"] if run["rule"] == "pcgrad")
     run["steps"]["cos_update_retain"][1] = -1e-6

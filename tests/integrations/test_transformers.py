@@ -637,7 +637,7 @@ def test_one_copy_trains_with_the_bits_of_two(kind, dtype, how, options, tmp_pat
     ("rule", "warns"),
     [("sago", True), ("pcgrad", True), ("ties", True), ("sum", False), ("ngdiff", False), ("blur", False)],
 )
-def test_a_retain_weight_of_0_is_told_once_if_the_rule_reads_the_retain_gradient(
+def test_a_retain_weight_of_0_is_reported_once_if_the_rule_reads_the_retain_gradient(
     rule, warns, tmp_path, caplog
 ):
     """OpenUnlearning's UNDIAL is configured with 0. `ngdiff` and `blur` are then multiples of f."""

@@ -33,7 +33,7 @@ def parameters():
 
 @pytest.mark.parametrize("capture", CAPTURES)
 @pytest.mark.parametrize("accumulate_dtype", [None, torch.float64])
-def test_a_hook_that_never_sees_the_update_is_told_once(accumulate_dtype, capture):
+def test_a_hook_that_never_sees_the_update_is_reported_once(accumulate_dtype, capture):
     params = parameters()
     optimizer = Offloading(params)
     buckets = sago.GradientBuckets(params, accumulate_dtype=accumulate_dtype)
@@ -72,7 +72,7 @@ def test_a_hook_is_named(hook, name):
         buckets._check_around()
 
 
-def test_a_hook_that_is_removed_is_not_told():
+def test_a_hook_that_is_removed_is_not_reported():
     params = parameters()
     handle = params[0].register_post_accumulate_grad_hook(Called())
     buckets = sago.GradientBuckets(params)
