@@ -258,14 +258,16 @@ class SynthesisReport:
     def __rich__(self) -> Table:
         """The table that rich prints."""
         from rich.table import Table
+        from rich.text import Text
 
-        head, *rows, totals = self._lines()
+        # Brackets in the name of a group are not markup.
+        head, *rows, totals = [[Text(cell) for cell in line] for line in self._lines()]
         caption = "\n".join(self.warnings()) or None
         table = Table(
             title=f"rule {self.rule}", caption=caption, caption_style="yellow", title_justify="left"
         )
         for i, name in enumerate(head):
-            table.add_column(name.replace("_", " "), justify="right" if i else "left")
+            table.add_column(Text(name.plain.replace("_", " ")), justify="right" if i else "left")
         for row in rows:
             table.add_row(*row)
         table.add_section()

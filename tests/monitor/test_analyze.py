@@ -1,6 +1,8 @@
 """`python -m sago analyze`."""
 
 import csv
+import re
+import sys
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 import sago
 from examples.corpus import byte_tokenizer, random_model
 from sago.__main__ import main
+from sago.monitor import analyze
 
 NAMES = ["embed.weight", "layers.0.weight", "layers.0.bias", "layers.1.weight", "layers.1.bias"]
 
@@ -60,6 +63,19 @@ def test_two_files_of_gradients(kind, tmp_path, capsys):
         assert printed.startswith(f"{layers.table()}\nWritten: ")
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_terminal_gets_the_table_of_rich_if_it_is_installed(there, monkeypatch, capsys):
+    forget, retain = gradients(0).values(), gradients(1).values()
+    _, report = sago.synthesize(list(forget), list(retain), groups=NAMES)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    if not there:
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    analyze._print(report)
+    printed = capsys.readouterr().out
+    assert ("┃" in printed) is there
+    assert (printed == f"{report.table()}\n") is not there
+
+
 def test_a_model_and_two_texts(tmp_path, capsys):
     model, tokenizer = random_model().eval(), byte_tokenizer()
     for part in (model, tokenizer):
@@ -99,7 +115,7 @@ def test_files_that_are_wrong(wrong, tmp_path, capsys):
     for name, value in zip(("f", "r"), values, strict=True):
         torch.save(value, tmp_path / name)
     assert main(["analyze", str(tmp_path / "f"), str(tmp_path / "r"), f"--out={tmp_path}"]) == 1
-    assert pytest.importorskip("re").search(message, capsys.readouterr().err)
+    assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "conflicts.csv").exists()
 
 

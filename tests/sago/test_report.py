@@ -11,6 +11,7 @@ import pickle
 
 import pytest
 import torch
+from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sago
@@ -51,6 +52,20 @@ def test_against_the_oracle(backend, rule, dtypes):
         forget, retain = inputs.IN_RANGE[name](*dtypes)
         _, report = backend(forget, retain, rule, gamma=0.75, alpha=1.5)
         properties.assert_report(report, forget, retain, rule, gamma=0.75, alpha=1.5)
+
+
+def test_rich_prints_the_table_with_names_as_they_are():
+    forget, retain = [tensor(1.0, -2.0), tensor(1e9)], [tensor(3.0, 1.0), tensor(1e-9)]
+    _, report = sago.synthesize(forget, retain, groups=["layers.0", "[red]head[/red]"])
+    console = Console(file=io.StringIO(), width=250)
+    console.print(report)
+    printed = console.file.getvalue().splitlines()
+    assert "rule sago" in printed[0]
+    for line in report.table().splitlines()[1:4]:
+        (row,) = [row for row in printed if row.startswith(f"│ {line.split()[0]} ")]
+        assert row.replace("│", " ").split() == line.split()
+    assert any("rounding noise in 1 of 2 groups" in line for line in printed)
+    assert "conflict fraction" in " ".join(printed[1:4])
 
 
 @pytest.mark.parametrize("rule", ["sago", "blur"])
