@@ -6,8 +6,8 @@
     backward([forget_loss, retain_loss])  # rows in this order
     jac_to_grad(model.parameters(), aggregator)
 
-TorchJD holds the Jacobian of all parameters and a concatenated copy of it. `sago.GradientBuckets` holds two
-gradients. The adapters are for code that already uses TorchJD, and for comparisons.
+TorchJD holds the Jacobian of all parameters and, for an aggregator, a concatenated copy of it.
+`sago.GradientBuckets` holds two gradients. The adapters are for code that already uses TorchJD, and for comparisons.
 """
 
 from __future__ import annotations
