@@ -220,8 +220,12 @@ def _check_guarantees(rule: Rule, case: Case) -> None:
         others, _ = synthesize(f2, r2, rule, case.gamma, case.alpha, backend="reference")
         for u, other in zip(updates, others, strict=True):
             # Scaled sums have the same roundings. Functions such as a power may have others, of 1e-16 each.
+            hint = (
+                ", because the update changes otherwise when both losses are scaled. Make thresholds "
+                "relative, for example to the other gradient, or state another degree in `guarantees`"
+            )
             same = torch.allclose(other, factor**stated.degree * u, rtol=1e-12, atol=0)
-            _require(same, f"rule {rule.name!r}, {case.name}: the degree is not {stated.degree}")
+            _require(same, f"rule {rule.name!r}, {case.name}: the degree is not {stated.degree}{hint}")
 
 
 def _check_overflow(rule: Rule) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
 from functools import lru_cache
 from types import FunctionType
 from typing import Any
@@ -13,15 +10,8 @@ import triton
 import triton.language as tl
 
 from sago import rules
+from sago.rules.form import fault
 from sago.rules.reads import CASES, PRODUCTS
-
-# The syntax that has the same meaning on tensors and on Triton scalars.
-_PLAIN = (
-    *(ast.arguments, ast.arg, ast.Expr, ast.Assign, ast.Return, ast.Tuple, ast.Call),
-    *(ast.Name, ast.Load, ast.Store, ast.Constant, ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div),
-    *(ast.UnaryOp, ast.USub, ast.Compare, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq, ast.NotEq),
-)
-
 
 _NUMBERED: list[FunctionType] = []
 
@@ -88,66 +78,19 @@ def on_device(coefficients: Any) -> Any:
 
 
 def gate_on_device(gate: rules.Gate | None) -> Any:
-    """The device function of a gate.
-
-    Raises:
-        ValueError: If the gate cannot be compiled.
-    """
-    if gate is None:
-        return None
-    found = on_device(gate)
-    if found is None or not _is_exact(gate):
-        name = getattr(gate, "__qualname__", repr(gate))
-        raise ValueError(
-            "The gate of a rule should be a function from a file, without annotations, default values and "
-            "variables of an outer function, that uses only + - *, comparisons and the functions of "
-            "sago.rules except ratio and sqrt, because kernels do not round division and roots correctly in "
-            f"fp32. Found {name}, which does not have this form."
-        )
-    return found
-
-
-@lru_cache(maxsize=256)
-def _is_exact(function: Any) -> bool:
-    """Whether the function neither divides nor takes a root, and calls only functions that do not."""
-    if function is rules.where or function is rules.sqrt:
-        return function is rules.where
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function.__code__)))
-    divides = any(isinstance(node, ast.Div) for node in ast.walk(tree))
-    called = (function.__globals__.get(name) for name in function.__code__.co_names)
-    return not divides and all(_is_exact(other) for other in called)
+    """The device function of a gate, whose form the rule has checked."""
+    return None if gate is None else on_device(gate)
 
 
 @lru_cache(maxsize=256)
 def _compiled(function: FunctionType) -> Any:
-    if not _is_plain(function):
+    if fault(function) is not None:
         return None
     names: dict[str, Any] = {"__name__": function.__module__, "tl": tl}
     for name in function.__code__.co_names:
         names[name] = on_device(function.__globals__.get(name))
-        if names[name] is None:
-            return None
     device = FunctionType(function.__code__, names, function.__name__)
     # Triton up to 3.8 distinguishes functions in constexpr arguments by name only.
     device.__qualname__ = f"{function.__qualname__}_{len(_NUMBERED)}"
     _NUMBERED.append(device)
     return triton.jit(device)
-
-
-def _is_plain(function: FunctionType) -> bool:
-    if function.__closure__ or function.__defaults__ or function.__kwdefaults__ or function.__annotations__:
-        return False
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function.__code__)))
-    except (OSError, SyntaxError):
-        return False
-    definition = tree.body[0]
-    return (
-        len(tree.body) == 1
-        and isinstance(definition, ast.FunctionDef)
-        and definition.name == function.__name__
-        and not definition.decorator_list
-        and all(
-            isinstance(node, _PLAIN) for child in ast.iter_child_nodes(definition) for node in ast.walk(child)
-        )
-    )

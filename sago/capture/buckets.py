@@ -53,9 +53,9 @@ class GradientBuckets:
     it. Outside of them `p.grad` is None, until `synthesize_` writes the update over the retain gradient and
     makes it `p.grad`. The accumulators are two flat copies of the gradients, or one with `one_copy`, which
     are allocated when the buckets are made. No other memory of that size is allocated. The accumulators are
-    zero after `zero_`, so a checkpoint does not need them. `retain_decay` and rules with a memory are the
-    exceptions, for which a checkpoint needs `state_dict`. The buckets must be kept alive for a CUDA graph
-    that has captured a synthesis.
+    zero after `zero_`, so a checkpoint does not need them. `retain_decay`, rules with a memory and random
+    gates are the exceptions, for which a checkpoint needs `state_dict`. The buckets must be kept alive for a
+    CUDA graph that has captured a synthesis.
 
     A window is the time between two updates. It holds captures of both sides in any order and number, nested
     or not, each with any number of backwards. If no backward of a side reaches a parameter, the parameter has
@@ -71,7 +71,7 @@ class GradientBuckets:
             parameters are ignored, and a parameter that is given twice counts once. The others must be dense
             leaves in bf16, fp16, fp32 or fp64. Their gradients must be dense: the first capture of a side
             raises for a sparse one.
-        groups: One hashable key for each of `params`, as in `sago.synthesize_`. By default every parameter is
+        groups: One hashable key for each of `params`, frozen ones included. By default every parameter is
             a group, whose key is its name, or its position in `params` if there are no names.
         accumulate_dtype: `torch.float32` or `torch.float64`. A hook accumulates narrower gradients in it,
             instead of autograd. A bf16 parameter then costs 4 + 4 + 2 bytes an element, for the accumulators
@@ -120,8 +120,9 @@ class GradientBuckets:
 
     Buckets cannot be copied or pickled. Keep them beside the module, as an optimizer is kept, not inside it.
 
-    A parameter that is frozen later has no gradient from then on. Make new buckets when a parameter is
-    unfrozen, moved, cast or resized, or added to the given module. Otherwise the next window raises.
+    A parameter that is frozen later has no gradient in later backwards. A gradient that it has by then still
+    counts in this window. Make new buckets when a parameter that was frozen is unfrozen, or when one is
+    moved, cast or resized, or added to the given module. Otherwise the next window raises.
 
     Attributes:
         nbytes: The size of all buffers in bytes.

@@ -7,7 +7,8 @@
     jac_to_grad(model.parameters(), aggregator)
 
 TorchJD holds the Jacobian of all parameters and, for an aggregator, a concatenated copy of it.
-`sago.GradientBuckets` holds two gradients. The adapters are for code that already uses TorchJD, and for comparisons.
+`sago.GradientBuckets` holds two gradients. The adapters are for code that already uses TorchJD, and for
+comparisons.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import pickle
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -83,9 +84,15 @@ def read(path: Path) -> dict[str, Tensor | None]:
         from safetensors.torch import load_file
 
         return dict(load_file(path))
-    found = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, LookupError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"The file {path} should have gradients, written by torch.save. Found that it cannot be read "
+            f"({type(error).__name__}). For texts, name a model with --model."
+        ) from error
     if isinstance(found, (list, tuple)):
-        found = {str(i): g for i, g in enumerate(found)}
+        found = {f"[{i}]": g for i, g in enumerate(found)}
     if not isinstance(found, Mapping) or not all(g is None or isinstance(g, Tensor) for g in found.values()):
         raise TypeError(
             f"The file {path} should have a list or a dict of tensors. Found {type(found).__name__}."
@@ -100,6 +107,8 @@ def of_model(folder: Path, forget: Path, retain: Path, tokens: int, **options: A
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if not folder.is_dir():
+        raise ValueError(f"Parameter `--model` should be a folder with a model. Found no folder {folder}.")
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).float().eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     buckets = GradientBuckets(model)
@@ -110,6 +119,11 @@ def of_model(folder: Path, forget: Path, retain: Path, tokens: int, **options: A
         with capture():
             for text in texts:
                 ids = torch.tensor([tokenizer.encode(text)[:tokens]])
+                if ids.shape[1] < 2:
+                    raise ValueError(
+                        "A text should have at least two tokens, because the loss is that of the next token. "
+                        f"Found {text!r} in {path}."
+                    )
                 (sign / len(texts) * model(input_ids=ids, labels=ids).loss).backward()
     return buckets.synthesize_(**options)
 

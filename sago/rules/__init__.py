@@ -43,7 +43,7 @@ __all__ = [
     "where",
 ]
 
-_SHARED = {"draws", "language", "reads", "rule", "shared"}
+_SHARED = {"draws", "form", "language", "reads", "rule", "shared"}
 # The rules of the paper and of its released code come first.
 _FIRST = ("sum", "sago", "sago_prefer_retain", "pcgrad", "pcgrad_global", "blur")
 

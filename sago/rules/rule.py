@@ -26,6 +26,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from sago.rules.form import check_gate
 from sago.rules.reads import CASES, PRODUCTS, Names, Reads, reads
 
 Scope = Literal["element", "tensor", "global"]
@@ -194,6 +195,7 @@ class Rule:
                 "Parameter `gate` should return the class of each element, 0.0, 1.0 or 2.0, as a tensor of "
                 f"the shape of its arguments. Found {found!r}."
             )
+        check_gate(self.gate)
         signs = 3 * f.sign() + r.sign()
         by_sign = all(len(found[signs == s].unique()) == 1 for s in signs.unique())
         return max(2, 1 + int(found.max())), by_sign

@@ -1222,6 +1222,22 @@ def test_reports_of_each_group_in_a_file(one_copy, tmp_path):
     assert reports[-1] is trainer.synthesis_report
 
 
+@pytest.mark.parametrize(
+    ("rule", "warns"), [("sago", 0), (sago.rules.gradvac(decay=0.9), 1), ("graddrop", 1)]
+)
+def test_a_resumed_training_reports_that_the_memory_of_its_rule_begins_anew(rule, warns, tmp_path, caplog):
+    synthesizer._warned.clear()
+    for checkpoint, count in ((None, 0), (str(tmp_path / "checkpoint-1"), warns)):
+        trainer = make(
+            with_mixin(GradDiff, rule=rule), tmp_path, data=Pairs(2), save_strategy="steps", save_steps=1
+        )
+        with torch.serialization.safe_globals(NUMPY):
+            trainer.train(resume_from_checkpoint=checkpoint)
+        told = [r.getMessage() for r in caplog.records if "begins anew" in r.getMessage()]
+        assert len(told) == count
+        assert all("at step 1" in text for text in told)
+
+
 def test_a_monitor_has_the_report_of_every_step(tmp_path):
     monitor, reports = sago.monitor.ConflictMonitor(), []
     for steps in (3, 2):  # the second training begins anew

@@ -54,7 +54,7 @@ def test_two_files_of_gradients(kind, tmp_path, capsys):
     if kind == "safetensors":  # which sorts names
         forget = dict(sorted(forget.items()))
     pairs = list(forget.values()), [retain[name] for name in forget]
-    groups = [str(i) for i in range(len(NAMES))] if kind == "list" else list(forget)
+    groups = [f"[{i}]" for i in range(len(NAMES))] if kind == "list" else list(forget)
     _, report = sago.synthesize(*pairs, rule="pcgrad", gamma=2.0, groups=groups)
     check(tmp_path / "out", report)
     printed = capsys.readouterr().out
@@ -127,5 +127,15 @@ def test_files_that_are_not_there_and_commands_that_do_not_exist(tmp_path, capsy
     byte_tokenizer().save_pretrained(tmp_path / "model")
     assert main(["analyze", *[str(tmp_path / "f")] * 2, f"--model={tmp_path / 'model'}"]) == 1
     assert "should have a text on each line" in capsys.readouterr().err
+    (tmp_path / "f").write_text("A\n")
+    assert main(["analyze", *[str(tmp_path / "f")] * 2, f"--model={tmp_path / 'model'}", "--tokens=1"]) == 1
+    assert "should have at least two tokens" in capsys.readouterr().err
+    assert main(["analyze", *[str(tmp_path / "f")] * 2, f"--model={tmp_path / 'none'}"]) == 1
+    assert "`--model` should be a folder with a model" in capsys.readouterr().err
+    assert main(["analyze", *[str(tmp_path / "f")] * 2]) == 1
+    assert "For texts, name a model with --model" in capsys.readouterr().err
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "f")
+    assert main(["analyze", *[str(tmp_path / "f")] * 2]) == 1
+    assert "should have gradients, written by torch.save" in capsys.readouterr().err
     assert main(["analyse"]) == 2
     assert "Usage: python -m sago [analyze ...]" in capsys.readouterr().err

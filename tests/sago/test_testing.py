@@ -104,11 +104,56 @@ def test_a_gate_is_checked(arguments, says):
         sago.Rule(**{"name": "mine", "coefficients": by_size, "scope": "element", **arguments})
 
 
-def test_a_gate_that_cannot_be_compiled():
-    rule = sago.Rule("mine", by_size, "element", gate=lambda f, r: torch.where(f > r, 0.0, 1.0))
-    f, r = torch.ones(3), torch.zeros(3)
-    for backend in ("reference", "compiled"):
-        assert torch.equal(sago.synthesize(f, r, rule, backend=backend)[0], f)
-    with pytest.raises(ValueError, match=r"gate of a rule.*does not have this form"):
-        sago.synthesize_(f, r, rule, backend="triton")
-    assert torch.equal(r, torch.zeros(3))
+THRESHOLD = 0.5
+
+
+def by_a_number_of_the_module(f, r):
+    return where(abs(r) > THRESHOLD * abs(f), 0.0, 1.0)
+
+
+def by_a_mean(f, r):
+    """Wrong: the backends call it with parts of a tensor, or with several tensors in one."""
+    return where(abs(r) > 0.5 * (r * r).mean().sqrt(), 0.0, 1.0)
+
+
+def by_a_default(f, r, threshold=0.5):
+    return where(abs(r) > threshold * abs(f), 0.0, 1.0)
+
+
+def by_a_ratio(f, r):
+    return where(abs(ratio(f, r)) > 2.0, 0.0, 1.0)
+
+
+def by_division(f, r):
+    return where(abs(f / 2.0) > abs(r), 0.0, 1.0)
+
+
+def by_torch(f, r):
+    return torch.where(f > r, 0.0, 1.0)
+
+
+def of_an_outer_function():
+    threshold = 0.5
+
+    def gate(f, r):
+        return where(abs(r) > threshold * abs(f), 0.0, 1.0)
+
+    return gate
+
+
+@pytest.mark.parametrize(
+    ("gate", "found"),
+    [
+        (by_a_number_of_the_module, "which uses `THRESHOLD`"),
+        (by_a_mean, r"which uses `\(r \* r\)\.mean\(\)\.sqrt`"),
+        (by_a_default, "which has default values"),
+        (by_a_ratio, "ratio`, which uses division"),
+        (by_division, "which uses division"),
+        (by_torch, r"which uses `torch\.where`"),
+        (of_an_outer_function(), "which reads variables of an outer function"),
+        (lambda f, r: where(f > r, 0.0, 1.0), "which is not a plain `def` of its own"),
+    ],
+)
+def test_a_gate_that_cannot_be_compiled_is_refused_on_every_machine(gate, found):
+    with pytest.raises(ValueError, match=rf"`gate` should be a function from a file.*Found `.*{found}"):
+        sago.Rule("mine", by_size, "element", gate=gate)

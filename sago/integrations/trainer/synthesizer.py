@@ -66,6 +66,12 @@ class Synthesizer:
             check_one_micro_batch(trainer)
         self._buckets = _buckets(model, self._how, [p for _, p in apart])
         self._dropped = Dropped(apart, len(self._named))
+        if trainer.state.global_step > 0 and (self._rule.state or self._rule.seed is not None):
+            _warn_once(
+                "memory",
+                f"the memory of the rule {self._rule.name!r} begins anew, because new accumulators were made "
+                f"at step {trainer.state.global_step}. Checkpoints of the Trainer do not contain it.",
+            )
         _warn_of_rounding(most_micro_batches(trainer), self._buckets.dtypes, model)
         self._reducing = list(_reducing(model))
         # The weights of the first micro-batch of the open window.

@@ -1,0 +1,80 @@
+"""The form of functions that can be compiled into the kernels, where they see single numbers, not tensors."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from types import FunctionType
+from typing import Any
+
+from sago.rules.language import sqrt, where
+
+# The syntax that has the same meaning on tensors and on Triton scalars.
+_PLAIN = (
+    *(ast.arguments, ast.arg, ast.Expr, ast.Assign, ast.Return, ast.Tuple, ast.Call),
+    *(ast.Name, ast.Load, ast.Store, ast.Constant, ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div),
+    *(ast.UnaryOp, ast.USub, ast.Compare, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq, ast.NotEq),
+)
+
+
+def check_gate(gate: Any) -> None:
+    """Raises ValueError for a gate that cannot be compiled into the kernels with the same results."""
+    found = fault(gate, exact=True)
+    if found is not None:
+        raise ValueError(
+            "Parameter `gate` should be a function from a file, without annotations, default values and "
+            "variables of an outer function or of the module, that uses only + - *, comparisons and the "
+            "functions of sago.rules except ratio and sqrt. It sees one pair of elements at a time, and "
+            f"kernels do not round division and roots correctly in fp32. Found {found}."
+        )
+
+
+def fault(function: Any, exact: bool = False) -> str | None:
+    """What keeps a function from being compiled into a kernel; None if nothing does.
+
+    A function that reads a global number is not compiled, because the kernel would keep its first value.
+
+    Args:
+        function: The function of a rule, or what it calls.
+        exact: Whether division and roots are excluded, too.
+    """
+    name = f"`{getattr(function, '__qualname__', function)}`"
+    if not isinstance(function, FunctionType):
+        return f"{name}, which is not a plain function"
+    if function.__closure__:
+        return f"{name}, which reads variables of an outer function"
+    if function.__defaults__ or function.__kwdefaults__ or function.__annotations__:
+        return f"{name}, which has default values or annotations"
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function.__code__)))
+    except (OSError, SyntaxError):
+        return f"{name}, whose source cannot be read"
+    definition = tree.body[0]
+    if not (
+        len(tree.body) == 1
+        and isinstance(definition, ast.FunctionDef)
+        and definition.name == function.__name__
+        and not definition.decorator_list
+    ):
+        return f"{name}, which is not a plain `def` of its own"
+    for node in (node for child in ast.iter_child_nodes(definition) for node in ast.walk(child)):
+        if not isinstance(node, _PLAIN) or (exact and isinstance(node, ast.Div)):
+            return f"{name}, which uses {_told(node)}"
+    for called in function.__code__.co_names:
+        other = function.__globals__.get(called)
+        if other is where or (other is sqrt and not exact):
+            continue
+        if other is sqrt or not isinstance(other, FunctionType):
+            return f"{name}, which uses `{called}`"
+        inner = fault(other, exact)
+        if inner is not None:
+            return inner
+    return None
+
+
+def _told(node: ast.AST) -> str:
+    """The code of an expression, or the kind of another part of a function."""
+    if isinstance(node, ast.Div):
+        return "division"
+    return f"`{ast.unparse(node)}`" if isinstance(node, ast.expr) else type(node).__name__
