@@ -213,6 +213,7 @@ def engine_of_stage_0(optimizer):
     core.mp_world_size = core.sequence_parallel_size = 1
     core.is_deepcompile_enabled = lambda: False
     core.optimizer = optimizer
+    core.module = torch.nn.Linear(2, 2)
     return core
 
 
@@ -241,7 +242,7 @@ def test_an_optimizer_of_stage_0_that_is_not_known_is_refused(kind, found):
 def test_an_optimizer_of_stage_0_without_its_scale(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(__version__="0.17.6"))
     for scale in (1.0, 128.0):
-        core = engine_of_stage_0(type(name, (), {"loss_scale": scale})())
+        core = engine_of_stage_0(type(name, (), {"loss_scale": scale, "fp16_groups": []})())
         assert deepspeed.Engine(core).scaled is (scale != 1.0)
     with pytest.raises(RuntimeError, match=rf"DeepSpeed should have .*`{name}\.loss_scale`"):
         deepspeed.Engine(engine_of_stage_0(type(name, (), {})()))

@@ -48,8 +48,8 @@ def test_updates_do_not_drift_with_the_number_of_shards(gradients, rule):
     table = 1 if rule in ("pcgrad_global", "blur") else len(gradients[0]), sums + 1  # with the elements
     for row in rows:
         assert tuple(row) == shards.COLUMNS
-        assert row["sums"] < 1e-7
-        assert row["update_error"] < 1e-7
+        assert row["sums"] < 1e-6  # the promise of every backend
+        assert row["update_error"] < 1e-6
         assert row["table"] == f"{table[0]}x{table[1]}"
         assert row["of"] == sum(t.numel() for t in gradients[0])
         if rule in ELEMENTWISE:

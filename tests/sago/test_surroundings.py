@@ -400,6 +400,7 @@ def test_two_buckets_capture_two_halves_of_a_module(order):
 
 def test_the_hook_on_optimizers_is_there_in_windows_only_and_keeps_nothing_alive():
     hooks = optimizers._global_optimizer_pre_hooks
+    gc.collect()  # windows of other tests may be open
     before, params, gradients = len(hooks), leaves(3), [torch.ones(3)]
     buckets = sago.GradientBuckets(params)
     for end in (lambda b: b.synthesize_(), lambda b: b.zero_()):

@@ -54,14 +54,16 @@ class Synthesis:
         if self.groups is not None and not callable(self.groups):
             raise TypeError(
                 "Parameter `groups` should be None or a function of a parameter's name. Found "
-                f"{type(self.groups).__name__}."
+                f"{type(self.groups).__name__}. Names such as 'layer' and regular expressions are for "
+                "mappings: Synthesis.of({'groups': 'layer'})."
             )
 
     @classmethod
     def of(cls, options: Any) -> Synthesis:
         """The options from a mapping, for example a part of a YAML file.
 
-        `sago.integrations.trainer.configuration` has the forms of `rule`, `groups` and `accumulate_dtype`.
+        A rule is a name, `module:name`, or a mapping with the `name` of a function that makes a rule and its
+        arguments. `groups` is "layer", "module" or a regular expression. A dtype is a name such as "float32".
 
         Raises:
             ValueError, TypeError: For an unknown option or an invalid value.
