@@ -16,7 +16,6 @@ import torch
 from tqdm import tqdm
 
 import sago
-from examples.draw import save
 from examples.grid import Grid
 from examples.losses import OfAnswers
 from examples.objectives import FORGET
@@ -70,8 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     monitor = monitored(kind.open(args.out, SEED), grid, args.objective, args.rule, args.steps)
     first = monitor.reports[0]
     print(first.total().table())
-    pictures = {"conflicts.png": first.plot(), "steps.png": monitor.plot()}
-    print("Written: " + ", ".join(str(save(figure, args.out / name)) for name, figure in pictures.items()))
+    first.plot(args.out / "conflicts.png")
+    monitor.plot(args.out / "steps.png")
+    print(f"Written: {args.out / 'conflicts.png'}, {args.out / 'steps.png'}")
     return 0
 
 

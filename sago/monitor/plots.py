@@ -85,7 +85,7 @@ def trajectories(reports: Mapping[int, SynthesisReport]) -> Figure:
     if layers:
         cells = [[row.get(layer, math.nan) for row in by_layer] for layer in layers]
         labels = [str(layer) for layer in layers], [str(step) for step in steps]
-        _image(every[-1], cells, *labels, "cos_forget_retain", "cos(f, r) by layer")
+        _image(every[-1], cells, *labels, "cos_forget_retain", "cos(f, r) by layer", most=8)
         every[-1].set_ylabel("layer")
     every[-1].set_xlabel("step")
     return figure
@@ -118,14 +118,18 @@ def _image(
     columns: Sequence[str],
     name: str,
     title: str,
+    most: int = 30,
 ) -> None:
-    """A heat map whose colours have the same meaning in every picture. A cell that is NaN is grey."""
+    """A heat map whose colours have the same meaning in every picture. A cell that is NaN is grey.
+
+    At most `most` rows have a label.
+    """
     cosine = name in COSINES  # of unrelated gradients it is 0, and their share of conflicts is 1/2: white
     colors = matplotlib.colormaps["RdBu" if cosine else "RdBu_r"].with_extremes(bad="#c8c8c8")
     image = axes.imshow(cells, cmap=colors, vmin=-1.0 if cosine else 0.0, vmax=1.0, aspect="auto")
     axes.set_title(title, fontsize="medium", loc="left")
-    for axis, labels, most in ((axes.xaxis, columns, 16), (axes.yaxis, rows, 30)):
-        shown = range(0, len(labels), -(-len(labels) // most))
+    for axis, labels, count in ((axes.xaxis, columns, 16), (axes.yaxis, rows, most)):
+        shown = range(0, len(labels), -(-len(labels) // count))
         axis.set_ticks(list(shown), [labels[i] for i in shown], fontsize="small")
     axes.figure.colorbar(image, ax=axes)
 
