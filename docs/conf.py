@@ -38,7 +38,7 @@ nitpicky = True
 # Types of other libraries, whose pages are not at hand without a network, and type aliases of this one.
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|transformers|torchjd|collections|contextlib|typing|pathlib|abc)\..*"),
-    ("py:class", "Tensor|ProcessGroup|DeviceMesh|Term"),
+    ("py:class", "Tensor|ProcessGroup|DeviceMesh|Term|Path|Figure"),
 ]
 
 # Docstrings
