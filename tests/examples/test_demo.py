@@ -43,7 +43,8 @@ GRID = Grid(
     objectives=("NPO", "SimNPO"),
     rates=(3e-3,),
     gammas=(1.0, 3.0),
-    measured=(2, 4, 6),
+    seeds=(1,),
+    measured=(2, 4),
     batch_size=8,
 )
 
