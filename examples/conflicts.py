@@ -1,4 +1,4 @@
-"""Where forgetting and retaining conflict in a pretrained language model: `python -m examples.conflicts`.
+"""Draws the conflicts of two gradients in a pretrained language model: `python -m examples.conflicts`.
 
 The model forgets the capitals of some countries. Draws the conflicts of the first step by layer and kind of
 parameter, and those of all steps.

@@ -85,8 +85,8 @@ class GradientSynthesisMixin(_Trainer):
         ]
         if trainers and not hasattr(super(), "training_step"):
             raise TypeError(
-                f"GradientSynthesisMixin should come ahead of the trainer among the bases of {cls.__name__}. "
-                f"Found {trainers[0].__name__} ahead of it."
+                f"GradientSynthesisMixin should be before the trainer in the bases of {cls.__name__}. "
+                f"Found {trainers[0].__name__} before it."
             )
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -141,7 +141,7 @@ class GradientSynthesisMixin(_Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         optimizer = super().create_optimizer(*args, **kwargs)
-        check_trains(self.optimizer)  # DeepSpeed's own error says something else
+        check_trains(self.optimizer)  # the error of DeepSpeed does not name the reason
         return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

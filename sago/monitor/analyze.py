@@ -86,7 +86,7 @@ def read(path: Path) -> dict[str, Tensor | None]:
         return dict(load_file(path))
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, LookupError, pickle.UnpicklingError) as error:
+    except (RuntimeError, LookupError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"The file {path} should have gradients, written by torch.save. Found that it cannot be read "
             f"({type(error).__name__}). For texts, name a model with --model."

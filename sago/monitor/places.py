@@ -1,4 +1,4 @@
-"""Where a group of a report lies in a model, read from the name of the parameter."""
+"""Reads the layer and the kind of a parameter from its name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The form of functions that can be compiled into the kernels, where they see single numbers, not tensors."""
+"""Checks whether a function can be compiled into the kernels, which call it with single numbers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_gate(gate: Any) -> None:
 
 
 def fault(function: Any, exact: bool = False) -> str | None:
-    """What keeps a function from being compiled into a kernel; None if nothing does.
+    """The reason why a function cannot be compiled into a kernel. None if it can be compiled.
 
     A function that reads a global number is not compiled, because the kernel would keep its first value.
 

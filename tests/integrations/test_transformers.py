@@ -1140,9 +1140,7 @@ def test_the_trainer_has_the_names_that_the_mixin_replaces():
 
 def test_refuses_to_be_the_last_of_the_bases():
     """Its methods would never be called, and the training would be that without it."""
-    with pytest.raises(
-        TypeError, match=r"ahead of the trainer among the bases of Behind. Found Trainer ahead"
-    ):
+    with pytest.raises(TypeError, match=r"before the trainer in the bases of Behind. Found Trainer before"):
 
         class Behind(GradDiff, GradientSynthesisMixin):
             pass
@@ -1225,7 +1223,7 @@ def test_reports_of_each_group_in_a_file(one_copy, tmp_path):
 @pytest.mark.parametrize(
     ("rule", "warns"), [("sago", 0), (sago.rules.gradvac(decay=0.9), 1), ("graddrop", 1)]
 )
-def test_a_resumed_training_reports_that_the_memory_of_its_rule_begins_anew(rule, warns, tmp_path, caplog):
+def test_a_resumed_training_reports_that_the_memory_of_its_rule_was_reset(rule, warns, tmp_path, caplog):
     synthesizer._warned.clear()
     for checkpoint, count in ((None, 0), (str(tmp_path / "checkpoint-1"), warns)):
         trainer = make(
@@ -1233,14 +1231,14 @@ def test_a_resumed_training_reports_that_the_memory_of_its_rule_begins_anew(rule
         )
         with torch.serialization.safe_globals(NUMPY):
             trainer.train(resume_from_checkpoint=checkpoint)
-        told = [r.getMessage() for r in caplog.records if "begins anew" in r.getMessage()]
+        told = [r.getMessage() for r in caplog.records if "was reset" in r.getMessage()]
         assert len(told) == count
         assert all("at step 1" in text for text in told)
 
 
 def test_a_monitor_has_the_report_of_every_step(tmp_path):
     monitor, reports = sago.monitor.ConflictMonitor(), []
-    for steps in (3, 2):  # the second training begins anew
+    for steps in (3, 2):  # the second training starts at step 0
         reports.clear()
         kind = with_mixin(GradDiff, stats=True)
         trainer = make(kind, tmp_path, data=Pairs(2 * steps), gradient_accumulation_steps=2, logging_steps=10)
@@ -1467,6 +1465,40 @@ def test_a_parameter_that_enters_the_optimizer_is_trained_from_the_next_window_o
         states.append(weights(trainer.model))
     assert not any(p._post_accumulate_grad_hooks for p in trainer.model.parameters())
     torch.testing.assert_close(states[1], states[0], rtol=0, atol=DRIFT)
+
+
+class UnfreezingInside(Unfreezing):
+    """Adds the head after the first micro-batch of the third window."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        pass
+
+    on_substep_end = Unfreezing.on_step_end
+
+
+class UnfreezingLater(Unfreezing):
+    """Adds the head after the third step."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            state = SimpleNamespace(global_step=2)
+            super().on_step_end(args, state, control, **kwargs)
+
+
+def test_a_parameter_that_enters_the_optimizer_inside_a_window_waits_for_the_next_one(tmp_path):
+    """The gradients of the open window are kept."""
+    states = []
+    for callback in (UnfreezingInside(), UnfreezingLater()):
+        options = {"gradient_accumulation_steps": 2, "data": Pairs(10), "max_grad_norm": 0.0}
+        trainer = make(with_mixin(GradDiff, rule="sum"), tmp_path, callbacks=[callback], **options)
+        of_layers = [p for n, p in trainer.model.named_parameters() if "layers" in n]
+        trainer.optimizer = torch.optim.SGD(of_layers, lr=1e-2)
+        trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda _: 1.0)
+        head = trainer.model.lm_head.weight.detach().clone()
+        trainer.train()
+        assert not torch.equal(trainer.model.lm_head.weight, head)
+        states.append(weights(trainer.model))
+    torch.testing.assert_close(states[1], states[0], rtol=0, atol=0)
 
 
 class InFp32(torch.optim.SGD):

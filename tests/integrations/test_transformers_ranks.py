@@ -98,6 +98,7 @@ def train(folder, kind, engine, how, options):
     trainer.train()
     (wrapped,) = trainer.wrapped
     assert issubclass(wrapped, {None: nn.Module, "ddp": DistributedDataParallel}.get(engine, FSDPModule))
+    assert how is None or len(trainer.synthesizers) == 1
     assert how is None or trainer.syncing == {False}  # the buckets do, once a window
     assert how is None or getattr(
         trainer.model_wrapped, "require_backward_grad_sync", True
@@ -114,10 +115,14 @@ class Watched:
     """Remembers what the model was wrapped in, and whether DDP would have reduced."""
 
     wrapped = syncing = frozenset()
+    synthesizers = ()
 
     def training_step(self, model, *args):
         loss = super().training_step(model, *args)
         self.wrapped |= {type(model)}
+        made = getattr(self, "_synthesizer", None)
+        if made not in self.synthesizers:
+            self.synthesizers += (made,)
         self.syncing |= {getattr(model, "require_backward_grad_sync", False)}
         return loss
 
@@ -185,12 +190,12 @@ def test_ddp_where_every_parameter_has_to_be_reached(ranks, tmp_path):
 
 
 @needs_fsdp2
-@pytest.mark.parametrize("engine", FSDP2)
-def test_evaluations_of_fsdp2_before_and_in_the_training(ranks, engine, tmp_path):
+@pytest.mark.parametrize(("kind", "engine"), [*((GradDiff, engine) for engine in FSDP2), (Few, "fsdp2")])
+def test_evaluations_of_fsdp2_before_and_in_the_training(ranks, kind, engine, tmp_path):
     """A forward without a backward leaves parameters unsharded, which are not those of the optimizer."""
     options = {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 1, "eval_dataset": Texts(2)}
-    found = ranks(train, str(tmp_path), GradDiff, engine, {"rule": "sum"}, options)
-    assert_alike(found, train(str(tmp_path), GradDiff, None, {"rule": "sum"}, {}))
+    found = ranks(train, str(tmp_path), kind, engine, {"rule": "sum"}, options)
+    assert_alike(found, train(str(tmp_path), kind, None, {"rule": "sum"}, {}))
 
 
 class Unweighted(GradDiff):

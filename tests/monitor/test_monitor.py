@@ -190,7 +190,7 @@ def test_a_heat_map_shows_the_values_of_the_report(tmp_path):
         expected[0, 0] = values[titles[title]][0]
         expected[1:, 1:] = torch.tensor(values[titles[title]][1:]).reshape(3, 2).T
         shown = torch.from_numpy(cells.filled(math.nan)).float()
-        torch.testing.assert_close(shown, expected, equal_nan=True, rtol=0, atol=1e-6)
+        torch.testing.assert_close(shown, expected, equal_nan=True, rtol=0, atol=0)
 
 
 def test_a_heat_map_of_what_the_report_has():

@@ -222,7 +222,7 @@ class Head(torch.nn.Module):
 @pytest.mark.parametrize("inside", ["between windows", "between the sides"])
 @pytest.mark.parametrize("added", ADDITIONS)
 def test_a_parameter_that_is_added_after_the_first_capture_is_noticed(added, inside):
-    """As an adapter is. The buckets were made from a list, so they do not know the module."""
+    """Adapters are added in this way. The buckets were made from a list, so they do not know the module."""
     head, x = Head(), torch.ones(1, 4)
     buckets = sago.GradientBuckets(head.parameters())
     with buckets.forget():

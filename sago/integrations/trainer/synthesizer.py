@@ -61,7 +61,8 @@ class Synthesizer:
         self._named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self._how = Synthesis.of(trainer.synthesis)
         self._rule = resolve(self._how.rule)
-        apart = outside(trainer.optimizer, model, self._named)
+        self._every = {id(p) for p in model.parameters()}
+        apart = outside(trainer.optimizer, model, self._named, self._every)
         if self._how.one_copy:
             check_one_micro_batch(trainer)
         self._buckets = _buckets(model, self._how, [p for _, p in apart])
@@ -69,8 +70,8 @@ class Synthesizer:
         if trainer.state.global_step > 0 and (self._rule.state or self._rule.seed is not None):
             _warn_once(
                 "memory",
-                f"the memory of the rule {self._rule.name!r} begins anew, because new accumulators were made "
-                f"at step {trainer.state.global_step}. Checkpoints of the Trainer do not contain it.",
+                f"the memory of the rule {self._rule.name!r} was reset at step {trainer.state.global_step}, "
+                "because new accumulators were made. Checkpoints of the Trainer do not contain it.",
             )
         _warn_of_rounding(most_micro_batches(trainer), self._buckets.dtypes, model)
         self._reducing = list(_reducing(model))
@@ -94,7 +95,8 @@ class Synthesizer:
             return False
         if self._weights is not None or self._engine is not None:
             return True
-        return self._dropped.ids == [id(p) for _, p in outside(trainer.optimizer, model, self._named)]
+        apart = outside(trainer.optimizer, model, self._named, self._every)
+        return self._dropped.ids == [id(p) for _, p in apart]
 
     def begin(self, trainer: Any) -> None:
         step = trainer.state.global_step

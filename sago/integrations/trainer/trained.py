@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
@@ -23,13 +23,17 @@ def check_trains(optimizer: Any) -> None:
         )
 
 
-def outside(optimizer: Any, model: torch.nn.Module, named: Named) -> list[tuple[str, Tensor]]:
+def outside(
+    optimizer: Any, model: torch.nn.Module, named: Named, every: Set[int]
+) -> list[tuple[str, Tensor]]:
     """The parameters that the optimizer does not train.
 
     Args:
         optimizer: That of the trainer. None if it has none.
         model: The model, or the DeepSpeed engine of the model.
         named: The parameters that require grad.
+        every: The ids of all parameters of the model, frozen ones included. They are not read from the model,
+            because FSDP2 puts unsharded parameters into its modules after a forward.
     """
     if deepspeed.is_engine(model):
         trained = deepspeed.trained(model)
@@ -40,7 +44,7 @@ def outside(optimizer: Any, model: torch.nn.Module, named: Named) -> list[tuple[
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     # An optimizer that also holds tensors of its own, such as copies in fp32 or on another device, may train
     # every parameter.
-    if not held <= {id(p) for p in model.parameters()}:
+    if not held <= every:
         return []
     return [(name, p) for name, p in named if id(p) not in held]
 
