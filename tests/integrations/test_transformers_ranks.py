@@ -190,7 +190,9 @@ def test_ddp_where_every_parameter_has_to_be_reached(ranks, tmp_path):
 
 
 @needs_fsdp2
-@pytest.mark.parametrize(("kind", "engine"), [*((GradDiff, engine) for engine in FSDP2), (Few, "fsdp2 as a whole")])
+@pytest.mark.parametrize(
+    ("kind", "engine"), [*((GradDiff, engine) for engine in FSDP2), (Few, "fsdp2 as a whole")]
+)
 def test_evaluations_of_fsdp2_before_and_in_the_training(ranks, kind, engine, tmp_path):
     """A forward without a backward leaves parameters unsharded, which are not those of the optimizer."""
     options = {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 1, "eval_dataset": Texts(2)}
