@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sago.backends.choose import check_backend
@@ -14,6 +15,7 @@ from sago.core.pairs import Weight
 from sago.core.pipeline import Pipeline, count_versions
 from sago.core.report import SynthesisReport
 from sago.core.seen import find
+from sago.in_graph import InGraph
 from sago.ranks import dtensor
 from sago.rules import Rule, resolve
 
@@ -76,6 +78,11 @@ def synthesize_(
     Source: arXiv 2604.14808 (SAGO and the retain-first use of PCGrad); rules in `sago.reference`.
     """
     rule = resolve(rule)
+    if torch.compiler.is_compiling():
+        *_, report = _in_graph(
+            forget, retain, rule, gamma, alpha, out, groups, eps, stats, reduce_gram, backend, retain_floor
+        )
+        return report
     check_backend(backend)
     pipeline, updates, lists = find(forget, retain, rule, out, groups, reduce_gram, backend, dtensor)
     devices = [there.device for there in pipeline.devices]
@@ -112,11 +119,20 @@ def synthesize(
         None.
     """
     rule = resolve(rule)
-    pairs = check_pairs(forget, retain, rule, NEW, groups, reduce_gram, backend, dtensor)
-    call = check_call(rule, gamma, alpha, eps, stats, reduce_gram, pairs.backends, retain_floor=retain_floor)
-    report = Pipeline(pairs, pairs.numel()).synthesize(call)
+    if torch.compiler.is_compiling():
+        updates, report = _in_graph(
+            forget, retain, rule, gamma, alpha, NEW, groups, eps, stats, reduce_gram, backend, retain_floor
+        )
+    else:
+        pairs = check_pairs(forget, retain, rule, NEW, groups, reduce_gram, backend, dtensor)
+        devices = pairs.backends
+        call = check_call(rule, gamma, alpha, eps, stats, reduce_gram, devices, retain_floor=retain_floor)
+        updates, report = pairs.updates, Pipeline(pairs, pairs.numel()).synthesize(call)
     single = isinstance(forget, Tensor) and isinstance(retain, Tensor)
-    return (pairs.updates[0] if single else pairs.updates), report
+    return (updates[0] if single else updates), report
+
+
+_in_graph = InGraph(synthesize_, dtensor)
 
 
 class Plan:

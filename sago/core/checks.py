@@ -50,7 +50,7 @@ def check_pairs(
         raise ValueError("Parameters `forget` and `retain` should hold at least one gradient. Found none.")
     rows, keys = check_groups(groups, len(forget), rule)
     allocate = out is NEW
-    out = [None] * len(forget) if allocate else _out(out, forget, retain)
+    out = [None] * len(forget) if allocate else check_outputs(out, forget, retain)
     for i, tensors in enumerate(zip(forget, retain, out, strict=True)):
         _check_pair(i, *tensors)
     if allocate:
@@ -228,7 +228,8 @@ def check_groups(
     return [index[group] for group in groups], list(index)
 
 
-def _out(out: Gradients | str | None, forget: list[Any], retain: list[Any]) -> list[Any]:
+def check_outputs(out: Gradients | str | None, forget: list[Any], retain: list[Any]) -> list[Any]:
+    """The output of each pair."""
     if out is None or (isinstance(out, str) and out == "forget"):
         name, written = ("retain", retain) if out is None else ("forget", forget)
         for i, (f, r, o) in enumerate(zip(forget, retain, written, strict=True)):

@@ -305,6 +305,11 @@ class SynthesisReport:
         return self._read().get(name)
 
 
+def columns_of(report: SynthesisReport) -> Mapping[str, Tensor]:
+    """The columns that were computed, from which the fields follow."""
+    return report._read()
+
+
 def is_noise(ff: Tensor, rr: Tensor) -> Tensor:
     """Whether the retain gradient of each group is rounding noise beside the forget gradient."""
     return (rr < NOISE * NOISE * ff) & ff.isfinite()

@@ -8,10 +8,16 @@ from typing import NamedTuple
 from torch import Tensor
 
 from sago.backends import sums
+from sago.backends.sums import Sums
 from sago.core.coefficients import gram, of_update
 from sago.core.pairs import Call
 from sago.core.report import SynthesisReport
-from sago.rules import evaluate
+from sago.rules import Rule, evaluate
+
+_PRODUCTS = ("ff", "fr", "rr")
+_OF_UPDATE = ("uu", "uf", "ur")
+# The sums from which those over the update follow, for each number of classes.
+_NEEDED = {1: Sums.PRODUCTS, 2: Sums.SPLIT, 3: Sums.CLASSES}
 
 
 def nothing() -> None:
@@ -49,8 +55,19 @@ def report(
     return SynthesisReport(call.rule.name, keys, taken.elements, columns)
 
 
+def computed(rule: Rule, stats: bool) -> list[str]:
+    """The names of the columns that a report of the rule has, in their order."""
+    wanted = Call(rule, 1.0, 1.0, 0.0, stats, None).sums
+    names = [*_PRODUCTS] if wanted >= Sums.PRODUCTS else []
+    if wanted >= Sums.COUNTED:
+        names += sums.COUNTS
+    if wanted >= _NEEDED[rule.classes]:
+        names += _OF_UPDATE
+    return names
+
+
 def _columns(call: Call, table: Tensor) -> dict[str, Tensor]:
-    columns = dict(zip(("ff", "fr", "rr"), sums.products(table).unbind(1), strict=True))
+    columns = dict(zip(_PRODUCTS, sums.products(table).unbind(1), strict=True))
     counts = sums.counts(table)
     if counts is not None:
         columns.update(zip(sums.COUNTS, counts.unbind(1), strict=True))
@@ -58,5 +75,5 @@ def _columns(call: Call, table: Tensor) -> dict[str, Tensor]:
         rule = call.rule
         read = gram(rule, table)
         values = evaluate(rule, read, call.gamma, call.alpha, call.eps, table.device, call.state).values
-        columns.update(zip(("uu", "uf", "ur"), of_update(call.nonfinite, table, values), strict=True))
+        columns.update(zip(_OF_UPDATE, of_update(call.nonfinite, table, values), strict=True))
     return columns

@@ -15,7 +15,7 @@ from sago.rules.graddrop import graddrop
 from sago.rules.gradvac import gradvac
 from sago.rules.gru import gru
 from sago.rules.language import abs, agreed, maximum, minimum, opposed, ratio, scaled, sqrt, where
-from sago.rules.rule import Coefficients, Gate, Guarantees, Rule, Term, evaluate
+from sago.rules.rule import Coefficients, Gate, Guarantees, Rule, Term, evaluate, with_id
 
 __all__ = [
     "REFERENCES",
@@ -41,6 +41,7 @@ __all__ = [
     "scaled",
     "sqrt",
     "where",
+    "with_id",
 ]
 
 _SHARED = {"draws", "form", "language", "reads", "rule", "shared"}

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Literal, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -116,6 +117,11 @@ class Rule:
     classes: int = field(init=False, repr=False, compare=False)
     by_sign: bool = field(init=False, repr=False, compare=False)
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Rule:
+        made = super().__new__(cls)
+        _alive[id(made)] = made
+        return made
+
     def __post_init__(self) -> None:
         if not callable(self.coefficients):
             raise TypeError(
@@ -199,6 +205,15 @@ class Rule:
         signs = 3 * f.sign() + r.sign()
         by_sign = all(len(found[signs == s].unique()) == 1 for s in signs.unique())
         return max(2, 1 + int(found.max())), by_sign
+
+
+# The arguments of an operator can be numbers, and no rules.
+_alive: WeakValueDictionary[int, Rule] = WeakValueDictionary()
+
+
+def with_id(number: int) -> Rule:
+    """The rule whose `id` is `number`."""
+    return _alive[number]
 
 
 class Coefficients(NamedTuple):
