@@ -15,7 +15,7 @@ TESTS = tests/test_packaging.py tests/test_architecture.py tests/sago/test_rules
 # `make test-torch` tests with this version of torch, or with the newest.
 TORCH = newest
 
-.PHONY: demo experiment docs test test-torch test-matrix test-deepspeed test-ecosystem test-hub \
+.PHONY: demo experiment docs test test-torch test-matrix test-deepspeed test-ecosystem test-hub test-large \
 	lint bench dist hub clean
 
 demo: .venv/ready
@@ -51,6 +51,10 @@ test-deepspeed: .venv-deepspeed/ready
 test-ecosystem: .venv-ecosystem/ready
 	OMP_NUM_THREADS=1 .venv-ecosystem/bin/python -m pytest -W default -rs \
 		tests/integrations/test_ecosystem.py tests/integrations/test_peft.py
+
+# More than 2^31 elements in one tensor and in one bucket, with up to 16 GiB of memory.
+test-large: .venv/ready
+	$(BIN)/python -m pytest -m large tests/test_large.py
 
 # The kernels in the layout of the Hugging Face hub, loaded with its package `kernels`.
 test-hub: .venv-hub/ready
