@@ -51,8 +51,8 @@ class GradientBuckets:
 
     Inside `forget()` and `retain()`, `p.grad` is the accumulator of that side, and autograd itself adds to
     it. Outside of them `p.grad` is None, until `synthesize_` writes the update over the retain gradient and
-    makes it `p.grad`. The accumulators are two flat copies of the gradients, or one with `one_copy`, which
-    are allocated when the buckets are made. No other memory of that size is allocated. The accumulators are
+    makes it `p.grad`. The accumulators are flat. They hold the gradients of both losses, or of one with
+    `one_copy`, and are allocated with the buckets. No other memory of that size is allocated. They are
     zero after `zero_`, so a checkpoint does not need them. `retain_decay`, rules with a memory and random
     gates are the exceptions, for which a checkpoint needs `state_dict`. The buckets must be kept alive for a
     CUDA graph that has captured a synthesis.
