@@ -27,7 +27,7 @@ def lines() -> list[tuple[str, str]]:
         ("torch", torch.__version__),
         ("triton", triton_version() or "none of version 3.4 or newer"),
     ]
-    for package in ("transformers", "accelerate", "deepspeed", "torchjd"):
+    for package in ("transformers", "accelerate", "peft", "deepspeed", "torchjd", "matplotlib"):
         version = _version(package)
         if version is not None:
             found.append((package, version))

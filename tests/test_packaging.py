@@ -197,6 +197,16 @@ def test_python_m_sago_names_the_distribution():
     assert found.stdout.startswith("sago-kernels")
 
 
+def test_python_m_sago_lists_installed_integrations(tmp_path):
+    distribution(tmp_path, "peft", "9.8")
+    distribution(tmp_path, "matplotlib", "7.6")
+    found = python(
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from sago.__main__ import main; main()", ROOT
+    )
+    listed = dict(line.split(maxsplit=1) for line in found.stdout.splitlines())
+    assert (listed["peft"], listed["matplotlib"]) == ("9.8", "7.6")
+
+
 def distribution(folder, name, version):
     """Metadata as pip leaves it of an installed distribution."""
     info = folder / f"{name}-{version}.dist-info"

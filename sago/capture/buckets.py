@@ -51,8 +51,8 @@ class GradientBuckets:
 
     Inside `forget()` and `retain()`, `p.grad` is the accumulator of that side, and autograd itself adds to
     it. Outside of them `p.grad` is None, until `synthesize_` writes the update over the retain gradient and
-    makes it `p.grad`. The accumulators are two flat copies of the gradients, or one with `one_copy`, which
-    are allocated when the buckets are made. No other memory of that size is allocated. The accumulators are
+    makes it `p.grad`. The accumulators are flat. They hold the gradients of both losses, or of one with
+    `one_copy`, and are allocated with the buckets. No other memory of that size is allocated. They are
     zero after `zero_`, so a checkpoint does not need them. `retain_decay`, rules with a memory and random
     gates are the exceptions, for which a checkpoint needs `state_dict`. The buckets must be kept alive for a
     CUDA graph that has captured a synthesis.
@@ -74,7 +74,7 @@ class GradientBuckets:
         groups: One hashable key for each of `params`, frozen ones included. By default every parameter is
             a group, whose key is its name, or its position in `params` if there are no names.
         accumulate_dtype: `torch.float32` or `torch.float64`. A hook accumulates narrower gradients in it,
-            instead of autograd. A bf16 parameter then costs 4 + 4 + 2 bytes an element, for the accumulators
+            instead of autograd. A bf16 parameter then costs 4 + 4 + 2 bytes per element, for the accumulators
             and the update, instead of 2 + 2.
         accumulation: "sum" or "mean": whether the captures of a side are added up or averaged. The division
             is part of the coefficients, so it costs no pass.
@@ -108,10 +108,10 @@ class GradientBuckets:
     it.
 
     If `params` is a part of a module, freeze the other parameters. If a backward in a capture reaches a
-    trained parameter that was not given, the capture raises, because the gradient of that parameter would be
-    the sum of both sides. Parameters that other buckets capture at the same time are exempt. All live modules
-    are searched for such parameters before the first capture, and before a later one if a parameter or a
-    module was added to any module since. Parameters that belong to no module, or to one that `gc.freeze`
+    trainable parameter that was not given, the capture raises, because the gradient of that parameter would
+    be the sum of both sides. Parameters that other buckets capture at the same time are exempt. All live
+    modules are searched for such parameters before the first capture, and before a later one if a parameter
+    or a module was added to any module since. Parameters that belong to no module, or to one that `gc.freeze`
     hides, are not found.
 
     If an optimizer that holds a captured parameter steps inside a capture, the step raises, because `p.grad`
@@ -160,7 +160,8 @@ class GradientBuckets:
             raise ValueError(f"Parameter `accumulation` should be 'sum' or 'mean'. Found {accumulation!r}.")
         if accumulate_dtype not in (None, torch.float32, torch.float64):
             raise ValueError(
-                f"Parameter `accumulate_dtype` should be None, float32 or float64. Found {accumulate_dtype}."
+                "Parameter `accumulate_dtype` should be None, torch.float32 or torch.float64. Found "
+                f"{accumulate_dtype!r}."
             )
         if not non_negative("bucket_cap_mb", bucket_cap_mb, finite=False) > 0.0:
             raise ValueError(f"Parameter `bucket_cap_mb` should be positive. Found {bucket_cap_mb}.")
@@ -611,7 +612,8 @@ class GradientBuckets:
         if not rule.by_sign:
             raise ValueError(
                 "Parameter `rule` should have a gate that only reads signs for buckets with `retain_decay`, "
-                f"whose accumulators are weighted sums. Found {rule.name!r}."
+                f"whose accumulators are weighted sums. Found {rule.name!r}. Make the buckets without "
+                "`retain_decay`, or choose another rule."
             )
         if is_capturing(self._backends):
             raise ValueError(

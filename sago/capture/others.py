@@ -1,4 +1,4 @@
-"""Trained parameters that were not given to the buckets. A capture must not reach them."""
+"""Trainable parameters that were not given to the buckets. A capture must not reach them."""
 
 from __future__ import annotations
 

@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sago.core.checks import check_groups, check_kind, holds_data
+from sago.core.checks import check_keys, check_kind, holds_data
 from sago.ranks import dtensor
-from sago.rules import resolve
 
 
 class Parameters(NamedTuple):
-    """The trained parameters in the order given, each once.
+    """The trainable parameters in the order given, each once.
 
     Attributes:
         tensors, names, keys: The parameters that require grad, with their names and the keys of their groups.
@@ -36,7 +35,8 @@ def choose(
     """The parameters of a module or an iterable, with the keys in `groups` or else their names."""
     keys, names, given = _listed(source)
     if groups is not None:
-        check_groups(groups, len(given), resolve("sago"))
+        instead = "Write `[key(name) for name, _ in model.named_parameters()]`."
+        check_keys(groups, len(given), "parameter in `params`, frozen ones included", instead)
         keys = list(groups)
     first = {id(p): i for i, p in reversed(list(enumerate(given)))}
     kept = [i for i, p in enumerate(given) if first[id(p)] == i and p.requires_grad]

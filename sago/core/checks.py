@@ -209,15 +209,22 @@ def check_groups(
         if rule.scope == "global":
             return [0] * length, ["all"]
         return list(range(length)), list(range(length))
+    return check_keys(groups, length, "tensor")
+
+
+def check_keys(
+    groups: Any, length: int, what: str, instead: str = "Pass a list."
+) -> tuple[list[int], list[Hashable]]:
+    """The row of each key, and the keys without repetition. `what` is the thing that has a key."""
     if isinstance(groups, (str, bytes)) or not isinstance(groups, Sequence):
         raise TypeError(
-            "Parameter `groups` should be a sequence with a key for each tensor. "
-            f"Found {type(groups).__name__}."
+            f"Parameter `groups` should be a sequence with a key for each {what}. "
+            f"Found {type(groups).__name__}. {instead}"
         )
     groups = list(groups)
     if len(groups) != length:
         raise ValueError(
-            f"Parameter `groups` should have {length} keys, one for each tensor. Found {len(groups)}."
+            f"Parameter `groups` should have {length} keys, one for each {what}. Found {len(groups)}."
         )
     index: dict[Hashable, int] = {}
     for i, group in enumerate(groups):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sago.backends.upload import upload
+from sago.core.checks import check_keys
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,6 +34,7 @@ FIELDS = {
     "norm_retain": ("rr",),
     "norm_update": ("uu",),
 }
+_NO_STATISTICS = "No statistics (stats=False)."
 _PLOTS = "sago.monitor.plots"  # imported when a report is drawn, because it needs matplotlib
 
 
@@ -56,10 +58,10 @@ class SynthesisReport:
     ==================== =========================================================
 
     A field that was not computed (`stats=False`) is None, and `absent` has its name. Reading a field enqueues
-    at most a few operations on `[groups]` values. Only `summary`, `table`, `to_dict` and `warnings` wait for
-    the device. The first read fixes the values. For DTensors, and where the synthesis was given
-    `reduce_gram`, they are the values of whole gradients. For other shards they are the values of the shard
-    of this rank.
+    at most a few operations on `[groups]` values. Only `summary`, `table`, `to_dict`, `warnings`, `regroup`
+    and `plot` wait for the device. The first read fixes the values. For DTensors, and where the synthesis was
+    given `reduce_gram`, they are the values of whole gradients. For other shards they are the values of the
+    shard of this rank.
 
     A report can be copied and pickled. Both count as a first read, and the copy holds the values.
 
@@ -84,63 +86,78 @@ class SynthesisReport:
 
     @property
     def ff(self) -> Tensor | None:
+        """`<f,f>`, the squared norm of the forget gradient."""
         return self._column("ff")
 
     @property
     def fr(self) -> Tensor | None:
+        """`<f,r>`, the inner product of the two gradients."""
         return self._column("fr")
 
     @property
     def rr(self) -> Tensor | None:
+        """`<r,r>`, the squared norm of the retain gradient."""
         return self._column("rr")
 
     @property
     def uu(self) -> Tensor | None:
+        """`<u,u>`, the squared norm of the update before it was clipped."""
         return self._column("uu")
 
     @property
     def uf(self) -> Tensor | None:
+        """`<u,f>`, the inner product of the update and the forget gradient."""
         return self._column("uf")
 
     @property
     def ur(self) -> Tensor | None:
+        """`<u,r>`, the inner product of the update and the retain gradient."""
         return self._column("ur")
 
     @property
     def conflict_fraction(self) -> Tensor | None:
+        """The share of elements where the two gradients have opposite signs."""
         conflicts = self._column("conflicts")
         return None if conflicts is None else conflicts / self.numel.clamp(min=1)
 
     @property
     def nonfinite_forget(self) -> Tensor | None:
+        """The number of NaN and inf elements of the forget gradient."""
         return self._column("nonfinite_forget")
 
     @property
     def nonfinite_retain(self) -> Tensor | None:
+        """The number of NaN and inf elements of the retain gradient."""
         return self._column("nonfinite_retain")
 
     @property
     def cos_forget_retain(self) -> Tensor | None:
+        """The cosine of the two gradients; NaN if a norm is 0 or not finite."""
         return _cosine(self.fr, self.ff, self.rr)
 
     @property
     def cos_update_forget(self) -> Tensor | None:
+        """The cosine of the update and the forget gradient."""
         return _cosine(self.uf, self.uu, self.ff)
 
     @property
     def cos_update_retain(self) -> Tensor | None:
+        """The cosine of the update and the retain gradient."""
         return _cosine(self.ur, self.uu, self.rr)
 
     @property
     def norm_forget(self) -> Tensor | None:
+        """The norm of the forget gradient."""
         return _root(self.ff)
 
     @property
     def norm_retain(self) -> Tensor | None:
+        """The norm of the retain gradient."""
         return _root(self.rr)
 
     @property
     def norm_update(self) -> Tensor | None:
+        """The norm of the update before it was clipped."""
         return _root(self.uu)
 
     @property
@@ -159,6 +176,7 @@ class SynthesisReport:
 
     @property
     def absent(self) -> tuple[str, ...]:
+        """The names of the fields that were not computed."""
         present = self._read()
         return tuple(name for name, columns in FIELDS.items() if any(c not in present for c in columns))
 
@@ -171,24 +189,23 @@ class SynthesisReport:
         """The report with one row for each key, in which its groups are summed. Waits for the device.
 
         Args:
-            groups: One key for each group. The rows are in the order in which the keys first appear.
+            groups: One key for each row, in the order of `report.groups`. The new rows are in the order in
+                which the keys first appear.
 
         Returns:
             A report on the CPU.
         """
-        if len(groups) != len(self.groups):
-            raise ValueError(
-                f"Parameter `groups` should have one key for each of the {len(self.groups)} groups. Found "
-                f"{len(groups)}."
-            )
-        rows = {key: row for row, key in enumerate(dict.fromkeys(groups))}
-        index = torch.tensor([rows[key] for key in groups], dtype=torch.int64)
+        what = "row of the report, in the order of `report.groups`"
+        rows, keys = check_keys(
+            groups, len(self.groups), what, "Write `[key(name) for name in report.groups]`."
+        )
+        index = torch.tensor(rows, dtype=torch.int64, device="cpu")
 
         def summed(values: Tensor) -> Tensor:
-            return values.new_zeros(len(rows), device="cpu").index_add_(0, index, values.cpu())
+            return values.new_zeros(len(keys), device="cpu").index_add_(0, index, values.cpu())
 
         sums = {name: summed(values) for name, values in self._read().items()}
-        return SynthesisReport(self.rule, tuple(rows), summed(self.numel), lambda: sums)
+        return SynthesisReport(self.rule, keys, summed(self.numel), lambda: sums)
 
     def to_dict(self) -> dict[str, list[float]]:
         """Every field that was computed, as a list with one number for each group. Waits for the device."""
@@ -236,14 +253,15 @@ class SynthesisReport:
             )
             for line in lines
         ]
-        return "\n".join([*aligned, *self.warnings()])
+        return "\n".join([*aligned, *self._notes()])
 
     def plot(self, path: str | Path | None = None) -> Figure:
         """Draws the share of conflicts and the cosines by layer and kind of parameter. Waits for the device.
 
-        The groups should be names of parameters, as those of `GradientBuckets(model)` are: the first number
-        in a name is the layer, and the part after it is the kind. Groups of the same layer and kind, such as
-        those of experts, are summed. Needs matplotlib (`pip install 'sago-kernels[plot]'`).
+        The groups should be names of parameters, as those of `GradientBuckets(model)` are. Names are split at
+        dots: the first part that consists of digits only is the layer, and the text after it is the kind.
+        Groups of the same layer and kind, such as those of experts, are summed. Needs matplotlib
+        (`pip install 'sago-kernels[plot]'`).
 
         Args:
             path: Where the picture is written; the suffix is its format. None writes nothing.
@@ -262,9 +280,13 @@ class SynthesisReport:
 
         # Brackets in the name of a group are not markup.
         head, *rows, totals = [[Text(cell) for cell in line] for line in self._lines()]
-        caption = "\n".join(self.warnings()) or None
+        caption = "\n".join(self._notes()) or None
         table = Table(
-            title=f"rule {self.rule}", caption=caption, caption_style="yellow", title_justify="left"
+            title=f"rule {self.rule}",
+            title_justify="left",
+            caption=caption,
+            caption_style="yellow",
+            min_width=len(_NO_STATISTICS),
         )
         for i, name in enumerate(head):
             table.add_column(Text(name.plain.replace("_", " ")), justify="right" if i else "left")
@@ -273,6 +295,10 @@ class SynthesisReport:
         table.add_section()
         table.add_row(*totals)
         return table
+
+    def _notes(self) -> list[str]:
+        """The lines below the table."""
+        return self.warnings() if len(self.absent) < len(FIELDS) else [_NO_STATISTICS]
 
     def _lines(self) -> list[list[str]]:
         """The cells of the table: the names of its columns, one line for each group, and the totals."""

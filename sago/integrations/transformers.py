@@ -40,11 +40,11 @@ class GradientSynthesisMixin(_Trainer):
     returns the unweighted forget and retain loss. Training uses it instead of `compute_loss`. The weights are
     `self.gamma` and `self.alpha`, or 1 if the attribute is missing.
 
-    A trainer that computes its losses apart defines `compute_forget_loss(model, forget_inputs)`, in a class
-    that has this mixin among its bases, and defines or inherits `compute_retain_loss(model, retain_inputs)`.
-    The arguments are `inputs["forget"]` and `inputs["retain"]`, and the results are as for `compute_losses`.
-    The backward of the forget loss then runs before the forward of the retain loss, so that the activations
-    of one loss are held at a time. `compute_losses` has precedence.
+    A trainer with a method for each loss defines `compute_forget_loss(model, forget_inputs)`, in a class that
+    has this mixin among its bases, and defines or inherits `compute_retain_loss(model, retain_inputs)`. The
+    arguments are `inputs["forget"]` and `inputs["retain"]`, and the results are as for `compute_losses`. The
+    backward of the forget loss then runs before the forward of the retain loss, so that only the activations
+    of one loss are in memory at a time. `compute_losses` has precedence.
 
     The mixin finds the two losses while `compute_loss` runs. `self.gamma` and `self.alpha` are then floats
     that record the tensors they are multiplied with, and cut the products out of the graph. The trainer's own

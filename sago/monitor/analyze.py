@@ -24,13 +24,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m sago analyze",
         description="Shows where the forget and the retain gradient conflict: prints a table by layer, and "
-        "writes one line for each tensor to conflicts.csv and a picture to conflicts.png.",
+        "writes one line for each tensor to conflicts.csv, and draws conflicts.png.",
     )
     parser.add_argument(
         "forget",
         type=Path,
-        help="the forget gradients: a file of torch.save with a list or a dict of tensors, or a .safetensors "
-        "file; with --model a text file, each line of which is a text to forget",
+        help="the forget gradients: a file of torch.save with a dict of tensors by name, or with a list, "
+        "which has no layers; or a .safetensors file; with --model a text file, each line of which is a text "
+        "to forget",
     )
     parser.add_argument("retain", type=Path, help="the same for retain")
     parser.add_argument("--model", type=Path, help="a folder of a causal language model of transformers")
@@ -68,18 +69,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 def of_files(forget: Path, retain: Path, **options: Any) -> SynthesisReport:
     """The report of two files of gradients."""
     f, r = read(forget), read(retain)
-    if f.keys() != r.keys():
-        other = sorted(f.keys() ^ r.keys())
+    if isinstance(f, dict) and isinstance(r, dict):
+        if f.keys() != r.keys():
+            other = sorted(f.keys() ^ r.keys())
+            raise ValueError(
+                f"The files should have gradients of the same names. Found {len(other)} names that are in "
+                f"one file only, the first of which is {other[0]!r}."
+            )
+        names, pairs = list(f), (list(f.values()), [r[name] for name in f])
+    elif isinstance(f, list) and isinstance(r, list):
+        if len(f) != len(r):
+            raise ValueError(
+                f"The files should have equally many gradients. Found {len(f)} in {forget} and {len(r)} in "
+                f"{retain}."
+            )
+        names, pairs = [f"[{i}]" for i in range(len(f))], (f, r)
+    else:
         raise ValueError(
-            f"The files should have gradients of the same names. Found {len(other)} names that are in one "
-            f"file only, the first of which is {other[0]!r}."
+            f"Both files should have a list, or both a dict. Found a {type(f).__name__} in {forget} and a "
+            f"{type(r).__name__} in {retain}. Save the gradients of both losses in the same form."
         )
-    _, report = synthesize(list(f.values()), [r[name] for name in f], groups=list(f), **options)
+    _, report = synthesize(*pairs, groups=names, **options)
     return report
 
 
-def read(path: Path) -> dict[str, Tensor | None]:
-    """The gradients of a file by their name, or by their position if they have no names."""
+def read(path: Path) -> dict[str, Tensor | None] | list[Tensor | None]:
+    """The gradients of a file: by their names, or a list if they have no names."""
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -91,13 +106,15 @@ def read(path: Path) -> dict[str, Tensor | None]:
             f"The file {path} should have gradients, written by torch.save. Found that it cannot be read "
             f"({type(error).__name__}). For texts, name a model with --model."
         ) from error
-    if isinstance(found, (list, tuple)):
-        found = {f"[{i}]": g for i, g in enumerate(found)}
-    if not isinstance(found, Mapping) or not all(g is None or isinstance(g, Tensor) for g in found.values()):
+    unnamed = isinstance(found, (list, tuple))
+    values = found if unnamed else found.values() if isinstance(found, Mapping) else [found]
+    other = [g for g in values if not (g is None or isinstance(g, Tensor))]
+    if other or not (unnamed or isinstance(found, Mapping)):
+        holds = f" that holds {type(other[0]).__name__}" if other and other[0] is not found else ""
         raise TypeError(
-            f"The file {path} should have a list or a dict of tensors. Found {type(found).__name__}."
+            f"The file {path} should have a list or a dict of tensors. Found {type(found).__name__}{holds}."
         )
-    return {str(name): g for name, g in found.items()}
+    return list(found) if unnamed else {str(name): g for name, g in found.items()}
 
 
 def of_model(folder: Path, forget: Path, retain: Path, tokens: int, **options: Any) -> SynthesisReport:
@@ -111,7 +128,9 @@ def of_model(folder: Path, forget: Path, retain: Path, tokens: int, **options: A
         raise ValueError(f"Parameter `--model` should be a folder with a model. Found no folder {folder}.")
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).float().eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    buckets = GradientBuckets(model)
+    named = list(model.named_parameters())
+    # Without groups, a rule of global scope has one row.
+    buckets = GradientBuckets(named, groups=[name for name, _ in named])
     for capture, path, sign in ((buckets.forget, forget, -1.0), (buckets.retain, retain, 1.0)):
         texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         if not texts:

@@ -16,21 +16,21 @@ class Place(NamedTuple):
 def places(groups: Sequence[Hashable]) -> list[Place]:
     """The place of each group.
 
-    The first number in a name is the layer, and the part after it is the kind: `layers.3.mlp.up_proj.weight`
-    is `mlp.up_proj.weight` in layer 3. Later numbers, such as those of experts, become `*`. If a model has
-    several lists of layers, the kind begins with the name of the list. A group whose key is a number is a
-    layer.
+    Names are split at dots. The first part that consists of digits only is the layer, and the text after it
+    is the kind: `layers.3.mlp.up_proj.weight` is `mlp.up_proj.weight` in layer 3. Later numbers, such as
+    those of experts, become `*`. If a model has several lists of layers, the kind begins with the name of the
+    list. A group whose key is a number is a layer. The kind of a whole layer is empty.
     """
     split = [_split(group) for group in groups]
     several = len({before for before, layer, _ in split if layer is not None}) > 1
     return [
-        Place(layer, f"{before}.{kind}" if several and layer is not None else kind)
+        Place(layer, ".".join(filter(None, (before, kind))) if several and layer is not None else kind)
         for before, layer, kind in split
     ]
 
 
 def _split(group: Hashable) -> tuple[str, int | None, str]:
-    """The parts of a name before, at and after its first number."""
+    """The parts of a name before, at and after its first part of digits."""
     if isinstance(group, int):
         return "", group, ""
     parts = str(group).split(".")

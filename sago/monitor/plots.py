@@ -28,6 +28,7 @@ COSINES = {
     "cos_update_forget": "cos(u, f)",
 }
 NORMS = {"norm_forget": "|f|", "norm_retain": "|r|", "norm_update": "|u|"}
+WHOLE = "all kinds"  # the label of groups that are whole layers
 LINES = (("#000000", ":"), ("#0072B2", "-"), ("#D55E00", "--"))  # readable without colours, too
 
 
@@ -51,7 +52,8 @@ def heat_maps(report: SynthesisReport) -> Figure:
         cells = [[math.nan] * len(layers) for _ in kinds]
         for place, value in zip(found, values[name], strict=True):
             cells[kinds.index(place.kind)][layers.index(place.layer)] = value
-        _image(axes, cells, kinds, [_label(layer) for layer in layers], name, title)
+        rows, columns = [kind or WHOLE for kind in kinds], [_label(layer) for layer in layers]
+        _image(axes, cells, rows, columns, name, title)
         if layers != [None]:
             axes.set_xlabel("layer")
     for axes in panels[len(shown) :]:
@@ -79,7 +81,9 @@ def trajectories(reports: Mapping[int, SynthesisReport]) -> Figure:
         axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=len(panel), frameon=False)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if panel is NORMS:
-            axes.set_yscale("log")
+            sizes = [v for row in totals for name in panel if 0.0 < (v := row.get(name, 0.0)) < math.inf]
+            if sizes and max(sizes) >= 10 * min(sizes):  # the labels of a shorter logarithmic axis overlap
+                axes.set_yscale("log")
         else:
             axes.set_ylim(-1.05 if panel is COSINES else -0.05, 1.05)
     if layers:

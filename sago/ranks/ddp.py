@@ -125,9 +125,9 @@ def take_over(source: Any, params: Sequence[Tensor], names: Sequence[str]) -> Da
                 )
         if left:
             raise ValueError(
-                "All trained parameters of a DistributedDataParallel module should be given, because its own "
-                f"reduction is switched off. Found `{next(iter(left.values()))}` left out: freeze it with "
-                "requires_grad_(False), or give it, too."
+                "All trainable parameters of a DistributedDataParallel module should be given, because its "
+                f"own reduction is switched off. Found `{next(iter(left.values()))}` left out: freeze it "
+                "with requires_grad_(False), or give it, too."
             )
         if ddp.static_graph:
             raise ValueError(

@@ -82,5 +82,8 @@ def resolve(rule: str | Rule) -> Rule:
     if not isinstance(rule, str):
         raise TypeError(f"Parameter `rule` should be a name or a sago.Rule. Found {type(rule).__name__}.")
     if rule not in RULES:
-        raise ValueError(f"Parameter `rule` should be one of {', '.join(RULES)}. Found {rule!r}.")
+        raise ValueError(
+            f"Parameter `rule` should be one of {', '.join(RULES)}. Found {rule!r}. Pass a rule of your "
+            "own as a sago.Rule."
+        )
     return RULES[rule]

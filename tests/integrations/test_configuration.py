@@ -33,7 +33,7 @@ def test_rules():
 @pytest.mark.parametrize(
     ("value", "error", "says"),
     [
-        ("sagoo", ValueError, "should be one of sum, sago"),
+        ("sagoo", ValueError, "should be one of sum, sago.*Found 'sagoo'.* has the form 'module:name'"),
         (3, TypeError, "a name or a sago.Rule. Found int"),
         ({"radius": 0.4}, ValueError, r"a key 'name'.*\['radius'\]"),
         ({"name": "sago"}, ValueError, "function that makes a rule. Found 'sago'"),
@@ -84,8 +84,9 @@ NAMES = (
         (r"up_proj|q_proj", [0, 1, 1, 2, 3, 1, 4]),
         (r"\.(\d)\d*\..*(weight|bias)", [0, 1, 2, 1, 3, 3, 4]),
         (lambda name: name[-4:], [0, 0, 1, 0, 0, 0, 0]),
+        (".+", [0, 1, 2, 3, 4, 5, 6]),
     ],
-    ids=["layer", "module", "words", "digits", "function"],
+    ids=["layer", "module", "words", "digits", "function", "each parameter"],
 )
 def test_groups(value, expected):
     keys = [groups_of(value)(name) for name in NAMES]
@@ -104,6 +105,14 @@ def test_groups_that_are_refused():
     with pytest.raises(ValueError, match=r"'expert', which matches none|matches none"):
         groups_of("(?:expert)").check(NAMES)
     groups_of("layer").check(NAMES)
+
+
+def test_the_keys_of_groups():
+    """A layer has its name up to its number. What is in no layer is a group of its own."""
+    layers = ["model.embed_tokens.weight", *["model.layers.0"] * 3, "model.layers.10", "model.layers.1"]
+    assert [groups_of("layer")(name) for name in NAMES] == [*layers, "lm_head.weight"]
+    assert groups_of("module")(NAMES[1]) == "model.layers.0.mlp.up_proj"
+    assert [groups_of(".+")(name) for name in NAMES] == list(NAMES)
 
 
 def test_layers_of_a_sequential_are_groups():
@@ -127,5 +136,12 @@ def test_options():
     assert Synthesis.of(found) is found
     with pytest.raises(ValueError, match=r"options among rule, groups.*Found 'rulle'"):
         Synthesis.of({"rulle": "sago"})
+    for name, way_out in (
+        ("gamma", "are attributes of the trainer"),
+        ("alpha", "are attributes of the trainer"),
+        ("max_norm", "clips by `max_grad_norm`"),
+    ):
+        with pytest.raises(ValueError, match=rf"options among rule.*Found '{name}'.*{way_out}"):
+            Synthesis.of({name: 2})
     with pytest.raises(TypeError, match=r"a Synthesis or a mapping\. Found str"):
         Synthesis.of("sago")

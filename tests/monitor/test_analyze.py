@@ -76,7 +76,8 @@ def test_a_terminal_gets_the_table_of_rich_if_it_is_installed(there, monkeypatch
     assert (printed == f"{report.table()}\n") is not there
 
 
-def test_a_model_and_two_texts(tmp_path, capsys):
+@pytest.mark.parametrize("rule", ["sago", "pcgrad_global"])
+def test_a_model_and_two_texts(rule, tmp_path, capsys):
     model, tokenizer = random_model().eval(), byte_tokenizer()
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "model")
@@ -84,8 +85,8 @@ def test_a_model_and_two_texts(tmp_path, capsys):
     for name, lines in texts.items():
         (tmp_path / f"{name}.txt").write_text("\n\n".join(lines) + "\n")
     files = [str(tmp_path / f"{name}.txt") for name in texts]
-    arguments = ["analyze", *files, f"--model={tmp_path / 'model'}", "--tokens=12", f"--out={tmp_path}"]
-    assert main(arguments) == 0
+    options = [f"--model={tmp_path / 'model'}", "--tokens=12", f"--rule={rule}", f"--out={tmp_path}"]
+    assert main(["analyze", *files, *options]) == 0
 
     def gradient(lines, sign):
         model.zero_grad()
@@ -96,7 +97,7 @@ def test_a_model_and_two_texts(tmp_path, capsys):
 
     names = [name for name, _ in model.named_parameters()]
     f, r = gradient(texts["forget"], -1.0), gradient(texts["retain"], 1.0)
-    _, report = sago.synthesize(f, r, groups=names)
+    _, report = sago.synthesize(f, r, rule, groups=names)
     check(tmp_path, report)  # the same operations in the same order have the same bits
     assert "layer 3" in capsys.readouterr().out
 
@@ -104,6 +105,14 @@ def test_a_model_and_two_texts(tmp_path, capsys):
 WRONG = {
     "other names": ({"a": torch.ones(2)}, {"b": torch.ones(2)}, "same names.*'a'"),
     "not tensors": ({"a": 1}, {"a": 2}, "should have a list or a dict of tensors"),
+    "tensors of numbers": (torch.ones(2), torch.ones(2), "list or a dict of tensors. Found Tensor"),
+    "a number in a list": ([torch.ones(2), 3], [torch.ones(2)], "Found list that holds int"),
+    "other lengths": ([torch.ones(2)] * 3, [torch.ones(2)], "equally many gradients. Found 3 in .* and 1 in"),
+    "a list and a dict": (
+        [torch.ones(2)],
+        {"a": torch.ones(2)},
+        "Both files should have a list, or both a dict. Found a list in .*f and a dict in .*r. Save",
+    ),
     "other shapes": ([torch.ones(2)], [torch.ones(3)], "shape"),
 }
 

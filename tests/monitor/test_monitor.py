@@ -199,6 +199,25 @@ def test_a_heat_map_of_what_the_report_has():
     assert (cells.shape, columns) == ((1, 1), ["-"])
 
 
+def test_the_row_of_whole_layers_has_a_label():
+    report = report_of(names=["embed", *(f"layers.{i}" for i in (0, 0, 1, 1, 2, 2))])
+    _, rows, columns = images(report.plot())["share of conflicts"]
+    assert (rows, columns) == (["embed", "all kinds"], ["-", "0", "1", "2"])
+
+
+@pytest.mark.parametrize(("size", "scale"), [(1.0, "linear"), (1e-3, "log"), (0.0, "linear")])
+def test_norms_of_similar_size_have_a_linear_axis(size, scale):
+    """On a logarithmic axis of less than a decade, the labels between powers of ten overlap."""
+    forget, retain = gradients()
+    monitor = ConflictMonitor()
+    for _ in range(3):
+        monitor.add(sago.synthesize(forget, [size * r for r in retain], "sum")[1])
+    (axes,) = (
+        a for a in monitor.plot().axes if [line.get_label() for line in a.lines] == list(NORMS.values())
+    )
+    assert axes.get_yscale() == scale
+
+
 def test_trajectories_show_the_totals(monitor, tmp_path):
     figure = monitor.plot(tmp_path / "steps.pdf")
     assert (tmp_path / "steps.pdf").read_bytes().startswith(b"%PDF")

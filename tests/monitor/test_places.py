@@ -27,6 +27,11 @@ NAMES = {
         [(0, "encoder.layers.fc.weight"), (0, "decoder.layers.fc.weight"), (None, "head.weight")],
     ),
     "Sequential": (["0.weight", "2.weight"], [(0, "weight"), (2, "weight")]),
+    "two lists of layers as groups": (
+        ["encoder.layers.0", "decoder.layers.0"],
+        [(0, "encoder.layers"), (0, "decoder.layers")],
+    ),
+    "a number in a word": (["layer0", "layer0.weight"], [(None, "layer0"), (None, "layer0.weight")]),
     "layers as groups": (["layers.4", "layers.5", "embed"], [(4, ""), (5, ""), (None, "embed")]),
     "numbers": ([0, 7], [(0, ""), (7, "")]),
     "other keys": (

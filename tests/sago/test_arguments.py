@@ -170,7 +170,7 @@ def cases():
         ),
         "out None": case(ValueError, r"`out\[0\]`.*written there.*None", out=[None]),
         # rule, backend, groups
-        "unknown rule": case(ValueError, "`rule`.*pcgrad.*Found 'sagp'", rule="sagp"),
+        "unknown rule": case(ValueError, "`rule`.*pcgrad.*Found 'sagp'.*as a sago.Rule", rule="sagp"),
         "rule a function": case(TypeError, "`rule`.*function", rule=ones),
         "unknown backend": case(ValueError, "`backend`.*compiled.*Found 'cuda'", backend="cuda"),
         "backend a number": case(ValueError, "`backend`.*Found 3", backend=3),
@@ -178,6 +178,7 @@ def cases():
         "too few groups": case(ValueError, "`groups`.*1.*Found 0", groups=[]),
         "groups a string": case(TypeError, "`groups`.*str", groups="a"),
         "groups a number": case(TypeError, "`groups`.*int", groups=1),
+        "groups a function": case(TypeError, "`groups`.*function. Pass a list", groups=ones),
         "groups unhashable": case(TypeError, r"`groups\[0\]`.*hashable.*\[1\]", groups=[[1]]),
         "groups unhashable inside": case(TypeError, r"`groups\[0\]`.*hashable", groups=[(1, [2])]),
         # weights and eps

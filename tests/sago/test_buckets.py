@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sago
 from sago.core.pipeline import Pipeline
 from tests.support import inputs, oracle, properties
-from tests.support.backends import DTYPES, ELEMENTWISE, Backend
+from tests.support.backends import DTYPES, ELEMENTWISE, GLOBAL, Backend
 from tests.support.windows import (
     ALONE,
     ANY,
@@ -496,6 +496,28 @@ def test_reports_are_keyed_by_names_by_positions_or_by_groups():
             assert report.groups == expected
             assert report.numel.tolist() == ([2, 3] if len(expected) == 2 else [5])
             buckets.zero_()
+
+
+@pytest.mark.parametrize("rule", GLOBAL)
+def test_names_as_groups_show_each_parameter_of_a_rule_of_global_scope(rule):
+    """All sums are exact, because the gradients are small integers. So the updates have the same bits."""
+    model = torch.nn.Sequential(torch.nn.Linear(300, 200), torch.nn.Linear(200, 5))
+    named = list(model.named_parameters())
+    names, params = zip(*named, strict=True)
+    generator = torch.Generator().manual_seed(0)
+    forget, retain = (
+        [torch.randint(-3, 4, p.shape, generator=generator).float() for p in params] for _ in range(2)
+    )
+    found = []
+    for groups in (None, names):
+        buckets = sago.GradientBuckets(named, groups=groups)
+        window(buckets, params, forget, retain)
+        report = buckets.synthesize_(rule)
+        assert report.groups == (groups or ("all",))
+        found.append(([p.grad.clone() for p in params], report.summary()))
+        buckets.zero_()
+    properties.assert_equal_bits(found[0][0], found[1][0])
+    assert all(found[0][1][name] == found[1][1][name] for name in ("ff", "fr", "rr", "conflict_fraction"))
 
 
 @pytest.mark.parametrize("in_backward", [False, True])

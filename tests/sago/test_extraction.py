@@ -477,14 +477,30 @@ CONSTRUCTIONS = {
     "accumulation None": (ValueError, "`accumulation`.*None", [w()], {"accumulation": None}),
     "accumulate_dtype": (ValueError, "`accumulate_dtype`.*bfloat16", [w()], {"accumulate_dtype": BF16}),
     "accumulate_dtype int": (ValueError, "`accumulate_dtype`.*int", [w()], {"accumulate_dtype": torch.int32}),
-    "accumulate_dtype str": (ValueError, "`accumulate_dtype`", [w()], {"accumulate_dtype": "float32"}),
+    "accumulate_dtype str": (
+        ValueError,
+        r"`accumulate_dtype`.*torch\.float32 or torch\.float64\. Found 'float32'",
+        [w()],
+        {"accumulate_dtype": "float32"},
+    ),
     **{
         f"bucket_cap_mb {x}": (ValueError, f"`bucket_cap_mb`.*{x}", [w()], {"bucket_cap_mb": x})
         for x in (0, -1.0, float("nan"))
     },
     "bucket_cap_mb str": (TypeError, "`bucket_cap_mb`.*str", [w()], {"bucket_cap_mb": "256"}),
     "bucket_cap_mb None": (TypeError, "`bucket_cap_mb`.*None", [w()], {"bucket_cap_mb": None}),
-    "too few groups": (ValueError, "`groups`.*2.*Found 1", [w(), w()], {"groups": ["a"]}),
+    "too few groups": (
+        ValueError,
+        "`groups`.*2 keys, one for each parameter in `params`, frozen ones included. Found 1",
+        [w(), w().requires_grad_(False)],
+        {"groups": ["a"]},
+    ),
+    "groups a function": (
+        TypeError,
+        r"`groups`.*Found function. Write `\[key\(name\) for name, _ in model.named_parameters\(\)\]`",
+        [w()],
+        {"groups": lambda name: name},
+    ),
     "too many groups": (ValueError, "`groups`.*1.*Found 2", [w()], {"groups": ["a", "b"]}),
     "groups a string": (TypeError, "`groups`.*str", [w()], {"groups": "a"}),
     "groups unhashable": (TypeError, r"`groups\[0\]`.*hashable", [w()], {"groups": [[1]]}),

@@ -8,6 +8,7 @@ import io
 import itertools
 import math
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,6 +182,38 @@ def test_absent_fields_without_stats(backend, rule):
     assert all(getattr(report, name) is None for name in report.absent)
     assert str(report.absent) in repr(report) or not report.absent
     assert report.table().splitlines()[0].startswith("group")
+    console = Console(file=io.StringIO(), width=100)
+    console.print(report)
+    for printed in (report.table(), console.file.getvalue()):
+        assert ("No statistics (stats=False)." in printed) is (rule not in GRAM)
+
+
+def test_rows_are_added_up_by_keys():
+    forget, retain = [[tensor(float(i), -1.0) for i in range(4)] for _ in range(2)]
+    report = sago.synthesize(forget, retain)[1]
+    merged = report.regroup(["a", "b", "a", "c"])
+    assert merged.groups == ("a", "b", "c")
+    assert merged.ff.tolist() == [0 + 1 + 4 + 1, 1 + 1, 9 + 1]
+    assert merged.numel.tolist() == [4, 2, 2]
+    with pytest.raises(
+        TypeError,
+        match=r"each row of the report, in the order of `report\.groups`\. Found "
+        r"function\. Write `\[key\(name\) for name in report\.groups\]`",
+    ):
+        report.regroup(lambda group: group)
+    with pytest.raises(ValueError, match=r"4 keys, one for each row of the report.*Found 3"):
+        report.regroup(["a", "b", "c"])
+    with pytest.raises(TypeError, match=r"`groups\[1\]` should be hashable"):
+        report.regroup(["a", [], "a", "b"])
+
+
+def test_every_field_is_described():
+    """`help(report)` shows the docstrings of the properties, and docs/gradients.md has them in a table."""
+    page = (Path(__file__).parents[2] / "docs/gradients.md").read_text(encoding="utf-8")
+    table = page.split("### The report\n")[1].split("\n### ")[0]
+    for name in (*FIELDS, "total_norm", "absent"):
+        assert getattr(sago.SynthesisReport, name).__doc__
+        assert f"`{name}`" in table
 
 
 def test_backends_agree_on_what_is_absent(backend):

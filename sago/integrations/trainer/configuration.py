@@ -53,6 +53,11 @@ def rule_of(value: Any) -> str | Rule:
                 f"function that makes a rule, write {{name: {value!r}}} and its arguments."
             )
         return found
+    if isinstance(value, str) and value not in rules.RULES:
+        raise ValueError(
+            f"Parameter `rule` should be one of {', '.join(rules.RULES)}. Found {value!r}. A rule of your "
+            "own has the form 'module:name'."
+        )
     return rules.resolve(value)
 
 

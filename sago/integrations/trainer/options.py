@@ -12,6 +12,14 @@ from sago.core.checks import NONFINITE, check_floor
 from sago.integrations.trainer.configuration import dtype_of, groups_of, rule_of
 from sago.rules import Rule, resolve
 
+# Where arguments of `GradientBuckets.synthesize_` are set that are not options.
+_WEIGHTS = " `gamma` and `alpha` are attributes of the trainer."
+_ELSEWHERE = {
+    "gamma": _WEIGHTS,
+    "alpha": _WEIGHTS,
+    "max_norm": " The trainer clips by `max_grad_norm` of its arguments.",
+}
+
 
 @dataclass(frozen=True)
 class Synthesis:
@@ -79,6 +87,7 @@ class Synthesis:
         if unknown:
             raise ValueError(
                 f"Parameter `synthesis` should have options among {', '.join(names)}. Found {unknown[0]!r}."
+                f"{_ELSEWHERE.get(unknown[0], '')}"
             )
         read: dict[str, Callable[[Any], Any]] = {
             "rule": rule_of,

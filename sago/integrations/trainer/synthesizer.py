@@ -410,7 +410,7 @@ def _warn_of_rounding(count: int, dtypes: Set[torch.dtype], model: Any) -> None:
             remedy = "`data_types.grad_accum_dtype: fp32` in DeepSpeed's configuration avoids it."
         else:
             remedy = (
-                "`accumulate_dtype=torch.float32` avoids it, for 10 bytes an element of the gradients "
+                "`accumulate_dtype=torch.float32` avoids it, for 10 bytes per element of the gradients "
                 "instead of 4."
             )
         _warn_once(
