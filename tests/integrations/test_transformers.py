@@ -658,16 +658,24 @@ def test_no_element_conflicts_below_a_high_floor(one_copy, tmp_path):
     assert [log["conflict_fraction"] for log in steps_of(trainer)] == [0.0] * trainer.state.max_steps
 
 
+def fail(gradient=None):
+    raise torch.OutOfMemoryError("The texts are too long.")
+
+
 class Skipping:
-    """Skips a batch whose retain loss is too large for the memory, which is the second one."""
+    """Skips a batch whose retain loss, or its backward, is too large for the memory: the second one."""
 
     calls = 0
+    place: str
 
     def compute_retain_loss(self, model, retain_inputs):
         self.calls += 1
+        if self.calls == 2 and self.place == "forward":
+            fail()
+        loss = super().compute_retain_loss(model, retain_inputs)
         if self.calls == 2:
-            raise torch.OutOfMemoryError("The texts are too long.")
-        return super().compute_retain_loss(model, retain_inputs)
+            loss.register_hook(fail)  # before the backward reaches a parameter
+        return loss
 
     def training_step(self, *args):
         try:
@@ -677,30 +685,53 @@ class Skipping:
             return torch.zeros(())
 
 
+class Together(Apart):
+    def compute_losses(self, model, inputs):
+        forget_loss = self.compute_forget_loss(model, inputs["forget"])
+        return forget_loss, self.compute_retain_loss(model, inputs["retain"])
+
+
+def skipping(kind, place, **how):
+    return type("Trainer", (Skipping, with_mixin(kind, **how)), {"place": place})
+
+
+FAILURES = [(Apart, "forward"), (Apart, "backward"), (Together, "backward")]
+
+
 @pytest.mark.parametrize("one_copy", [False, True])
-def test_a_batch_is_skipped_after_an_error_in_the_retain_loss(one_copy, tmp_path):
-    """The skipped batch changes nothing, whether the losses are computed apart or together."""
-
-    class Together(Apart):
-        def compute_losses(self, model, inputs):
-            forget_loss = self.compute_forget_loss(model, inputs["forget"])
-            return forget_loss, self.compute_retain_loss(model, inputs["retain"])
-
-    logs = []
-    for kind in (Together, Apart):
-        skipping = type("Trainer", (Skipping, with_mixin(kind, rule="sago", one_copy=one_copy)), {})
-        trainer = make(skipping, tmp_path, data=Pairs(3))
+@pytest.mark.parametrize(("kind", "place"), FAILURES)
+def test_a_batch_is_skipped_after_an_error_on_the_retain_side(kind, place, one_copy, tmp_path):
+    """Nothing of it is left: an error in `compute_losses` comes before the first gradient of the batch."""
+    trainers = []
+    for case in ((Together, "forward"), (kind, place)):
+        # There is a batch since the last log when the second one fails.
+        trainer = make(skipping(*case, one_copy=one_copy), tmp_path, data=Pairs(3), logging_steps=3)
         trainer.train()
-        assert trainer.calls == 3
-        logs.append(steps_of(trainer)[-1])
-    assert logs[0] == logs[1]
+        assert trainer.calls == trainer.state.global_step == 3
+        trainers.append(trainer)
+    expected, found = trainers
+    assert steps_of(found)[-1] == steps_of(expected)[-1]
+    torch.testing.assert_close(weights(found.model), weights(expected.model), rtol=0, atol=0)
 
 
-def test_an_error_in_the_retain_loss_of_a_later_micro_batch_ends_the_window(tmp_path):
-    skipping = type("Trainer", (Skipping, with_mixin(Apart, rule="sago")), {})
-    trainer = make(skipping, tmp_path, data=Pairs(6), gradient_accumulation_steps=3)
-    with pytest.raises(ValueError, match="zero_"):
+@pytest.mark.parametrize(("kind", "place"), FAILURES)
+def test_the_first_micro_batch_of_a_window_can_be_skipped(kind, place, tmp_path):
+    reports = []
+    for case in ((Together, "forward"), (kind, place)):
+        trainer = make(skipping(*case), tmp_path, data=Pairs(3), gradient_accumulation_steps=3)
+        trainer.calls = 1  # so that the first one is skipped
         trainer.train()
+        reports.append(trainer.synthesis_report.summary())
+    assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize(("kind", "place"), FAILURES)
+def test_a_later_micro_batch_of_a_window_cannot_be_skipped(kind, place, tmp_path):
+    trainer = make(skipping(kind, place), tmp_path, data=Pairs(6), gradient_accumulation_steps=3)
+    with pytest.raises(ValueError, match=r"after the first one of its window ended in OutOfMemoryError"):
+        trainer.train()
+    assert trainer.calls == 2
+    assert_unmoved(trainer)
 
 
 class Saved:

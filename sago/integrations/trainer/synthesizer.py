@@ -77,6 +77,7 @@ class Synthesizer:
         self._reducing = list(_reducing(model))
         # The weights of the first micro-batch of the open window.
         self._weights: tuple[float, float] | None = None
+        self._lost = ""  # the error in which a later micro-batch of the window ended
         self._used = (1.0, 1.0)  # the weights of the last synthesis
         self._step = 0  # the optimizer step of the open window
         self._shared: bool | None = None
@@ -100,11 +101,17 @@ class Synthesizer:
 
     def begin(self, trainer: Any) -> None:
         step = trainer.state.global_step
+        if self._lost:
+            raise ValueError(
+                "Both gradients of a micro-batch should be complete, because those of a window are added up. "
+                f"Found that a micro-batch after the first one of its window ended in {self._lost}. Skip "
+                "batches only with gradient_accumulation_steps=1, or train again."
+            )
         if self._weights is not None and self._step != step:
             raise ValueError(
                 "The optimizer should step only after a micro-batch with `accelerator.sync_gradients`, which "
                 f"ends a window. Found that step {self._step} ended without it. Leave the order of steps "
-                "to the Trainer."
+                "to the Trainer, and do not skip the last micro-batch of a window."
             )
         self._step = step
         # This may run inside accelerate's no_sync, which surrounds all micro-batches but the last.
@@ -191,19 +198,34 @@ class Synthesizer:
                 sides[k] = [(loss, ratio * scale) for loss, scale in sides[k]]
         if self._shared is None:
             self._shared = retain_loss is None and _share_graph(*([x for x, _ in side] for side in sides))
-        losses = [_sum_of_means(sides[0])]
         try:
-            with self._buckets.forget():
-                self._backward(sides[0], retain_graph=self._shared)
-                if retain_loss is not None:
-                    ((_, scale),) = sides[1]
-                    loss = retain_loss()
-                    sides[1] = [(loss, scale.to(loss.dtype))]
-        except BaseException:
-            # A trainer may skip the batch. Its forget gradient is dropped, unless the window has others.
-            if retain_loss is not None and self._count == 0:
+            losses = self._capture(sides, weights, first, retain_loss)
+        except BaseException as error:
+            # A trainer may skip the micro-batch. Nothing of its gradients may stay.
+            if self._weights is None:
                 self._buckets.zero_()
+            else:
+                self._lost = repr(error)
             raise
+        self._weights = first
+        self._losses = losses if self._losses is None else self._losses + losses
+        self._count += 1
+
+    def _capture(
+        self,
+        sides: list[list[tuple[Tensor, Tensor]]],
+        weights: Mapping[str, Weight],
+        first: tuple[float, float],
+        retain_loss: Callable[[], Tensor] | None,
+    ) -> Tensor:
+        """Runs both backwards, and returns the two losses."""
+        losses = [_sum_of_means(sides[0])]
+        with self._buckets.forget():
+            self._backward(sides[0], retain_graph=bool(self._shared))
+            if retain_loss is not None:
+                ((_, scale),) = sides[1]
+                loss = retain_loss()
+                sides[1] = [(loss, scale.to(loss.dtype))]
         losses.append(_sum_of_means(sides[1]))
         with self._retain_capture(*first) as step:
             self._backward(sides[1], retain_graph=False)
@@ -215,10 +237,7 @@ class Synthesizer:
                 )
         if step is not None:
             self._report = step.report
-        seen = torch.stack(losses)
-        self._weights = first
-        self._losses = seen if self._losses is None else self._losses + seen
-        self._count += 1
+        return torch.stack(losses)
 
     def _retain_capture(self, gamma: float, alpha: float) -> AbstractContextManager[InBackward | None]:
         if not self._how.one_copy:
