@@ -19,7 +19,7 @@ from sago.capture.hooks import check_hooks
 from sago.capture.mean import RunningMean, shards_of
 from sago.capture.memory import RuleMemory, check_memory
 from sago.capture.opening import find_engine, open_host
-from sago.capture.others import Others, registrations
+from sago.capture.others import Others
 from sago.capture.parameters import choose
 from sago.capture.streamed import InBackward, check_exact
 from sago.capture.window import Action, Window
@@ -110,9 +110,9 @@ class GradientBuckets:
     If `params` is a part of a module, freeze the other parameters. If a backward in a capture reaches a
     trained parameter that was not given, the capture raises, because the gradient of that parameter would be
     the sum of both sides. Parameters that other buckets capture at the same time are exempt. All live modules
-    are searched for such parameters before the first capture, and before a later one if a parameter or a
-    module was added to any module since. Parameters that belong to no module, or to one that `gc.freeze`
-    hides, are not found.
+    are searched for such parameters before the first capture, and before a later one if a parameter, or a
+    module with parameters, was registered with any module since. A search takes 0.3 s for 400,000 objects.
+    Parameters that belong to no module, or to one that `gc.freeze` hides, are not found.
 
     If an optimizer that holds a captured parameter steps inside a capture, the step raises, because `p.grad`
     is the gradient of one side there. If the optimizer steps between a capture and `synthesize_`, it finds no
@@ -184,6 +184,7 @@ class GradientBuckets:
         self._forget.mean = self._retain.mean = accumulation == "mean"
         # DeepSpeed's engine has all parameters of its module.
         others = Others((), ()) if engine is not None else Others(self._params, opened.sharded)
+        self._registrations = others.registrations
         self._window = Window(chosen.names, self._params, others, opened.host, self._forget, self._retain)
         self._ranks, self._shards = opened.ranks, opened.shards
         self._checked_at = -1  # the number of registrations at the last search of `_check_around`
@@ -553,13 +554,14 @@ class GradientBuckets:
         """Checks before a capture. Live objects are searched only if a module was registered meanwhile."""
         if self._ranks is not None:
             self._ranks.check_not_joined()
-        if self._engine is not None or self._checked_at == registrations().count:
+        count = self._registrations.count
+        if self._engine is not None or self._checked_at == count:
             return
         if self._ranks is None:
             ddp.check_not_wrapped(self._params)
         if self._checked_at < 0:  # it warns once
             check_hooks(self._window.names, self._params)
-        self._checked_at = registrations().count
+        self._checked_at = count
 
     def _meet(self) -> None:
         """Compares and averages the gradients over the ranks, once a window, before the synthesis."""
