@@ -21,9 +21,11 @@ from accelerate.state import AcceleratorState, GradientState
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sago
+from sago.integrations import once
 from sago.integrations.callbacks import MonitorCallback, ReportWriter
 from sago.integrations.trainer import adapter, synthesizer
 from sago.integrations.trainer.losses import without_count
+from sago.integrations.trainer.tally import Tally
 from sago.integrations.transformers import GradientSynthesisMixin, Synthesis
 from tests.support.backends import RULES
 from tests.support.oracle import rounding_error
@@ -641,7 +643,7 @@ def test_a_retain_weight_of_0_is_reported_once_if_the_rule_reads_the_retain_grad
     rule, warns, tmp_path, caplog
 ):
     """OpenUnlearning's UNDIAL is configured with 0. `ngdiff` and `blur` are then multiples of f."""
-    synthesizer._warned.clear()
+    once.warned.clear()
     trainer = make(with_mixin(GradDiff, rule=rule), tmp_path, data=Pairs(4))
     trainer.alpha = 0.0
     trainer.train()
@@ -1094,7 +1096,7 @@ def test_refuses_context_parallelism(tmp_path, monkeypatch):
     adapter.check_supported(trainer)
     monkeypatch.setattr(state, "parallelism_config", parallelism.ParallelismConfig(cp_size=2))
     with pytest.raises(ValueError, match=r"without context parallelism.*Found cp_size > 1"):
-        synthesizer.Synthesizer(trainer, trainer.model)
+        synthesizer.Synthesizer(trainer, trainer.model, Tally())
 
 
 def trainer_with(**accelerator):
@@ -1255,7 +1257,7 @@ def test_reports_of_each_group_in_a_file(one_copy, tmp_path):
     ("rule", "warns"), [("sago", 0), (sago.rules.gradvac(decay=0.9), 1), ("graddrop", 1)]
 )
 def test_a_resumed_training_reports_that_the_memory_of_its_rule_was_reset(rule, warns, tmp_path, caplog):
-    synthesizer._warned.clear()
+    once.warned.clear()
     for checkpoint, count in ((None, 0), (str(tmp_path / "checkpoint-1"), warns)):
         trainer = make(
             with_mixin(GradDiff, rule=rule), tmp_path, data=Pairs(2), save_strategy="steps", save_steps=1
@@ -1532,6 +1534,26 @@ def test_a_parameter_that_enters_the_optimizer_inside_a_window_waits_for_the_nex
     torch.testing.assert_close(states[1], states[0], rtol=0, atol=0)
 
 
+def test_the_logged_losses_go_back_to_the_last_log_where_a_parameter_enters_the_optimizer(tmp_path):
+    seen = []
+
+    class Recording(GradDiff):
+        def compute_losses(self, model, inputs):
+            losses = graddiff_losses(model, None, inputs)
+            seen.append(torch.stack(losses).detach())
+            return losses
+
+    options = {"data": Pairs(4), "callbacks": [Unfreezing()], "logging_steps": 4}
+    trainer = make(with_mixin(Recording), tmp_path, **options)
+    of_layers = [p for n, p in trainer.model.named_parameters() if "layers" in n]
+    trainer.optimizer = torch.optim.SGD(of_layers, lr=1e-2)
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda _: 1.0)
+    trainer.train()
+    (log,) = steps_of(trainer)
+    found = torch.tensor([log["forget_loss"], log["retain_loss"]])
+    torch.testing.assert_close(found, sum(seen) / 4, rtol=rounding_error(4, FP32), atol=0)
+
+
 class InFp32(torch.optim.SGD):
     """Steps on copies in fp32 of the parameters in bf16, and on the other parameters themselves."""
 
@@ -1596,7 +1618,7 @@ def test_an_optimizer_that_holds_copies_trains_all_parameters(tmp_path):
     ],
 )
 def test_accumulation_in_bf16_is_reported_once(dtype, how, accumulation, warns, tmp_path, caplog):
-    synthesizer._warned.clear()
+    once.warned.clear()
     for _ in range(2):
         options = {"data": Pairs(4), "gradient_accumulation_steps": accumulation}
         kind = Few if dtype == "only the rest" else GradDiff
