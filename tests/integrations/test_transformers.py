@@ -1477,18 +1477,22 @@ class Unfreezing(transformers.TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs):
         if state.global_step == 2:
+            model.lm_head.weight.requires_grad_()
             optimizer.add_param_group({"params": [model.lm_head.weight], "initial_lr": 1e-2})
             lr_scheduler.base_lrs.append(1e-2)
             lr_scheduler.lr_lambdas.append(lambda _: 1.0)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_parameter_that_enters_the_optimizer_is_trained_from_the_next_window_on(accumulation, tmp_path):
+@pytest.mark.parametrize(("accumulation", "frozen"), [(1, False), (2, False), (1, True), (2, True)])
+def test_a_parameter_that_enters_the_optimizer_is_trained_from_the_next_window_on(
+    accumulation, frozen, tmp_path
+):
     states = []
     for kind in (GradDiff, with_mixin(GradDiff, rule="sum")):
         data = Pairs(4 * accumulation)
         options = {"gradient_accumulation_steps": accumulation, "data": data, "max_grad_norm": 0.0}
         trainer = make(kind, tmp_path, callbacks=[Unfreezing()], **options)
+        trainer.model.lm_head.weight.requires_grad_(not frozen)
         of_layers = [p for n, p in trainer.model.named_parameters() if "layers" in n]
         trainer.optimizer = torch.optim.SGD(of_layers, lr=1e-2)
         trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda _: 1.0)
@@ -1532,6 +1536,38 @@ def test_a_parameter_that_enters_the_optimizer_inside_a_window_waits_for_the_nex
         assert not torch.equal(trainer.model.lm_head.weight, head)
         states.append(weights(trainer.model))
     torch.testing.assert_close(states[1], states[0], rtol=0, atol=0)
+
+
+class UnfreezingAlone(transformers.TrainerCallback):
+    """Unfreezes the head, which is not in the optimizer."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        model.lm_head.weight.requires_grad_()
+
+
+class UnfreezingAloneInside(UnfreezingAlone):
+    def on_step_end(self, *args, **kwargs):
+        pass
+
+    on_substep_end = UnfreezingAlone.on_step_end
+
+
+def test_a_parameter_that_is_unfrozen_but_not_in_the_optimizer_has_no_gradients(tmp_path):
+    states = []
+    for callbacks in ([], [UnfreezingAlone()]):
+        trainer = make(with_mixin(Few), tmp_path, data=Pairs(3), callbacks=callbacks)
+        trainer.model.lm_head.weight.requires_grad_(False)
+        trainer.train()
+        states.append(weights(trainer.model))
+    torch.testing.assert_close(states[1], states[0], rtol=0, atol=0)
+
+
+def test_a_parameter_that_is_unfrozen_inside_a_window_is_refused(tmp_path):
+    options = {"gradient_accumulation_steps": 2, "callbacks": [UnfreezingAloneInside()]}
+    trainer = make(with_mixin(GradDiff), tmp_path, **options)
+    trainer.model.lm_head.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"`lm_head.weight` should be unfrozen between two .*on_step_end"):
+        trainer.train()
 
 
 def test_the_logged_losses_go_back_to_the_last_log_where_a_parameter_enters_the_optimizer(tmp_path):

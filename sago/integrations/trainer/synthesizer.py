@@ -54,7 +54,8 @@ class Synthesizer:
         self._named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self._how = Synthesis.of(trainer.synthesis)
         self._rule = resolve(self._how.rule)
-        self._every = {id(p) for p in model.parameters()}
+        self._frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
+        self._every = {id(p) for _, p in [*self._named, *self._frozen]}
         apart = outside(trainer.optimizer, model, self._named, self._every)
         if self._how.one_copy:
             check_one_micro_batch(trainer)
@@ -79,12 +80,15 @@ class Synthesizer:
     def serves(self, trainer: Any, model: Any) -> bool:
         """Whether the buckets are those of this model and of the parameters in the optimizer.
 
-        A change of the optimizer counts from the next window on.
+        Inside a window the answer does not depend on the optimizer, so a change of its parameters takes
+        effect in the next window.
         """
         if self._model is not model:
             return False
         if self._weights is not None or self._engine is not None:
             return True
+        if any(p.requires_grad for _, p in self._frozen):
+            return False
         apart = outside(trainer.optimizer, model, self._named, self._every)
         return self._dropped.ids == [id(p) for _, p in apart]
 
@@ -103,6 +107,13 @@ class Synthesizer:
                 "to the Trainer, and do not skip the last micro-batch of a window."
             )
         self._step = step
+        for name, p in self._frozen:
+            if p.requires_grad and self._weights is not None:
+                raise ValueError(
+                    f"Parameter `{name}` should be unfrozen between two optimizer steps, because a window "
+                    "adds up gradients of the same parameters. Found that it was unfrozen after the first "
+                    "micro-batch of a window. Unfreeze it in `on_step_end` of a callback."
+                )
         # This may run inside accelerate's no_sync, which surrounds all micro-batches but the last.
         for module in self._reducing:
             if isinstance(module, DistributedDataParallel):
