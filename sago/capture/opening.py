@@ -113,10 +113,15 @@ def open_host(
         if package in sys.modules:
             import_module(module).refuse(source, chosen.tensors)
     sharded = ddp.sharded(source, chosen.tensors)
-    plain = [n for n, p in zip(chosen.names, chosen.tensors, strict=True) if not dtensor.is_dtensor(p)]
-    if sharded and plain:
+    unsharded = ddp.unsharded(chosen.tensors)
+    apart = [
+        name
+        for name, p in zip(chosen.names, chosen.tensors, strict=True)
+        if id(p) in unsharded or (sharded and not dtensor.is_dtensor(p))
+    ]
+    if apart:
         raise ValueError(
-            f"Parameter `{plain[0]}` should be sharded by fully_shard like the others, or frozen, because "
+            f"Parameter `{apart[0]}` should be sharded by fully_shard like the others, or frozen, because "
             "nothing else reduces its gradient over the ranks. Found that it is neither. A forward without a "
             "backward may have left it unsharded: call reshard() on the FSDP modules before you list the "
             "parameters."

@@ -628,6 +628,29 @@ def test_buckets_that_are_made_after_an_evaluation(ranks2):
         assert_equal_results(result, single(Run("pcgrad")))
 
 
+def after_an_evaluation_of_one_group():
+    """FSDP2 shards all parameters together, so that a forward leaves none of them sharded."""
+    found = []
+    for listed in (nn.Module.parameters, nn.Module.named_parameters, lambda model: model[0]):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        fully_shard(model, mesh=mesh_of(shard=2))
+        with torch.no_grad():
+            model(torch.ones(2, 4))
+        found.append(error_of(lambda model=model, listed=listed: sago.GradientBuckets(listed(model))))
+        model.reshard()
+        found.append(error_of(lambda model=model: sago.GradientBuckets(model.parameters())))
+    return found
+
+
+@pytest.mark.skipif(not FSDP2_ON_CPU, reason=NO_FSDP2)
+def test_unsharded_parameters_alone_are_refused(ranks2):
+    for found in ranks2(after_an_evaluation_of_one_group):
+        assert found[1::2] == [None] * 3
+        for error, text in found[::2]:
+            assert error is ValueError
+            assert "call reshard() on the FSDP modules" in text
+
+
 def scaled_on_ranks():
     return scaled(laid_out("fsdp")[0], share())
 
