@@ -396,6 +396,8 @@ FORMS = {
     "in parts": lambda self, f, r: self.gamma * (0.25 * f) + self.gamma * (0.75 * f) + self.alpha * r,
     "looked at": lambda self, f, r: (self.gamma * f).detach() * 0 + self.gamma * f + self.alpha * r,
     "counted": lambda self, f, r: self.gamma * torch.arange(2)[0] + self.gamma * f + self.alpha * r,
+    "added in place": lambda self, f, r: (self.gamma * f).add_(self.alpha * r),
+    "scaled in place": lambda self, f, r: (self.gamma * (2 * f)).div_(2) + (self.alpha * r).mul_(1),
     "integers": lambda self, f, r: self.gamma * (GAMMA * f) + self.alpha * (ALPHA * r),
 }
 
