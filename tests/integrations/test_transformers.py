@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sago
 from sago.integrations import once
 from sago.integrations.callbacks import MonitorCallback, ReportWriter
+from sago.integrations.copies import may_hold_copies
 from sago.integrations.trainer import adapter, synthesizer
 from sago.integrations.trainer.losses import without_count
 from sago.integrations.trainer.tally import Tally
@@ -1608,7 +1609,39 @@ class InFp32(torch.optim.SGD):
                 p.copy_(q)
 
 
-def test_an_optimizer_that_holds_copies_of_some_parameters_trains_all_of_them(tmp_path):
+def told_of_copies(caplog):
+    return [r.getMessage() for r in caplog.records if "treated as trained" in r.getMessage()]
+
+
+@pytest.mark.parametrize(("size", "count"), [(7, 6), (8, 21)])  # the smallest parameters have 8 elements
+def test_only_tensors_of_the_size_of_a_parameter_may_be_copies(size, count, tmp_path, caplog):
+    once.warned.clear()
+    learned = torch.ones(size, requires_grad=True)
+
+    class Learned(Few):
+        def create_optimizer(self, *args):
+            optimizer = super().create_optimizer(*args)
+            optimizer.param_groups[0]["params"].append(learned)
+            return optimizer
+
+    trainer = make(with_mixin(Learned), tmp_path, data=Pairs(2))
+    trainer.trained = "mlp"
+    trainer.train()
+    assert len(trainer.synthesis_report.groups) == count
+    told = told_of_copies(caplog)
+    assert len(told) == (size == 8)
+    assert all("has 1 tensors" in text and "does not have 15 of the parameters" in text for text in told)
+    assert (learned == 1.0).all()
+
+
+def test_an_optimizer_without_parameters_of_the_model_may_hold_copies_of_any_size():
+    model, learned = torch.nn.Linear(3, 2), torch.ones(1)
+    assert may_hold_copies([learned], model.parameters())
+    assert not may_hold_copies([learned, model.weight], model.parameters())
+
+
+def test_an_optimizer_that_holds_copies_of_some_parameters_trains_all_of_them(tmp_path, caplog):
+    once.warned.clear()
     model = llama(BF16)
     model.model.norm.float()
     model.model.norm.register_forward_hook(lambda module, args, output: output.bfloat16())
@@ -1617,6 +1650,7 @@ def test_an_optimizer_that_holds_copies_of_some_parameters_trains_all_of_them(tm
     trainer.optimizer = InFp32(list(model.parameters()), lr=0.5)
     trainer.train()
     assert [n for n, p in model.named_parameters() if torch.equal(p, start[n])] == []
+    assert len(told_of_copies(caplog)) == 1
 
 
 def test_an_optimizer_that_holds_copies_trains_all_parameters(tmp_path):

@@ -55,7 +55,7 @@ class Synthesizer:
         self._how = Synthesis.of(trainer.synthesis)
         self._rule = resolve(self._how.rule)
         self._frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
-        self._every = {id(p) for _, p in [*self._named, *self._frozen]}
+        self._every = [p for _, p in [*self._named, *self._frozen]]
         apart = outside(trainer.optimizer, model, self._named, self._every)
         if self._how.one_copy:
             check_one_micro_batch(trainer)
