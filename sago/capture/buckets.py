@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -18,7 +19,7 @@ from sago.capture.fresh import FreshGradients
 from sago.capture.hooks import check_hooks
 from sago.capture.mean import RunningMean, shards_of
 from sago.capture.memory import RuleMemory, check_memory
-from sago.capture.opening import find_engine, open_host
+from sago.capture.opening import Engine, find_engine, open_host
 from sago.capture.others import Others
 from sago.capture.parameters import choose
 from sago.capture.streamed import InBackward, check_exact
@@ -189,6 +190,9 @@ class GradientBuckets:
         self._ranks, self._shards = opened.ranks, opened.shards
         self._checked_at = -1  # the number of registrations at the last search of `_check_around`
         self._engine = engine
+        if engine is not None:
+            # The buckets may be dropped in the middle of a window.
+            weakref.finalize(self._window, _release, weakref.ref(engine))
         # A running mean is kept, and fresh gradients are not. The update is written over forget then.
         self._written = self._forget if self._retain.keeps or self._retain.fresh else self._retain
         self._updates, self._update_grads = list(self._written.views), list(self._written.grads)
@@ -755,6 +759,12 @@ class GradientBuckets:
         count_versions([u for u, w in zip(self._updates, written, strict=True) if w])
         grads = zip(self._update_grads, written, strict=True)
         self._window.publish([u if w and not used else None for u, w in grads])
+
+
+def _release(ref: weakref.ref[Engine]) -> None:
+    engine = ref()  # it is alive as long as methods of the engine are replaced
+    if engine is not None:
+        engine.release()
 
 
 def _no_accumulators(method: str) -> ValueError:

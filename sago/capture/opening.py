@@ -71,6 +71,9 @@ class Engine(Protocol):
     ) -> Opened:
         """Allocates the accumulators. The arguments are those of `open_grads`."""
 
+    def release(self) -> None:
+        """Ends the window for the engine, whose own methods are restored."""
+
 
 def find_engine(source: Any) -> Engine | None:
     """The engine, if `source` is one."""

@@ -66,9 +66,8 @@ class Engine:
 
     def __init__(self, core: Any) -> None:
         self.core = core
-        self.stage = int(core.zero_optimization_stage())
-        _check(core, self.stage)
         self._trained = trained(core)
+        self.stage = int(core.zero_optimization_stage())
         self.waiting = False
         self._held = False
         self._capturing = False
@@ -400,9 +399,14 @@ def accumulates(model: Any) -> bool:
 
 
 def trained(core: Any) -> Callable[[Any], bool]:
-    """A function that says whether the engine's optimizer trains a parameter of its module."""
+    """A function that says whether the engine's optimizer trains a parameter of its module.
+
+    Raises ValueError or RuntimeError for an engine that is not supported.
+    """
+    stage = int(core.zero_optimization_stage())
+    _check(core, stage)
     optimizer = core.optimizer
-    if core.zero_optimization_stage() == 3:
+    if stage == 3:
         table = getattr(optimizer, PARTITIONS)
         return lambda p: getattr(p, "ds_id", None) in table
     if type(optimizer).__name__ in _SCALING:  # their groups have copies

@@ -18,6 +18,7 @@ import pytest
 import torch
 import transformers
 from accelerate.state import AcceleratorState, GradientState
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sago
@@ -1539,6 +1540,43 @@ def test_a_parameter_that_enters_the_optimizer_inside_a_window_waits_for_the_nex
         assert not torch.equal(trainer.model.lm_head.weight, head)
         states.append(weights(trainer.model))
     torch.testing.assert_close(states[1], states[0], rtol=0, atol=0)
+
+
+def test_a_training_that_ends_inside_a_window_drops_its_gradients(tmp_path):
+    found = []
+
+    class Stopped(GradDiff):
+        def compute_losses(self, model, inputs):
+            if found:
+                raise KeyboardInterrupt
+            found.append(self._synthesizer._buckets)
+            return graddiff_losses(model, None, inputs)
+
+    trainer = make(with_mixin(Stopped), tmp_path, gradient_accumulation_steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    (buckets,) = found
+    assert set(buckets.forget_grads + buckets.retain_grads) == {None}
+
+
+def test_a_trainer_that_is_dropped_leaves_the_model_as_it_was(tmp_path, monkeypatch):
+    """A loop of one's own calls `training_step`, so that no training of the Trainer ends."""
+    ddp = DistributedDataParallel.__new__(DistributedDataParallel)
+    torch.nn.Module.__init__(ddp)
+    ddp.require_backward_grad_sync = True
+    monkeypatch.setattr(synthesizer, "_reducing", lambda model: iter([ddp]))
+    model = llama()
+    trainer = make(with_mixin(Few), tmp_path, model, data=Pairs(1))
+    trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1
+    (batch,) = trainer.get_train_dataloader()
+    trainer.training_step(model, batch)
+    assert any(p._post_accumulate_grad_hooks for p in model.parameters())
+    assert not ddp.require_backward_grad_sync
+    del trainer
+    gc.collect()
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    assert ddp.require_backward_grad_sync
 
 
 class UnfreezingAlone(transformers.TrainerCallback):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -68,7 +69,8 @@ class Synthesizer:
                 "because new accumulators were made. Checkpoints of the Trainer do not contain it.",
             )
         _warn_of_rounding(most_micro_batches(trainer), self._buckets.dtypes, model)
-        self._reducing = list(_reducing(model))
+        self._reducing = weakref.WeakSet(_reducing(model))
+        self._reduce_again = weakref.finalize(self, _reduce_again, self._reducing)
         # The weights of the first micro-batch of the open window.
         self._weights: tuple[float, float] | None = None
         self._lost = ""  # the error in which a later micro-batch of the window ended
@@ -122,11 +124,11 @@ class Synthesizer:
                 module.set_requires_gradient_sync(True, recurse=False)
 
     def close(self) -> None:
-        """Removes the hooks, and switches the modules' own reduction on again."""
+        """Removes the hooks, switches the modules' own reduction on again, and ends an open window."""
         self._dropped.close()
-        for module in self._reducing:
-            if isinstance(module, DistributedDataParallel):
-                reduce_in_backward(module, True)
+        self._reduce_again()
+        if self._weights is not None:
+            self._buckets.zero_()
 
     @contextmanager
     def not_stepping(self, accelerator: Any) -> Iterator[None]:
@@ -344,6 +346,13 @@ def _reducing(model: torch.nn.Module) -> Iterator[Any]:
 
         sharded = (FSDPModule,)
     return (m for m in model.modules() if isinstance(m, (DistributedDataParallel, *sharded)))
+
+
+def _reduce_again(modules: Iterable[Any]) -> None:
+    """Switches on again what `begin` has switched off."""
+    for module in modules:
+        if isinstance(module, DistributedDataParallel):
+            reduce_in_backward(module, True)
 
 
 def _buckets(model: torch.nn.Module, how: Synthesis, apart: Sequence[Tensor]) -> GradientBuckets:

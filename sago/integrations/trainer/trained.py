@@ -6,11 +6,13 @@ RMU trains three matrices of a model and leaves all others out of its optimizer.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from sago.integrations import deepspeed
 from sago.integrations.copies import may_hold_copies
@@ -53,11 +55,17 @@ def outside(
 
 
 class Dropped:
-    """Gives the parameters no gradient, until `close` is called."""
+    """Gives the parameters no gradient, until `close` is called or the object is dropped.
+
+    Attributes:
+        ids: The ids of the parameters.
+        close: Removes the hooks.
+    """
 
     def __init__(self, named: Named, count: int) -> None:
         self.ids = [id(p) for _, p in named]
-        self._hooks: list[Any] = [p.register_post_accumulate_grad_hook(_drop) for _, p in named]
+        hooks = [p.register_post_accumulate_grad_hook(_drop) for _, p in named]
+        self.close = weakref.finalize(self, _remove, hooks)
         if named:
             logging.getLogger("sago").warning(
                 "sago: %d of the %d parameters that require grad are not in the optimizer. Their gradients "
@@ -67,9 +75,10 @@ class Dropped:
                 named[0][0],
             )
 
-    def close(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
+
+def _remove(hooks: Sequence[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()
 
 
 def _drop(p: Tensor) -> None:
