@@ -1,4 +1,4 @@
-"""Engines like those of DeepSpeed at stage 0: the methods that buckets replace, and the trained parameters."""
+"""Engines like those of DeepSpeed at stage 0: the methods that buckets replace, and trained parameters."""
 
 import gc
 
