@@ -192,8 +192,9 @@ def test_an_optimizer_of_stage_3_without_a_name(missing):
     core = Owner(deepspeed._ENGINE)
     core.zero_optimization_stage = lambda: 3
     core.optimizer = type("DeepSpeedZeroOptimizer_Stage3", (), names)()
-    with pytest.raises(RuntimeError, match=f"DeepSpeedZeroOptimizer_Stage3.{missing}`"):
-        sago.GradientBuckets(core)
+    for ask in (sago.GradientBuckets, deepspeed.trained):
+        with pytest.raises(RuntimeError, match=f"DeepSpeedZeroOptimizer_Stage3.{missing}`"):
+            ask(core)
 
 
 @pytest.mark.parametrize("missing", deepspeed._BUCKET)
@@ -233,9 +234,10 @@ class LaterOptimizer:
         (type(None), "none"),
     ],
 )
-def test_an_optimizer_of_stage_0_that_is_not_known_is_refused(kind, found):
+@pytest.mark.parametrize("ask", [deepspeed.Engine, deepspeed.trained])
+def test_an_optimizer_of_stage_0_that_is_not_known_is_refused(ask, kind, found):
     with pytest.raises(ValueError, match=f"Found {found}"):
-        deepspeed.Engine(engine_of_stage_0(kind()))
+        ask(engine_of_stage_0(kind()))
 
 
 @pytest.mark.parametrize("name", deepspeed._SCALING)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -18,8 +19,8 @@ from sago.capture.fresh import FreshGradients
 from sago.capture.hooks import check_hooks
 from sago.capture.mean import RunningMean, shards_of
 from sago.capture.memory import RuleMemory, check_memory
-from sago.capture.opening import find_engine, open_host
-from sago.capture.others import Others, registrations
+from sago.capture.opening import Engine, find_engine, open_host
+from sago.capture.others import Others
 from sago.capture.parameters import choose
 from sago.capture.streamed import InBackward, check_exact
 from sago.capture.window import Action, Window
@@ -110,9 +111,9 @@ class GradientBuckets:
     If `params` is a part of a module, freeze the other parameters. If a backward in a capture reaches a
     trainable parameter that was not given, the capture raises, because the gradient of that parameter would
     be the sum of both sides. Parameters that other buckets capture at the same time are exempt. All live
-    modules are searched for such parameters before the first capture, and before a later one if a parameter
-    or a module was added to any module since. Parameters that belong to no module, or to one that `gc.freeze`
-    hides, are not found.
+    modules are searched for such parameters before the first capture, and before a later one if a parameter,
+    or a module with parameters, was registered with any module since. A search takes 0.3 s for 400,000
+    objects. Parameters that belong to no module, or to one that `gc.freeze` hides, are not found.
 
     If an optimizer that holds a captured parameter steps inside a capture, the step raises, because `p.grad`
     is the gradient of one side there. If the optimizer steps between a capture and `synthesize_`, it finds no
@@ -185,10 +186,14 @@ class GradientBuckets:
         self._forget.mean = self._retain.mean = accumulation == "mean"
         # DeepSpeed's engine has all parameters of its module.
         others = Others((), ()) if engine is not None else Others(self._params, opened.sharded)
+        self._registrations = others.registrations
         self._window = Window(chosen.names, self._params, others, opened.host, self._forget, self._retain)
         self._ranks, self._shards = opened.ranks, opened.shards
         self._checked_at = -1  # the number of registrations at the last search of `_check_around`
         self._engine = engine
+        if engine is not None:
+            # The buckets may be dropped in the middle of a window.
+            weakref.finalize(self._window, _release, weakref.ref(engine))
         # A running mean is kept, and fresh gradients are not. The update is written over forget then.
         self._written = self._forget if self._retain.keeps or self._retain.fresh else self._retain
         self._updates, self._update_grads = list(self._written.views), list(self._written.grads)
@@ -554,13 +559,14 @@ class GradientBuckets:
         """Checks before a capture. Live objects are searched only if a module was registered meanwhile."""
         if self._ranks is not None:
             self._ranks.check_not_joined()
-        if self._engine is not None or self._checked_at == registrations().count:
+        count = self._registrations.count
+        if self._engine is not None or self._checked_at == count:
             return
         if self._ranks is None:
             ddp.check_not_wrapped(self._params)
         if self._checked_at < 0:  # it warns once
             check_hooks(self._window.names, self._params)
-        self._checked_at = registrations().count
+        self._checked_at = count
 
     def _meet(self) -> None:
         """Compares and averages the gradients over the ranks, once a window, before the synthesis."""
@@ -755,6 +761,12 @@ class GradientBuckets:
         count_versions([u for u, w in zip(self._updates, written, strict=True) if w])
         grads = zip(self._update_grads, written, strict=True)
         self._window.publish([u if w and not used else None for u, w in grads])
+
+
+def _release(ref: weakref.ref[Engine]) -> None:
+    engine = ref()  # it is alive as long as methods of the engine are replaced
+    if engine is not None:
+        engine.release()
 
 
 def _no_accumulators(method: str) -> ValueError:

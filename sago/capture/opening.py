@@ -71,6 +71,9 @@ class Engine(Protocol):
     ) -> Opened:
         """Allocates the accumulators. The arguments are those of `open_grads`."""
 
+    def release(self) -> None:
+        """Ends the window for the engine, whose own methods are restored."""
+
 
 def find_engine(source: Any) -> Engine | None:
     """The engine, if `source` is one."""
@@ -113,10 +116,15 @@ def open_host(
         if package in sys.modules:
             import_module(module).refuse(source, chosen.tensors)
     sharded = ddp.sharded(source, chosen.tensors)
-    plain = [n for n, p in zip(chosen.names, chosen.tensors, strict=True) if not dtensor.is_dtensor(p)]
-    if sharded and plain:
+    unsharded = ddp.unsharded(chosen.tensors)
+    apart = [
+        name
+        for name, p in zip(chosen.names, chosen.tensors, strict=True)
+        if id(p) in unsharded or (sharded and not dtensor.is_dtensor(p))
+    ]
+    if apart:
         raise ValueError(
-            f"Parameter `{plain[0]}` should be sharded by fully_shard like the others, or frozen, because "
+            f"Parameter `{apart[0]}` should be sharded by fully_shard like the others, or frozen, because "
             "nothing else reduces its gradient over the ranks. Found that it is neither. A forward without a "
             "backward may have left it unsharded: call reshard() on the FSDP modules before you list the "
             "parameters."

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -14,8 +13,10 @@ from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
+from torch.utils.hooks import RemovableHandle
 
 from sago.ranks import fsdp
+from sago.ranks.dtensor import is_dtensor
 
 
 class Others:
@@ -23,16 +24,23 @@ class Others:
 
     During a capture, the gradients of those that require grad are set to None. If a backward gives one of
     them a gradient, this is noticed and the gradient is dropped. The live modules are searched before the
-    first capture, and again before a later one if any module was given a parameter or a module meanwhile.
+    first capture, and again before a later one if a parameter, or a module with parameters, was registered
+    with any module meanwhile.
 
     Args:
         params: The captured parameters.
         sharded: The FSDP2 modules that hold the parameters.
+
+    Attributes:
+        registrations: Counts the registrations as long as this object lives.
     """
 
     def __init__(self, params: Sequence[Tensor], sharded: Sequence[torch.nn.Module]) -> None:
         self._params, self._sharded = params, sharded
         self._may_be_beside = any(isinstance(p, torch.nn.Parameter) for p in params)
+        self.registrations = Registrations()
+        for handle in self.registrations.watch():
+            weakref.finalize(self, handle.remove)
         self._searched_at = -1  # the number of registrations at the last search
         self._named: list[tuple[str, Any]] = []
         self._aside: list[tuple[str, Any, Tensor | None]] = []
@@ -40,9 +48,10 @@ class Others:
     def put_aside(self, captured: Sequence[Tensor]) -> None:
         """Begins a capture of these parameters."""
         _capturing[self] = {id(p) for p in captured}
-        if self._may_be_beside and self._searched_at != registrations().count:
-            self._searched_at = registrations().count
+        count = self.registrations.count  # later registrations are searched by the next capture
+        if self._may_be_beside and self._searched_at != count:
             self._named = _beside(self._params, self._sharded)
+            self._searched_at = count  # a search that was interrupted is repeated
         elsewhere = set().union(*_capturing.values())  # other buckets capture these right now
         for name, ref in self._named:
             p = ref()
@@ -63,21 +72,43 @@ class Others:
 
 
 class Registrations:
-    """Counts how often any module was given a parameter or a module."""
+    """Counts how often a parameter, or a module with parameters, was registered with any module.
+
+    Attributes:
+        count: The number of registrations since `watch` was called.
+    """
 
     def __init__(self) -> None:
         self.count = 0
-        register_module_parameter_registration_hook(self._add)
-        register_module_module_registration_hook(self._add)
 
-    def _add(self, *_: object) -> None:
-        self.count += 1
+    def watch(self) -> list[RemovableHandle]:
+        """Registers hooks, which torch calls for all modules of the process until they are removed."""
+        return [
+            register_module_parameter_registration_hook(self._add_parameter),
+            register_module_module_registration_hook(self._add_module),
+        ]
+
+    # A compiled forward must not read the count, because it would be compiled again for each registration.
+
+    def _add_parameter(self, module: torch.nn.Module, name: str, p: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        # FSDP2 replaces a sharded parameter by its unsharded form and back. It registers them if the class of
+        # the layer has its own `__setattr__`.
+        before = module._parameters.get(name)
+        if before is None or is_dtensor(before) == is_dtensor(p):
+            self.count += 1
+
+    def _add_module(self, module: torch.nn.Module, name: str, added: torch.nn.Module | None) -> None:
+        if not torch.compiler.is_compiling() and added is not None and _may_have_parameters(added):
+            self.count += 1
 
 
-@cache
-def registrations() -> Registrations:
-    """The registrations since the first call."""
-    return Registrations()
+def _may_have_parameters(module: torch.nn.Module) -> bool:
+    try:
+        return next(torch.nn.Module.named_parameters(module), None) is not None
+    except AttributeError:  # the module's own __init__ has not run
+        return True
 
 
 # The ids of the parameters of open captures.

@@ -20,6 +20,7 @@ from sago.capture.host import Arrived, GradHost
 from sago.capture.opening import Opened, open_grads
 from sago.capture.parameters import Parameters
 from sago.capture.side import Capture, Side
+from sago.integrations.copies import may_hold_copies
 from sago.private import has_since, require
 from sago.ranks.ddp import DataParallel, owners
 from sago.ranks.dtensor import Shards
@@ -65,9 +66,8 @@ class Engine:
 
     def __init__(self, core: Any) -> None:
         self.core = core
-        self.stage = int(core.zero_optimization_stage())
-        _check(core, self.stage)
         self._trained = trained(core)
+        self.stage = int(core.zero_optimization_stage())
         self.waiting = False
         self._held = False
         self._capturing = False
@@ -399,17 +399,24 @@ def accumulates(model: Any) -> bool:
 
 
 def trained(core: Any) -> Callable[[Any], bool]:
-    """A function that says whether the engine's optimizer trains a parameter of its module."""
+    """A function that says whether the engine's optimizer trains a parameter of its module.
+
+    Raises ValueError or RuntimeError for an engine that is not supported.
+    """
+    stage = int(core.zero_optimization_stage())
+    _check(core, stage)
     optimizer = core.optimizer
-    if core.zero_optimization_stage() == 3:
+    if stage == 3:
         table = getattr(optimizer, PARTITIONS)
         return lambda p: getattr(p, "ds_id", None) in table
     if type(optimizer).__name__ in _SCALING:  # their groups have copies
-        held = {id(p) for group in optimizer.fp16_groups for p in group}
+        tensors = [p for group in optimizer.fp16_groups for p in group]
     else:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    # An optimizer that also holds tensors of its own may train every parameter.
-    return (lambda p: id(p) in held) if held <= {id(p) for p in core.module.parameters()} else _every
+        tensors = [p for group in optimizer.param_groups for p in group["params"]]
+    if may_hold_copies(tensors, core.module.parameters()):
+        return _every
+    held = {id(p) for p in tensors}
+    return lambda p: id(p) in held
 
 
 def _every(p: Any) -> bool:

@@ -13,6 +13,7 @@ from sago.integrations.trainer.adapter import TESTED, micro_batches, steps_next
 from sago.integrations.trainer.losses import LossesApart, weighed, without_count
 from sago.integrations.trainer.options import Synthesis
 from sago.integrations.trainer.synthesizer import Synthesizer
+from sago.integrations.trainer.tally import Tally
 from sago.integrations.trainer.trained import check_trains
 from sago.integrations.trainer.weights import replaced, weights_of
 
@@ -71,6 +72,7 @@ class GradientSynthesisMixin(_Trainer):
     synthesis: Synthesis | Mapping[str, Any] = Synthesis()
     synthesis_report: SynthesisReport | None = None
     _synthesizer: Synthesizer | None = None
+    _tally: Tally | None = None
 
     def __init__(self, *args: Any, synthesis: Synthesis | Mapping[str, Any] | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -101,7 +103,8 @@ class GradientSynthesisMixin(_Trainer):
                     f"transformers.Trainer, on which sago relies. Found none. Install {TESTED}, with which "
                     "sago was tested."
                 )
-            self._synthesizer = Synthesizer(self, model)
+            self._tally = self._tally or Tally()
+            self._synthesizer = Synthesizer(self, model, self._tally)
         synthesizer = self._synthesizer
         synthesizer.begin(self)
         unweighted = _returns_losses(self)
@@ -146,8 +149,8 @@ class GradientSynthesisMixin(_Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # The trainer itself logs its loss on every rank, so ranks can be averaged here.
-        if self._synthesizer is not None and "loss" in logs and self.control.should_log:
-            logs = {**logs, **self._synthesizer.summary(self.accelerator)}
+        if self._tally is not None and "loss" in logs and self.control.should_log:
+            logs = {**logs, **self._tally.summary(self.accelerator)}
         super().log(logs, *(() if start_time is None else (start_time,)))
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -156,7 +159,7 @@ class GradientSynthesisMixin(_Trainer):
         finally:
             if self._synthesizer is not None:
                 self._synthesizer.close()
-            self._synthesizer = None  # frees the copies of the gradients
+            self._synthesizer = self._tally = None  # frees the copies of the gradients
 
 
 def _returns_losses(trainer: Any) -> bool:

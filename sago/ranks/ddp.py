@@ -171,6 +171,17 @@ def sharded(source: Any, params: Sequence[Tensor]) -> Sequence[torch.nn.Module]:
     return found
 
 
+def unsharded(params: Sequence[Tensor]) -> set[int]:
+    """The ids of those that are unsharded parameters of FSDP2, which replace the sharded ones for a while."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return set()
+    from torch.distributed.fsdp import FSDPModule
+
+    found = owners(None, params, FSDPModule)
+    fsdp.check_known(found)
+    return {id(p) for p in params} & fsdp.sharded_parameters(found).keys()
+
+
 def owners(source: Any, params: Sequence[Tensor], kind: Any) -> list[Any]:
     """The modules of this kind inside `source`. If it has none, those that hold any of the parameters."""
     if isinstance(source, torch.nn.Module):

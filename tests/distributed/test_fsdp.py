@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.utils.checkpoint import checkpoint
 
 import sago
+from sago.capture import others
 from sago.capture.flat import ALIGNMENT
 from sago.distributed import SumOver
 from tests.support import inputs
@@ -626,6 +628,29 @@ def test_buckets_that_are_made_after_an_evaluation(ranks2):
         assert_equal_results(result, single(Run("pcgrad")))
 
 
+def after_an_evaluation_of_one_group():
+    """FSDP2 shards all parameters together, so that a forward leaves none of them sharded."""
+    found = []
+    for listed in (nn.Module.parameters, nn.Module.named_parameters, lambda model: model[0]):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        fully_shard(model, mesh=mesh_of(shard=2))
+        with torch.no_grad():
+            model(torch.ones(2, 4))
+        found.append(error_of(lambda model=model, listed=listed: sago.GradientBuckets(listed(model))))
+        model.reshard()
+        found.append(error_of(lambda model=model: sago.GradientBuckets(model.parameters())))
+    return found
+
+
+@pytest.mark.skipif(not FSDP2_ON_CPU, reason=NO_FSDP2)
+def test_unsharded_parameters_alone_are_refused(ranks2):
+    for found in ranks2(after_an_evaluation_of_one_group):
+        assert found[1::2] == [None] * 3
+        for error, text in found[::2]:
+            assert error is ValueError
+            assert "call reshard() on the FSDP modules" in text
+
+
 def scaled_on_ranks():
     return scaled(laid_out("fsdp")[0], share())
 
@@ -690,6 +715,32 @@ def test_a_trained_parameter_that_is_not_sharded_is_refused(ranks2):
         assert error is ValueError
         assert "`temperature` should be sharded" in text
         assert frozen is None
+
+
+class OwnSetattr(nn.Linear):
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+
+
+def searched():
+    """The number of searches for other parameters, in three steps of a layer with its own `__setattr__`."""
+    model = nn.Sequential(OwnSetattr(4, 4), OwnSetattr(4, 2))
+    for module in (*model, model):
+        fully_shard(module, mesh=mesh_of(shard=2))
+    buckets = sago.GradientBuckets(model)
+    with mock.patch.object(others, "_beside", wraps=others._beside) as search:
+        for _ in range(3):
+            for capture in (buckets.forget, buckets.retain):
+                with capture():
+                    model(torch.ones(2, 4)).sum().backward()
+            buckets.synthesize_()
+            buckets.zero_()
+    return search.call_count
+
+
+@pytest.mark.skipif(not FSDP2_ON_CPU, reason=NO_FSDP2)
+def test_unsharding_a_parameter_is_no_registration(ranks2):
+    assert ranks2(searched) == [1, 1]
 
 
 def summed_by_hand():

@@ -18,12 +18,16 @@ import pytest
 import torch
 import transformers
 from accelerate.state import AcceleratorState, GradientState
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sago
+from sago.integrations import once
 from sago.integrations.callbacks import MonitorCallback, ReportWriter
+from sago.integrations.copies import may_hold_copies
 from sago.integrations.trainer import adapter, synthesizer
 from sago.integrations.trainer.losses import without_count
+from sago.integrations.trainer.tally import Tally
 from sago.integrations.transformers import GradientSynthesisMixin, Synthesis
 from tests.support.backends import RULES
 from tests.support.oracle import rounding_error
@@ -394,6 +398,8 @@ FORMS = {
     "in parts": lambda self, f, r: self.gamma * (0.25 * f) + self.gamma * (0.75 * f) + self.alpha * r,
     "looked at": lambda self, f, r: (self.gamma * f).detach() * 0 + self.gamma * f + self.alpha * r,
     "counted": lambda self, f, r: self.gamma * torch.arange(2)[0] + self.gamma * f + self.alpha * r,
+    "added in place": lambda self, f, r: (self.gamma * f).add_(self.alpha * r),
+    "scaled in place": lambda self, f, r: (self.gamma * (2 * f)).div_(2) + (self.alpha * r).mul_(1),
     "integers": lambda self, f, r: self.gamma * (GAMMA * f) + self.alpha * (ALPHA * r),
 }
 
@@ -641,7 +647,7 @@ def test_a_retain_weight_of_0_is_reported_once_if_the_rule_reads_the_retain_grad
     rule, warns, tmp_path, caplog
 ):
     """OpenUnlearning's UNDIAL is configured with 0. `ngdiff` and `blur` are then multiples of f."""
-    synthesizer._warned.clear()
+    once.warned.clear()
     trainer = make(with_mixin(GradDiff, rule=rule), tmp_path, data=Pairs(4))
     trainer.alpha = 0.0
     trainer.train()
@@ -658,16 +664,24 @@ def test_no_element_conflicts_below_a_high_floor(one_copy, tmp_path):
     assert [log["conflict_fraction"] for log in steps_of(trainer)] == [0.0] * trainer.state.max_steps
 
 
+def fail(gradient=None):
+    raise torch.OutOfMemoryError("The texts are too long.")
+
+
 class Skipping:
-    """Skips a batch whose retain loss is too large for the memory, which is the second one."""
+    """Skips a batch whose retain loss, or its backward, is too large for the memory: the second one."""
 
     calls = 0
+    place: str
 
     def compute_retain_loss(self, model, retain_inputs):
         self.calls += 1
+        if self.calls == 2 and self.place == "forward":
+            fail()
+        loss = super().compute_retain_loss(model, retain_inputs)
         if self.calls == 2:
-            raise torch.OutOfMemoryError("The texts are too long.")
-        return super().compute_retain_loss(model, retain_inputs)
+            loss.register_hook(fail)  # before the backward reaches a parameter
+        return loss
 
     def training_step(self, *args):
         try:
@@ -677,30 +691,53 @@ class Skipping:
             return torch.zeros(())
 
 
+class Together(Apart):
+    def compute_losses(self, model, inputs):
+        forget_loss = self.compute_forget_loss(model, inputs["forget"])
+        return forget_loss, self.compute_retain_loss(model, inputs["retain"])
+
+
+def skipping(kind, place, **how):
+    return type("Trainer", (Skipping, with_mixin(kind, **how)), {"place": place})
+
+
+FAILURES = [(Apart, "forward"), (Apart, "backward"), (Together, "backward")]
+
+
 @pytest.mark.parametrize("one_copy", [False, True])
-def test_a_batch_is_skipped_after_an_error_in_the_retain_loss(one_copy, tmp_path):
-    """The skipped batch changes nothing, whether the losses are computed apart or together."""
-
-    class Together(Apart):
-        def compute_losses(self, model, inputs):
-            forget_loss = self.compute_forget_loss(model, inputs["forget"])
-            return forget_loss, self.compute_retain_loss(model, inputs["retain"])
-
-    logs = []
-    for kind in (Together, Apart):
-        skipping = type("Trainer", (Skipping, with_mixin(kind, rule="sago", one_copy=one_copy)), {})
-        trainer = make(skipping, tmp_path, data=Pairs(3))
+@pytest.mark.parametrize(("kind", "place"), FAILURES)
+def test_a_batch_is_skipped_after_an_error_on_the_retain_side(kind, place, one_copy, tmp_path):
+    """Nothing of it is left: an error in `compute_losses` comes before the first gradient of the batch."""
+    trainers = []
+    for case in ((Together, "forward"), (kind, place)):
+        # There is a batch since the last log when the second one fails.
+        trainer = make(skipping(*case, one_copy=one_copy), tmp_path, data=Pairs(3), logging_steps=3)
         trainer.train()
-        assert trainer.calls == 3
-        logs.append(steps_of(trainer)[-1])
-    assert logs[0] == logs[1]
+        assert trainer.calls == trainer.state.global_step == 3
+        trainers.append(trainer)
+    expected, found = trainers
+    assert steps_of(found)[-1] == steps_of(expected)[-1]
+    torch.testing.assert_close(weights(found.model), weights(expected.model), rtol=0, atol=0)
 
 
-def test_an_error_in_the_retain_loss_of_a_later_micro_batch_ends_the_window(tmp_path):
-    skipping = type("Trainer", (Skipping, with_mixin(Apart, rule="sago")), {})
-    trainer = make(skipping, tmp_path, data=Pairs(6), gradient_accumulation_steps=3)
-    with pytest.raises(ValueError, match="zero_"):
+@pytest.mark.parametrize(("kind", "place"), FAILURES)
+def test_the_first_micro_batch_of_a_window_can_be_skipped(kind, place, tmp_path):
+    reports = []
+    for case in ((Together, "forward"), (kind, place)):
+        trainer = make(skipping(*case), tmp_path, data=Pairs(3), gradient_accumulation_steps=3)
+        trainer.calls = 1  # so that the first one is skipped
         trainer.train()
+        reports.append(trainer.synthesis_report.summary())
+    assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize(("kind", "place"), FAILURES)
+def test_a_later_micro_batch_of_a_window_cannot_be_skipped(kind, place, tmp_path):
+    trainer = make(skipping(kind, place), tmp_path, data=Pairs(6), gradient_accumulation_steps=3)
+    with pytest.raises(ValueError, match=r"after the first one of its window ended in OutOfMemoryError"):
+        trainer.train()
+    assert trainer.calls == 2
+    assert_unmoved(trainer)
 
 
 class Saved:
@@ -1063,7 +1100,7 @@ def test_refuses_context_parallelism(tmp_path, monkeypatch):
     adapter.check_supported(trainer)
     monkeypatch.setattr(state, "parallelism_config", parallelism.ParallelismConfig(cp_size=2))
     with pytest.raises(ValueError, match=r"without context parallelism.*Found cp_size > 1"):
-        synthesizer.Synthesizer(trainer, trainer.model)
+        synthesizer.Synthesizer(trainer, trainer.model, Tally())
 
 
 def trainer_with(**accelerator):
@@ -1224,7 +1261,7 @@ def test_reports_of_each_group_in_a_file(one_copy, tmp_path):
     ("rule", "warns"), [("sago", 0), (sago.rules.gradvac(decay=0.9), 1), ("graddrop", 1)]
 )
 def test_a_resumed_training_reports_that_the_memory_of_its_rule_was_reset(rule, warns, tmp_path, caplog):
-    synthesizer._warned.clear()
+    once.warned.clear()
     for checkpoint, count in ((None, 0), (str(tmp_path / "checkpoint-1"), warns)):
         trainer = make(
             with_mixin(GradDiff, rule=rule), tmp_path, data=Pairs(2), save_strategy="steps", save_steps=1
@@ -1444,18 +1481,22 @@ class Unfreezing(transformers.TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs):
         if state.global_step == 2:
+            model.lm_head.weight.requires_grad_()
             optimizer.add_param_group({"params": [model.lm_head.weight], "initial_lr": 1e-2})
             lr_scheduler.base_lrs.append(1e-2)
             lr_scheduler.lr_lambdas.append(lambda _: 1.0)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_parameter_that_enters_the_optimizer_is_trained_from_the_next_window_on(accumulation, tmp_path):
+@pytest.mark.parametrize(("accumulation", "frozen"), [(1, False), (2, False), (1, True), (2, True)])
+def test_a_parameter_that_enters_the_optimizer_is_trained_from_the_next_window_on(
+    accumulation, frozen, tmp_path
+):
     states = []
     for kind in (GradDiff, with_mixin(GradDiff, rule="sum")):
         data = Pairs(4 * accumulation)
         options = {"gradient_accumulation_steps": accumulation, "data": data, "max_grad_norm": 0.0}
         trainer = make(kind, tmp_path, callbacks=[Unfreezing()], **options)
+        trainer.model.lm_head.weight.requires_grad_(not frozen)
         of_layers = [p for n, p in trainer.model.named_parameters() if "layers" in n]
         trainer.optimizer = torch.optim.SGD(of_layers, lr=1e-2)
         trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda _: 1.0)
@@ -1501,6 +1542,95 @@ def test_a_parameter_that_enters_the_optimizer_inside_a_window_waits_for_the_nex
     torch.testing.assert_close(states[1], states[0], rtol=0, atol=0)
 
 
+def test_a_training_that_ends_inside_a_window_drops_its_gradients(tmp_path):
+    found = []
+
+    class Stopped(GradDiff):
+        def compute_losses(self, model, inputs):
+            if found:
+                raise KeyboardInterrupt
+            found.append(self._synthesizer._buckets)
+            return graddiff_losses(model, None, inputs)
+
+    trainer = make(with_mixin(Stopped), tmp_path, gradient_accumulation_steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    (buckets,) = found
+    assert set(buckets.forget_grads + buckets.retain_grads) == {None}
+
+
+def test_a_trainer_that_is_dropped_leaves_the_model_as_it_was(tmp_path, monkeypatch):
+    """A loop of one's own calls `training_step`, so that no training of the Trainer ends."""
+    ddp = DistributedDataParallel.__new__(DistributedDataParallel)
+    torch.nn.Module.__init__(ddp)
+    ddp.require_backward_grad_sync = True
+    monkeypatch.setattr(synthesizer, "_reducing", lambda model: iter([ddp]))
+    model = llama()
+    trainer = make(with_mixin(Few), tmp_path, model, data=Pairs(1))
+    trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1
+    (batch,) = trainer.get_train_dataloader()
+    trainer.training_step(model, batch)
+    assert any(p._post_accumulate_grad_hooks for p in model.parameters())
+    assert not ddp.require_backward_grad_sync
+    del trainer
+    gc.collect()
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    assert ddp.require_backward_grad_sync
+
+
+class UnfreezingAlone(transformers.TrainerCallback):
+    """Unfreezes the head, which is not in the optimizer."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        model.lm_head.weight.requires_grad_()
+
+
+class UnfreezingAloneInside(UnfreezingAlone):
+    def on_step_end(self, *args, **kwargs):
+        pass
+
+    on_substep_end = UnfreezingAlone.on_step_end
+
+
+def test_a_parameter_that_is_unfrozen_but_not_in_the_optimizer_has_no_gradients(tmp_path):
+    states = []
+    for callbacks in ([], [UnfreezingAlone()]):
+        trainer = make(with_mixin(Few), tmp_path, data=Pairs(3), callbacks=callbacks)
+        trainer.model.lm_head.weight.requires_grad_(False)
+        trainer.train()
+        states.append(weights(trainer.model))
+    torch.testing.assert_close(states[1], states[0], rtol=0, atol=0)
+
+
+def test_a_parameter_that_is_unfrozen_inside_a_window_is_refused(tmp_path):
+    options = {"gradient_accumulation_steps": 2, "callbacks": [UnfreezingAloneInside()]}
+    trainer = make(with_mixin(GradDiff), tmp_path, **options)
+    trainer.model.lm_head.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"`lm_head.weight` should be unfrozen between two .*on_step_end"):
+        trainer.train()
+
+
+def test_the_logged_losses_go_back_to_the_last_log_where_a_parameter_enters_the_optimizer(tmp_path):
+    seen = []
+
+    class Recording(GradDiff):
+        def compute_losses(self, model, inputs):
+            losses = graddiff_losses(model, None, inputs)
+            seen.append(torch.stack(losses).detach())
+            return losses
+
+    options = {"data": Pairs(4), "callbacks": [Unfreezing()], "logging_steps": 4}
+    trainer = make(with_mixin(Recording), tmp_path, **options)
+    of_layers = [p for n, p in trainer.model.named_parameters() if "layers" in n]
+    trainer.optimizer = torch.optim.SGD(of_layers, lr=1e-2)
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda _: 1.0)
+    trainer.train()
+    (log,) = steps_of(trainer)
+    found = torch.tensor([log["forget_loss"], log["retain_loss"]])
+    torch.testing.assert_close(found, sum(seen) / 4, rtol=rounding_error(4, FP32), atol=0)
+
+
 class InFp32(torch.optim.SGD):
     """Steps on copies in fp32 of the parameters in bf16, and on the other parameters themselves."""
 
@@ -1517,7 +1647,39 @@ class InFp32(torch.optim.SGD):
                 p.copy_(q)
 
 
-def test_an_optimizer_that_holds_copies_of_some_parameters_trains_all_of_them(tmp_path):
+def told_of_copies(caplog):
+    return [r.getMessage() for r in caplog.records if "treated as trained" in r.getMessage()]
+
+
+@pytest.mark.parametrize(("size", "count"), [(7, 6), (8, 21)])  # the smallest parameters have 8 elements
+def test_only_tensors_of_the_size_of_a_parameter_may_be_copies(size, count, tmp_path, caplog):
+    once.warned.clear()
+    learned = torch.ones(size, requires_grad=True)
+
+    class Learned(Few):
+        def create_optimizer(self, *args):
+            optimizer = super().create_optimizer(*args)
+            optimizer.param_groups[0]["params"].append(learned)
+            return optimizer
+
+    trainer = make(with_mixin(Learned), tmp_path, data=Pairs(2))
+    trainer.trained = "mlp"
+    trainer.train()
+    assert len(trainer.synthesis_report.groups) == count
+    told = told_of_copies(caplog)
+    assert len(told) == (size == 8)
+    assert all("has 1 tensors" in text and "does not have 15 of the parameters" in text for text in told)
+    assert (learned == 1.0).all()
+
+
+def test_an_optimizer_without_parameters_of_the_model_may_hold_copies_of_any_size():
+    model, learned = torch.nn.Linear(3, 2), torch.ones(1)
+    assert may_hold_copies([learned], model.parameters())
+    assert not may_hold_copies([learned, model.weight], model.parameters())
+
+
+def test_an_optimizer_that_holds_copies_of_some_parameters_trains_all_of_them(tmp_path, caplog):
+    once.warned.clear()
     model = llama(BF16)
     model.model.norm.float()
     model.model.norm.register_forward_hook(lambda module, args, output: output.bfloat16())
@@ -1526,6 +1688,7 @@ def test_an_optimizer_that_holds_copies_of_some_parameters_trains_all_of_them(tm
     trainer.optimizer = InFp32(list(model.parameters()), lr=0.5)
     trainer.train()
     assert [n for n, p in model.named_parameters() if torch.equal(p, start[n])] == []
+    assert len(told_of_copies(caplog)) == 1
 
 
 def test_an_optimizer_that_holds_copies_trains_all_parameters(tmp_path):
@@ -1565,7 +1728,7 @@ def test_an_optimizer_that_holds_copies_trains_all_parameters(tmp_path):
     ],
 )
 def test_accumulation_in_bf16_is_reported_once(dtype, how, accumulation, warns, tmp_path, caplog):
-    synthesizer._warned.clear()
+    once.warned.clear()
     for _ in range(2):
         options = {"data": Pairs(4), "gradient_accumulation_steps": accumulation}
         kind = Few if dtype == "only the rest" else GradDiff

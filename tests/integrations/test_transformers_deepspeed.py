@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 
-from sago.integrations.trainer import synthesizer
+from sago.integrations import once
 from sago.integrations.transformers import GradientSynthesisMixin, Synthesis
 from tests.support.ranks import Ranks
 from tests.support.trainers import (
@@ -198,7 +198,7 @@ def test_accumulation_in_bf16_is_reported(ranks, stage, remedy, tmp_path):
 def reported(folder, stage):
     """The warnings of a training in bf16 with two micro-batches."""
     found = []
-    synthesizer._warned.clear()
+    once.warned.clear()
     handler = logging.Handler()
     handler.emit = lambda record: found.append(record.getMessage())
     logging.getLogger("sago").addHandler(handler)

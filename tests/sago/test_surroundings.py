@@ -10,6 +10,8 @@ from unittest import mock
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
+from torch.nn.modules import module as modules
 from torch.optim import optimizer as optimizers
 
 import sago
@@ -249,7 +251,8 @@ def test_live_modules_are_searched_again_only_after_something_was_added(monkeypa
     counts = []
     for step in range(6):
         if step in (2, 5):
-            torch.nn.Sequential(torch.nn.ReLU())  # it does not matter where
+            torch.nn.Sequential(torch.nn.Linear(1, 1))  # it does not matter where
+        torch.nn.Sequential(torch.nn.ReLU())  # no parameters
         for side in (buckets.forget, buckets.retain):
             with side():
                 head(x).sum().backward()
@@ -257,6 +260,62 @@ def test_live_modules_are_searched_again_only_after_something_was_added(monkeypa
         buckets.zero_()
         counts.append(len(searches))
     assert counts == [1, 1, 2, 2, 2, 3]
+
+
+@pytest.mark.parametrize("search", ["sago.capture.others._beside", "sago.ranks.ddp.check_not_wrapped"])
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_a_search_that_was_interrupted_or_missed_something_is_repeated(search, interrupted):
+    (p,) = params = leaves(3)
+    buckets = sago.GradientBuckets(params)
+
+    def first(*args):
+        if interrupted:
+            raise KeyboardInterrupt
+        torch.nn.Linear(1, 1)  # another thread registers parameters during the search
+        return []
+
+    with mock.patch(search, side_effect=first) as searched:
+        with suppress(KeyboardInterrupt), buckets.forget():
+            p.sum().backward()
+        searched.side_effect = lambda *args: []
+        for _ in range(2):
+            with buckets.forget():
+                p.sum().backward()
+    assert searched.call_count == 2
+
+
+def test_a_compiled_forward_that_registers_a_module_is_compiled_once():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(3, 3)
+
+        def forward(self, x):
+            return torch.nn.Sequential(self.linear)(x)
+
+    net, x = Net(), torch.ones(2, 3)
+    buckets = sago.GradientBuckets(net.parameters())
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(net, backend=counter, fullgraph=True)
+    for _ in range(3):
+        with buckets.forget():
+            compiled(x).sum().backward()
+        torch.nn.Linear(1, 1)
+    assert counter.frame_count == 1
+
+
+def test_the_hooks_on_registrations_live_as_long_as_buckets():
+    hooks = modules._global_parameter_registration_hooks, modules._global_module_registration_hooks
+    gc.collect()
+    before, params = [len(x) for x in hooks], leaves(3)
+    buckets = sago.GradientBuckets(params)
+    with buckets.forget():
+        backward(params, [torch.ones(3)])
+    assert [len(x) for x in hooks] == [n + 1 for n in before]
+    del buckets
+    gc.collect()
+    assert [len(x) for x in hooks] == before
 
 
 def test_modules_whose_init_has_not_run_are_passed_over():

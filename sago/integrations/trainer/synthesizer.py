@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from sago.capture.buckets import GradientBuckets
 from sago.capture.streamed import InBackward
 from sago.core.report import SynthesisReport
 from sago.integrations import deepspeed
+from sago.integrations.once import warn_once
 from sago.integrations.trainer.adapter import (
     TESTED,
     check_one_micro_batch,
@@ -28,85 +29,93 @@ from sago.integrations.trainer.adapter import (
 )
 from sago.integrations.trainer.configuration import ByPattern
 from sago.integrations.trainer.options import Synthesis
+from sago.integrations.trainer.tally import Tally
 from sago.integrations.trainer.trained import Dropped, outside
 from sago.integrations.trainer.weights import SIDES, Weight, ratio_of, scaled
 from sago.ranks import fsdp
 from sago.ranks.ddp import reduce_in_backward
 from sago.rules import Rule, resolve
 
-_NORMS = ("norm_forget", "norm_retain", "norm_update")
-_COSINES = ("cos_forget_retain", "cos_update_forget", "cos_update_retain")
-_LOGGED = (
-    *_COSINES,
-    "conflict_fraction",
-    *_NORMS,
-    "nonfinite_forget",
-    "nonfinite_retain",
-)
-
 
 class Synthesizer:
-    """The buckets of a model in training, and the losses since the last log.
+    """The buckets of a model in training.
 
-    Attributes:
+    Args:
+        trainer: The trainer.
         model: The model that the trainer passes to `training_step`.
+        tally: Collects the values to log.
     """
 
-    def __init__(self, trainer: Any, model: Any) -> None:
+    def __init__(self, trainer: Any, model: Any, tally: Tally) -> None:
         check_supported(trainer)
-        self.model = model
+        self._model, self._tally = model, tally
         fsdp.reshard(model)  # an evaluation before the training leaves parameters unsharded
         self._engine = engine_of(trainer.accelerator, model)
         self._backward_options: dict[str, Any] = {}  # those of the trainer's call for DeepSpeed
         self._named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self._how = Synthesis.of(trainer.synthesis)
         self._rule = resolve(self._how.rule)
-        self._every = {id(p) for p in model.parameters()}
+        self._frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
+        self._every = [p for _, p in [*self._named, *self._frozen]]
         apart = outside(trainer.optimizer, model, self._named, self._every)
         if self._how.one_copy:
             check_one_micro_batch(trainer)
         self._buckets = _buckets(model, self._how, [p for _, p in apart])
         self._dropped = Dropped(apart, len(self._named))
         if trainer.state.global_step > 0 and (self._rule.state or self._rule.seed is not None):
-            _warn_once(
+            warn_once(
                 "memory",
                 f"the memory of the rule {self._rule.name!r} was reset at step {trainer.state.global_step}, "
                 "because new accumulators were made. Checkpoints of the Trainer do not contain it.",
             )
         _warn_of_rounding(most_micro_batches(trainer), self._buckets.dtypes, model)
-        self._reducing = list(_reducing(model))
+        self._reducing = weakref.WeakSet(_reducing(model))
+        self._reduce_again = weakref.finalize(self, _reduce_again, self._reducing)
         # The weights of the first micro-batch of the open window.
         self._weights: tuple[float, float] | None = None
-        self._used = (1.0, 1.0)  # the weights of the last synthesis
+        self._lost = ""  # the error in which a later micro-batch of the window ended
         self._step = 0  # the optimizer step of the open window
         self._shared: bool | None = None
-        self._report: SynthesisReport | None = None
-        self._loss_scale: Any = 1.0
+        self._report: SynthesisReport | None = None  # of `synthesize_in_backward`
         self._checked: set[tuple[int, bool]] = set()  # the cases in which `check_scale` has read the scale
-        self._losses: Tensor | None = None  # sums since the last log
-        self._count = 0
 
     def serves(self, trainer: Any, model: Any) -> bool:
         """Whether the buckets are those of this model and of the parameters in the optimizer.
 
-        A change of the optimizer counts from the next window on.
+        Inside a window the answer does not depend on the optimizer, so a change of its parameters takes
+        effect in the next window.
         """
-        if self.model is not model:
+        if self._model is not model:
             return False
         if self._weights is not None or self._engine is not None:
             return True
+        if any(p.requires_grad for _, p in self._frozen):
+            return False
         apart = outside(trainer.optimizer, model, self._named, self._every)
         return self._dropped.ids == [id(p) for _, p in apart]
 
     def begin(self, trainer: Any) -> None:
         step = trainer.state.global_step
+        if self._lost:
+            raise ValueError(
+                "Both gradients of a micro-batch should be complete, because those of a window are added up. "
+                f"Found that a micro-batch after the first one of its window ended in {self._lost}. Skip "
+                "batches only with gradient_accumulation_steps=1, or train again."
+            )
         if self._weights is not None and self._step != step:
             raise ValueError(
                 "The optimizer should step only after a micro-batch with `accelerator.sync_gradients`, which "
                 f"ends a window. Found that step {self._step} ended without it. Leave the order of steps "
-                "to the Trainer."
+                "to the Trainer, and do not skip the last micro-batch of a window."
             )
         self._step = step
+        for name, p in self._frozen:
+            if p.requires_grad and self._weights is not None:
+                raise ValueError(
+                    f"Parameter `{name}` should be unfrozen between two optimizer steps, because a window "
+                    "adds up gradients of the same parameters. Found that it was unfrozen after the first "
+                    "micro-batch of a window. Unfreeze it in `on_step_end` of a callback."
+                )
         # This may run inside accelerate's no_sync, which surrounds all micro-batches but the last.
         for module in self._reducing:
             if isinstance(module, DistributedDataParallel):
@@ -115,11 +124,11 @@ class Synthesizer:
                 module.set_requires_gradient_sync(True, recurse=False)
 
     def close(self) -> None:
-        """Removes the hooks, and switches the modules' own reduction on again."""
+        """Removes the hooks, switches the modules' own reduction on again, and ends an open window."""
         self._dropped.close()
-        for module in self._reducing:
-            if isinstance(module, DistributedDataParallel):
-                reduce_in_backward(module, True)
+        self._reduce_again()
+        if self._weights is not None:
+            self._buckets.zero_()
 
     @contextmanager
     def not_stepping(self, accelerator: Any) -> Iterator[None]:
@@ -191,19 +200,33 @@ class Synthesizer:
                 sides[k] = [(loss, ratio * scale) for loss, scale in sides[k]]
         if self._shared is None:
             self._shared = retain_loss is None and _share_graph(*([x for x, _ in side] for side in sides))
-        losses = [_sum_of_means(sides[0])]
         try:
-            with self._buckets.forget():
-                self._backward(sides[0], retain_graph=self._shared)
-                if retain_loss is not None:
-                    ((_, scale),) = sides[1]
-                    loss = retain_loss()
-                    sides[1] = [(loss, scale.to(loss.dtype))]
-        except BaseException:
-            # A trainer may skip the batch. Its forget gradient is dropped, unless the window has others.
-            if retain_loss is not None and self._count == 0:
+            losses = self._capture(sides, weights, first, retain_loss)
+        except BaseException as error:
+            # A trainer may skip the micro-batch. Nothing of its gradients may stay.
+            if self._weights is None:
                 self._buckets.zero_()
+            else:
+                self._lost = repr(error)
             raise
+        self._weights = first
+        self._tally.add(losses)
+
+    def _capture(
+        self,
+        sides: list[list[tuple[Tensor, Tensor]]],
+        weights: Mapping[str, Weight],
+        first: tuple[float, float],
+        retain_loss: Callable[[], Tensor] | None,
+    ) -> Tensor:
+        """Runs both backwards, and returns the two losses."""
+        losses = [_sum_of_means(sides[0])]
+        with self._buckets.forget():
+            self._backward(sides[0], retain_graph=bool(self._shared))
+            if retain_loss is not None:
+                ((_, scale),) = sides[1]
+                loss = retain_loss()
+                sides[1] = [(loss, scale.to(loss.dtype))]
         losses.append(_sum_of_means(sides[1]))
         with self._retain_capture(*first) as step:
             self._backward(sides[1], retain_graph=False)
@@ -215,10 +238,7 @@ class Synthesizer:
                 )
         if step is not None:
             self._report = step.report
-        seen = torch.stack(losses)
-        self._weights = first
-        self._losses = seen if self._losses is None else self._losses + seen
-        self._count += 1
+        return torch.stack(losses)
 
     def _retain_capture(self, gamma: float, alpha: float) -> AbstractContextManager[InBackward | None]:
         if not self._how.one_copy:
@@ -229,51 +249,25 @@ class Synthesizer:
 
     def synthesize(self, accelerator: Any) -> SynthesisReport:
         assert self._weights is not None  # `capture` sets them
-        self._used = self._weights
+        weights = self._weights
+        report = self._report
         if not self._how.one_copy:  # else `capture` has done it
-            gamma, alpha = self._used
-            self._report = self._buckets.synthesize_(
+            report = self._buckets.synthesize_(
                 self._rule,
-                gamma,
-                alpha,
+                *weights,
                 nonfinite=self._how.nonfinite,
                 stats=self._how.stats,
                 retain_floor=self._how.retain_floor,
             )
-        self._weights = None
-        if self._engine is not None:
-            self._loss_scale = deepspeed.scale_of(self._engine.engine)
+        assert report is not None
+        if self._engine is None:
+            scale = gradient_scale(accelerator, self._tally.losses)
+        else:
+            scale = deepspeed.scale_of(self._engine.engine)
             self._engine.engine.step()
-        elif self._losses is not None:
-            self._loss_scale = gradient_scale(accelerator, self._losses)
-        assert self._report is not None  # set here or by `capture`
-        return self._report
-
-    def summary(self, accelerator: Any) -> dict[str, float]:
-        """The values to log. Waits for the device."""
-        if self._report is None or self._losses is None:
-            return {}
-        forget, retain = accelerator.reduce(self._losses / self._count, reduction="mean").tolist()
-        self._losses, self._count = None, 0
-        found = self._report.summary()
-        for warning in self._report.warnings():
-            _warn_once("noise", warning)
-        self._check_same_weights(accelerator)
-        scale = float(self._loss_scale)
-        logged = {n: found[n] / scale if n in _NORMS else found[n] for n in _LOGGED if n in found}
-        logged = {n: x for n, x in logged.items() if n not in _COSINES or not math.isnan(x)}
-        return {"forget_loss": forget, "retain_loss": retain, **logged}
-
-    def _check_same_weights(self, accelerator: Any) -> None:
-        """Raises if the ranks used different weights. It is part of logging, which waits for the ranks."""
-        weights = torch.tensor([self._used], device=accelerator.device)
-        for name, values in zip(SIDES, accelerator.gather(weights).unbind(1), strict=True):
-            if len(set(values.tolist())) > 1:
-                raise ValueError(
-                    f"`self.{name}` should be the same on every rank, because it is a weight of the update "
-                    f"and not of the local loss. Found {values.tolist()}. Average what it is computed from "
-                    "over the ranks, for example with accelerator.reduce."
-                )
+        self._weights = None
+        self._tally.synthesized(report, weights, scale)
+        return report
 
     def _backward(self, side: Sequence[tuple[Tensor, Tensor]], retain_graph: bool) -> None:
         losses, scales = [loss for loss, _ in side], [scale for _, scale in side]
@@ -354,6 +348,13 @@ def _reducing(model: torch.nn.Module) -> Iterator[Any]:
     return (m for m in model.modules() if isinstance(m, (DistributedDataParallel, *sharded)))
 
 
+def _reduce_again(modules: Iterable[Any]) -> None:
+    """Switches on again what `begin` has switched off."""
+    for module in modules:
+        if isinstance(module, DistributedDataParallel):
+            reduce_in_backward(module, True)
+
+
 def _buckets(model: torch.nn.Module, how: Synthesis, apart: Sequence[Tensor]) -> GradientBuckets:
     """The buckets of all parameters except `apart`."""
     without = {id(p) for p in apart}
@@ -389,7 +390,7 @@ def _warn_of_retain(rule: Rule, gamma: float, alpha: float) -> None:
     """Warns if `alpha` is 0 and the rule still reads the retain gradient."""
     read = frozenset().union(*rule.reads[gamma == 0.0, True])
     if alpha == 0.0 and (rule.classes > 1 or not read <= {"ff"}):
-        _warn_once(
+        warn_once(
             f"alpha=0 {rule.name}",
             f"`self.alpha` is 0, but the rule {rule.name!r} still reads the retain gradient: its signs, or "
             "inner products with it. With rule='sum', a retain loss of weight 0 changes nothing.",
@@ -413,18 +414,9 @@ def _warn_of_rounding(count: int, dtypes: Set[torch.dtype], model: Any) -> None:
                 "`accumulate_dtype=torch.float32` avoids it, for 10 bytes per element of the gradients "
                 "instead of 4."
             )
-        _warn_once(
+        warn_once(
             "accumulation",
             f"the gradients of {count} micro-batches are added up in {' and '.join(narrow)}. In bfloat16, "
             "this moved elements of an update by up to 0.27 of its largest element (4 micro-batches; "
             f"`python -m benchmarks accumulation`). {remedy}",
         )
-
-
-_warned: set[str] = set()
-
-
-def _warn_once(kind: str, text: str) -> None:
-    if kind not in _warned:
-        _warned.add(kind)
-        logging.getLogger("sago").warning("sago: %s", text)

@@ -1,15 +1,21 @@
-"""Which parameters of a model the optimizer trains. Those of RMU are three matrices of a model."""
+"""Finds the parameters that require grad but are not in the optimizer.
+
+RMU trains three matrices of a model and leaves all others out of its optimizer.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence, Set
+import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from sago.integrations import deepspeed
+from sago.integrations.copies import may_hold_copies
 
 Named = Sequence[tuple[str, Tensor]]
 
@@ -24,16 +30,16 @@ def check_trains(optimizer: Any) -> None:
 
 
 def outside(
-    optimizer: Any, model: torch.nn.Module, named: Named, every: Set[int]
+    optimizer: Any, model: torch.nn.Module, named: Named, every: Sequence[Tensor]
 ) -> list[tuple[str, Tensor]]:
     """The parameters that the optimizer does not train.
 
     Args:
-        optimizer: That of the trainer. None if it has none.
+        optimizer: The trainer's optimizer, or None if the trainer has no optimizer.
         model: The model, or the DeepSpeed engine of the model.
         named: The parameters that require grad.
-        every: The ids of all parameters of the model, frozen ones included. They are not read from the model,
-            because FSDP2 puts unsharded parameters into its modules after a forward.
+        every: All parameters of the model, frozen ones included. They are not read from the model, because
+            FSDP2 puts unsharded parameters into its modules after a forward.
     """
     if deepspeed.is_engine(model):
         trained = deepspeed.trained(model)
@@ -41,20 +47,25 @@ def outside(
     if optimizer is None:
         return []
     check_trains(optimizer)
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    # An optimizer that also holds tensors of its own, such as copies in fp32 or on another device, may train
-    # every parameter.
-    if not held <= every:
+    tensors = [p for group in optimizer.param_groups for p in group["params"]]
+    if may_hold_copies(tensors, every):
         return []
+    held = {id(p) for p in tensors}
     return [(name, p) for name, p in named if id(p) not in held]
 
 
 class Dropped:
-    """Gives the parameters no gradient, until `close` is called."""
+    """Gives the parameters no gradient, until `close` is called or the object is dropped.
+
+    Attributes:
+        ids: The ids of the parameters.
+        close: Removes the hooks.
+    """
 
     def __init__(self, named: Named, count: int) -> None:
         self.ids = [id(p) for _, p in named]
-        self._hooks: list[Any] = [p.register_post_accumulate_grad_hook(_drop) for _, p in named]
+        hooks = [p.register_post_accumulate_grad_hook(_drop) for _, p in named]
+        self.close = weakref.finalize(self, _remove, hooks)
         if named:
             logging.getLogger("sago").warning(
                 "sago: %d of the %d parameters that require grad are not in the optimizer. Their gradients "
@@ -64,9 +75,10 @@ class Dropped:
                 named[0][0],
             )
 
-    def close(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
+
+def _remove(hooks: Sequence[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()
 
 
 def _drop(p: Tensor) -> None:

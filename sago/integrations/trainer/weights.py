@@ -74,7 +74,7 @@ class Weight(float):
             return product
         cut = product.detach().requires_grad_()
         noted.append((factor if self.times == 1.0 else self.times * factor, cut))
-        return cut
+        return cut.clone()  # `loss += ...` cannot write to a leaf
 
 
 def weights_of(trainer: Any, default: float | None) -> dict[str, Weight]:
