@@ -1395,7 +1395,7 @@ def test_groups_are_made_of_the_names_of_parameters(tmp_path):
 
     trainer = make(with_mixin(GradDiff, rule="pcgrad", groups=block), tmp_path, data=Pairs(3))
     seen = set()
-    trainer.add_callback(Looking(lambda: seen.update(trainer._synthesizer._report.groups)))
+    trainer.add_callback(Looking(lambda: seen.update(trainer.synthesis_report.groups)))
     trainer.train()
     assert seen == {block(name) for name, _ in trainer.model.named_parameters()}
     assert len(seen) == 5
