@@ -15,7 +15,7 @@ TESTS = tests/test_packaging.py tests/test_architecture.py tests/sago/test_rules
 # `make test-torch` tests with this version of torch, or with the newest.
 TORCH = newest
 
-.PHONY: demo experiment docs test test-torch test-matrix test-deepspeed test-ecosystem test-hub test-large \
+.PHONY: demo experiment docs test test-torch test-matrix test-deepspeed test-ecosystem test-hub test-large test-long \
 	lint bench dist hub clean
 
 demo: .venv/ready
@@ -55,6 +55,10 @@ test-ecosystem: .venv-ecosystem/ready
 # More than 2^31 elements in one tensor and in one bucket, with up to 16 GiB of memory.
 test-large: .venv/ready
 	$(BIN)/python -m pytest -m large tests/test_large.py
+
+# 10,000 windows in each way in.
+test-long: .venv/ready
+	$(BIN)/python -m pytest -s -m long tests/test_long.py
 
 # The kernels in the layout of the Hugging Face hub, loaded with its package `kernels`.
 test-hub: .venv-hub/ready

@@ -1,0 +1,128 @@
+"""10,000 windows in each way in: memory, live objects and function calls of a window do not grow.
+
+`make test-long` runs these tests and prints the figures. The number of calls takes the place of the time,
+which depends on what else the machine does.
+"""
+
+import gc
+import os
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import sago
+
+WINDOWS, EARLY = 10_000, 1_000
+GROWTH = 2 * 2**20  # bytes of resident memory, a fiftieth of what 10 KiB a window would take
+
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("one_thread")]
+
+
+class Model:
+    """Losses of the two sides, which reach another pattern of parameters in every third window."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4), nn.Linear(16, 4))
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=1e-4)
+
+    def loss(self, i, seed):
+        x = self.net[1](self.net[0](torch.randn(5, 8, generator=torch.Generator().manual_seed(seed))))
+        return self.net[2 + (i % 3 == 0)](x).square().mean()
+
+
+def lists():
+    """New tensors in each call, so that addresses are freed and used again."""
+    shapes = [(3, 5), (8,), ()]
+    generator = torch.Generator().manual_seed(0)
+
+    def window(i):
+        sides = [[torch.randn(s, generator=generator) for s in shapes] for _ in range(2)]
+        return sago.synthesize_(*sides, ("sago", "pcgrad")[i % 2])
+
+    return window
+
+
+def plan():
+    sides = [[torch.randn(3, 5), torch.randn(8)] for _ in range(2)]
+    made = sago.Plan(*sides, "pcgrad")
+    return lambda i: made.synthesize_(gamma=1.0 + i % 2)
+
+
+def buckets():
+    model = Model()
+    made = sago.GradientBuckets(model.net)
+
+    def window(i):
+        with made.forget():
+            (-model.loss(i, 2 * i)).backward()
+        with made.retain():
+            model.loss(i // 2, 2 * i + 1).backward()
+        report = made.synthesize_("pcgrad", max_norm=1.0)
+        model.optimizer.step()
+        made.zero_()
+        return report
+
+    return window
+
+
+def one_copy():
+    model = Model()
+    made = sago.GradientBuckets(model.net, one_copy=True)
+
+    def window(i):
+        with made.forget():
+            (-model.loss(i, 2 * i)).backward()
+        with made.synthesize_in_backward("sago") as step:
+            model.loss(i // 2, 2 * i + 1).backward()
+        model.optimizer.step()
+        made.zero_()
+        return step.report
+
+    return window
+
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def calls_of(window, i):
+    count = 0
+
+    def profile(frame, event, argument):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(profile)
+    try:
+        window(i)
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads resident memory from /proc")
+@pytest.mark.parametrize("make", [lists, plan, buckets, one_copy], ids=lambda make: make.__name__)
+def test_windows_cost_the_same_at_the_end(make):
+    window, found = make(), {}
+    for i in range(WINDOWS + 1):
+        if i in (EARLY, WINDOWS):
+            gc.collect()
+            found[i] = (calls_of(window, i - i % 6), len(gc.get_objects()), resident(), time.perf_counter())
+        report = window(i)
+        if i % 100 == 0:
+            assert report.ff.isfinite().all()
+    (calls, objects, memory, start), (*last, end) = found[EARLY], found[WINDOWS]
+    milliseconds = (end - start) / (WINDOWS - EARLY) * 1e3
+    print(
+        f"\n{make.__name__}: {last[0]} calls a window (window {EARLY}: {calls}), "
+        f"{last[1] - objects:+} objects, "
+        f"{(last[2] - memory) / 1024:+.0f} KiB, {milliseconds:.2f} ms a window"
+    )
+    assert last[0] == calls
+    assert abs(last[1] - objects) < 100
+    assert last[2] - memory < GROWTH
