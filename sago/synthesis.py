@@ -14,6 +14,7 @@ from sago.core.pairs import Weight
 from sago.core.pipeline import Pipeline, count_versions
 from sago.core.report import SynthesisReport
 from sago.core.seen import find
+from sago.core.transforms import refuse_transforms
 from sago.ranks import dtensor
 from sago.rules import Rule, resolve
 
@@ -75,6 +76,7 @@ def synthesize_(
 
     Source: arXiv 2604.14808 (SAGO and the retain-first use of PCGrad); rules in `sago.reference`.
     """
+    refuse_transforms()
     rule = resolve(rule)
     check_backend(backend)
     pipeline, updates, lists = find(forget, retain, rule, out, groups, reduce_gram, backend, dtensor)
@@ -111,6 +113,7 @@ def synthesize(
         otherwise. An update has the dtype of retain, or of forget if retain is None. It is None if both are
         None.
     """
+    refuse_transforms()
     rule = resolve(rule)
     pairs = check_pairs(forget, retain, rule, NEW, groups, reduce_gram, backend, dtensor)
     call = check_call(rule, gamma, alpha, eps, stats, reduce_gram, pairs.backends, retain_floor=retain_floor)
@@ -159,6 +162,7 @@ class Plan:
         backend: str | None = None,
         retain_floor: float = 0.0,
     ) -> None:
+        refuse_transforms()
         rule = resolve(rule)
         self._pairs = check_pairs(forget, retain, rule, out, groups, reduce_gram, backend, dtensor)
         devices = self._pairs.backends
@@ -180,6 +184,7 @@ class Plan:
 
     def synthesize_(self, gamma: Weight = 1.0, alpha: Weight = 1.0) -> SynthesisReport:
         """Writes the update of the current gradients. `gamma` and `alpha` are as in `sago.synthesize_`."""
+        refuse_transforms()
         devices = self._pairs.backends
         call = self._call._replace(
             gamma=check_weight("gamma", gamma, devices), alpha=check_weight("alpha", alpha, devices)

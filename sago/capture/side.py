@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sago.capture.exposed import Exposed
 from sago.capture.flat import Flat, clear
-from sago.ranks.dtensor import wrap
+from sago.ranks.dtensor import is_dtensor
 
 
 class Side:
@@ -18,7 +19,7 @@ class Side:
     Attributes:
         name: "forget" or "retain".
         views, owner, buffers: See `sago.capture.flat.Flat`; the views hold the shards of this rank.
-        grads: The views in the form of `p.grad`: DTensors if the parameters are DTensors.
+        exposed: The aliases of the views that become `p.grad`: DTensors if the parameters are DTensors.
         touched: For each parameter, whether a backward of the window reached it.
         captures: The number of captures of the window that had a backward.
         written: Whether the accumulators were written since they were cleared.
@@ -35,11 +36,16 @@ class Side:
     def __init__(self, name: str, flat: Flat, params: Sequence[Tensor]) -> None:
         self.name = name
         self.views, self.owner, self.buffers = flat
-        self.grads = [wrap(view, p) for view, p in zip(self.views, params, strict=True)]
+        self.exposed = Exposed(self.views, params)
         self.touched = [False] * len(params)
         self.captures = 0
         self.written = False
         self.probed = [False] * len(params)
+
+    @property
+    def grads(self) -> list[Any]:
+        """The gradients in the form of `p.grad`."""
+        return self.exposed.grads
 
     @property
     def reached(self) -> list[bool]:
@@ -55,7 +61,7 @@ class Side:
         """A number that changes when gradient `i` is written."""
         view, grad = self.views[i], self.grads[i]
         # An operation on a DTensor changes only the DTensor's version. FSDP2 writes to its local tensor.
-        return view._version if grad is view else view._version + grad._version
+        return view._version + grad._version if is_dtensor(grad) else view._version
 
     def versions(self) -> list[int]:
         return [self.version(i) for i in range(len(self.views))]

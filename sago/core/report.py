@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sago.backends.upload import upload
+from sago.core.checks import check_keys
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -176,19 +177,14 @@ class SynthesisReport:
         Returns:
             A report on the CPU.
         """
-        if len(groups) != len(self.groups):
-            raise ValueError(
-                f"Parameter `groups` should have one key for each of the {len(self.groups)} groups. Found "
-                f"{len(groups)}."
-            )
-        rows = {key: row for row, key in enumerate(dict.fromkeys(groups))}
-        index = torch.tensor([rows[key] for key in groups], dtype=torch.int64)
+        rows, keys = check_keys(groups, len(self.groups), "group of the report")
+        index = torch.tensor(rows, dtype=torch.int64, device="cpu")
 
         def summed(values: Tensor) -> Tensor:
-            return values.new_zeros(len(rows), device="cpu").index_add_(0, index, values.cpu())
+            return values.new_zeros(len(keys), device="cpu").index_add_(0, index, values.cpu())
 
         sums = {name: summed(values) for name, values in self._read().items()}
-        return SynthesisReport(self.rule, tuple(rows), summed(self.numel), lambda: sums)
+        return SynthesisReport(self.rule, keys, summed(self.numel), lambda: sums)
 
     def to_dict(self) -> dict[str, list[float]]:
         """Every field that was computed, as a list with one number for each group. Waits for the device."""
