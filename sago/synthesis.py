@@ -136,8 +136,8 @@ class Plan:
 
     Args:
         forget, retain, rule, out, groups, eps, stats, reduce_gram, backend, retain_floor: As in
-            `sago.synthesize_`. The plan keeps the memory that the tensors have now. Make a new plan when a
-            tensor is resized or its `data` is replaced.
+            `sago.synthesize_`. The plan keeps the memory that the tensors have now. It does not notice when a
+            tensor is resized or its `data` is replaced: make a new plan then.
 
     Use a plan in one thread at a time. A call does not increment the version counters of the outputs, so
     autograd does not notice that a saved tensor was overwritten. `sago.synthesize_` has neither limit. Any

@@ -74,7 +74,8 @@ class GradientBuckets:
 
     Values that other code writes to `p.grad` inside a capture count as a gradient, zeros included.
     `zero_grad(set_to_none=True)` is the exception: it drops the gradient that the side has so far, except
-    with `accumulate_dtype`, where `p.grad` is not the accumulator.
+    with `accumulate_dtype`, where `p.grad` is not the accumulator. If other code gives the tensor `p.grad`
+    other memory, as `p.grad.data = x` does, the next captures use the accumulators all the same.
 
     Args:
         params: A module, `model.parameters()` or `model.named_parameters()`, or a DeepSpeed engine. Frozen
