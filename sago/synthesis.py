@@ -185,6 +185,7 @@ class Plan:
     def synthesize_(self, gamma: Weight = 1.0, alpha: Weight = 1.0) -> SynthesisReport:
         """Writes the update of the current gradients. `gamma` and `alpha` are as in `sago.synthesize_`."""
         refuse_transforms()
+        self._call.rule.check_helpers()
         devices = self._pairs.backends
         call = self._call._replace(
             gamma=check_weight("gamma", gamma, devices), alpha=check_weight("alpha", alpha, devices)

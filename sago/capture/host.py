@@ -141,8 +141,8 @@ class GradHost:
         found = [p.grad for p in self._params]
         moved = side.exposed.moved()
         self._copy_shared(side, found, moved)
-        for i, (g, view) in enumerate(zip(found, side.views, strict=True)):
-            own = g is side.grads[i]
+        for i, (g, view, grad) in enumerate(zip(found, side.views, side.grads, strict=True)):
+            own = g is grad
             kept |= side.touched[i] and (own or self._wider[i] or (g is not None and g.requires_grad))
             if g is None and not self._wider[i]:  # zero_grad(set_to_none=True) without a later backward
                 if side.keeps:

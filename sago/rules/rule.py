@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sago.rules.form import check_gate
+from sago.rules.form import Helpers, check_gate, helpers, replaced
 from sago.rules.reads import CASES, PRODUCTS, Names, Reads, reads
 
 Scope = Literal["element", "tensor", "global"]
@@ -125,6 +125,7 @@ class Rule:
     reads: Reads = field(init=False, repr=False, compare=False)
     classes: int = field(init=False, repr=False, compare=False)
     by_sign: bool = field(init=False, repr=False, compare=False)
+    helpers: Helpers = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not callable(self.coefficients):
@@ -142,6 +143,7 @@ class Rule:
         classes, by_sign = self._classes_of_gate() if self.gate else (2 if self.gated else 1, True)
         object.__setattr__(self, "classes", classes)
         object.__setattr__(self, "by_sign", by_sign)
+        object.__setattr__(self, "helpers", helpers(self.coefficients) + helpers(self.gate))
         if self.by_class and self.gate is None:
             raise ValueError("Parameter `by_class` should be False for a rule without a `gate`. Found True.")
         if self.seed is not None and not (isinstance(self.seed, int) and -(2**63) <= self.seed < 2**63):
@@ -186,6 +188,18 @@ class Rule:
                 "Parameter `scope` should be 'tensor' or 'global' for coefficients that depend on inner "
                 f"products. Found 'element' for the rule {self.name!r}, which reads "
                 f"{', '.join(f'`{name}`' for name in read)}."
+            )
+
+    def check_helpers(self) -> None:
+        """Raises ValueError if a function that the rule calls was replaced after the rule was made.
+
+        Kernels keep the function with which they were compiled, and `reads` describes that function, too.
+        """
+        name = replaced(self.helpers)
+        if name is not None:
+            raise ValueError(
+                f"The function `{name}`, which the rule {self.name!r} calls, should be the one with which "
+                "the rule was made. Found that the name has another value. Make the sago.Rule again."
             )
 
     def _initial(self) -> tuple[float, ...]:

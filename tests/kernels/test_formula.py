@@ -260,6 +260,14 @@ def second(ff, fr, rr, gamma, alpha):
     return alpha, gamma
 
 
+def test_functions_that_were_compiled_are_given_back():
+    alive = weakref.ref(formula.on_device(first).fn)
+    assert alive() is not None
+    formula._compiled.cache_clear()
+    gc.collect()
+    assert alive() is None
+
+
 def test_rules_of_one_name_are_told_apart():
     """Triton before 3.9 tells functions in constexpr arguments apart by the names that they print."""
     first.__qualname__ = second.__qualname__ = "rule"

@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 import sago
+from sago.backends import inductor
 from sago.capture.exposed import Exposed
+from sago.capture.side import Side
 from sago.core import seen
 from sago.core.guards import Guards
 from sago.core.pipeline import Pipeline
@@ -158,6 +160,21 @@ def test_a_gradient_that_was_kept_and_is_moved_after_its_capture(form):
 
         assert trained.window(seed, inside=keep, between=move)
         trained.buckets.zero_()
+
+
+@pytest.mark.parametrize("form", ["two copies", "in backward", "one copy"])
+def test_a_gradient_that_was_kept_and_is_written_after_its_window(form, monkeypatch):
+    """As a running mean of gradients in the tensors of the first step does."""
+    for guarded in (True, False):
+        if not guarded:
+            monkeypatch.setattr(Side, "versions", lambda side: [0] * len(side.views))
+        trained, kept = Trained(**FORMS[form]), []
+        assert trained.window(0, inside=lambda t, kept=kept: kept.append(t.v.grad))
+        kept += [p.grad for p in trained.params.values()]
+        trained.buckets.zero_()
+        for g in kept:
+            g.add_(1.0)
+        assert trained.window(1) == guarded
 
 
 def swapped(t):
@@ -316,6 +333,38 @@ def scaled(ff, fr, rr, gamma, alpha):
 SHARED = sago.Rule("scaled", scaled, "tensor")
 
 
+def twice(x):
+    return 2.0 * x
+
+
+def thrice(x):
+    return 3.0 * x
+
+
+def through(x):
+    return twice(x)
+
+
+def calling(ff, fr, rr, gamma, alpha):
+    return through(gamma), alpha
+
+
+@pytest.mark.parametrize("run", FAST_BACKENDS)
+def test_a_function_of_a_rule_that_is_defined_again(run, monkeypatch):
+    """As in a notebook. A kernel would keep the earlier definition without a word."""
+    f, r = repeats.memory(run)
+    rule = sago.Rule("calling", calling, "element")
+    plan, before = sago.Plan(f, r, rule, backend=run.name), r.clone()
+    assert torch.equal(sago.synthesize(f, r, rule, backend=run.name)[0], 2.0 * f + r)
+    monkeypatch.setitem(globals(), "twice", thrice)
+    for call in (lambda: sago.synthesize_(f, r, rule, backend=run.name), plan.synthesize_):
+        with pytest.raises(ValueError, match=r"`twice`.*'calling'.*another value.*Make.*again"):
+            call()
+    assert torch.equal(r, before)
+    rule = sago.Rule("calling", calling, "element")
+    assert torch.equal(sago.synthesize(f, r, rule, backend=run.name)[0], 3.0 * f + r)
+
+
 @pytest.mark.parametrize("rule", ["sago", "pcgrad", SHARED], ids=str)
 def test_threads_with_lists_of_their_own(rule):
     def work(seed):
@@ -329,6 +378,23 @@ def test_threads_with_lists_of_their_own(rule):
                 torch.testing.assert_close(r if out is None else f, expected, rtol=1e-5, atol=1e-5)
 
     in_threads(*(lambda seed=seed: work(seed) for seed in range(4)))
+
+
+def gate(f, r):
+    return through(f)
+
+
+def test_compiled_code_of_a_gate_whose_function_is_defined_again(monkeypatch):
+    made = []
+    monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
+    monkeypatch.setattr(inductor, "_compiled", {})
+    monkeypatch.setattr(inductor, "_compile", lambda *arguments: made.append(arguments) or made)
+    memory = torch.empty(inductor.COMPILE_AT_ONCE)
+    for count in (1, 1, 2):
+        if count == 2:
+            monkeypatch.setitem(globals(), "twice", thrice)
+        assert inductor.compiled_code(print, (gate, False), [memory]) is made
+        assert len(made) == count
 
 
 def test_threads_with_the_same_inputs():
