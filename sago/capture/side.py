@@ -42,7 +42,7 @@ class Side:
         self.captures = 0
         self.written = False
         self.probed = [False] * len(params)
-        self._clean = self.versions()
+        self._cleared = self.versions()
 
     @property
     def grads(self) -> list[Any]:
@@ -85,9 +85,9 @@ class Side:
 
     def clear(self) -> None:
         # Other code may have kept a gradient of an earlier window, and may have written to it since.
-        if self.written or self.versions() != self._clean:
+        if self.written or self.versions() != self._cleared:
             clear(self.buffers)
-            self._clean = self.versions()
+            self._cleared = self.versions()
         self.written = False
 
     def drop(self) -> None:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import gc
 import inspect
+import weakref
 
 import pytest
 import torch
