@@ -10,7 +10,6 @@ import weakref
 
 import pytest
 import torch
-from torch import nn
 
 import sago
 from sago.backends import inductor
@@ -32,7 +31,7 @@ class Trained:
     """Three parameters and their buckets. The gradients of the windows are known."""
 
     def __init__(self, dtype=FP32, **options):
-        self.params = {name: nn.Parameter(torch.ones(s, dtype=dtype)) for name, s in SHAPES.items()}
+        self.params = {n: torch.ones(s, dtype=dtype, requires_grad=True) for n, s in SHAPES.items()}
         self.in_backward = options.get("one_copy", False) or options.pop("in_backward", False)
         self.buckets = sago.GradientBuckets(self.params.items(), **options)
 
@@ -369,7 +368,7 @@ def test_a_function_of_a_rule_that_is_defined_again(run, monkeypatch):
 def test_threads_with_lists_of_their_own(rule):
     def work(seed):
         numbers = torch.Generator().manual_seed(seed)
-        for i in range(25):
+        for i in range(9):
             forget, retain = ([torch.randn(5 + i % 3, generator=numbers) for _ in range(3)] for _ in range(2))
             expected, _ = sago.reference.synthesize(forget, retain, rule, gamma=seed + 1.0)
             for out in (None, "forget"):
@@ -443,21 +442,18 @@ def test_windows_in_other_threads_than_the_one_that_made_the_buckets():
 def test_a_window_that_begins_in_one_thread_and_ends_in_another():
     trained = Trained()
     for seed in range(2):
-
-        def between(t, seed=seed):
-            in_threads(lambda: t.buckets.retain_grads)
-
         with trained.buckets.forget():
             in_threads(lambda seed=seed: trained.backward(seed))
-        in_threads(lambda: assert_retained(trained))
+
+        def end():
+            with trained.buckets.retain():
+                trained.backward(10)
+            trained.buckets.synthesize_("sum", gamma=GAMMA, alpha=0.0)
+
+        in_threads(end)
+        for p, g in zip(trained.params.values(), trained.gradients(seed).values(), strict=True):
+            assert torch.equal(p.grad, GAMMA * g)
         trained.buckets.zero_()
-
-
-def assert_retained(trained):
-    with trained.buckets.retain():
-        trained.backward(10)
-    trained.buckets.synthesize_("sum", alpha=0.0)
-    assert all(p.grad.isfinite().all() for p in trained.params.values())
 
 
 def count(kind):
@@ -493,14 +489,3 @@ def test_models_are_not_kept_alive():
     del trained
     gc.collect()
     assert [ref() for ref in alive] == [None] * len(alive)
-
-
-def test_rules_are_dropped_after_a_while():
-    alive = []
-    for i in range(260):
-        rule = sago.Rule(f"rule {i}", lambda ff, fr, rr, gamma, alpha: (gamma, alpha), "element", gated=False)
-        sago.synthesize(torch.ones(1), torch.ones(1), rule, stats=False)
-        alive.append(weakref.ref(rule))
-    del rule
-    gc.collect()
-    assert sum(ref() is not None for ref in alive) <= 256
