@@ -150,7 +150,8 @@ class Rule:
             raise ValueError(f"Parameter `seed` should be None or an int of 64 bits. Found {self.seed!r}.")
         if self.seed is not None and self.gate is None:
             raise ValueError("Parameter `seed` should be None for a rule without a `gate`. Found a number.")
-        ones = torch.ones(2, dtype=torch.float64, device="cpu")
+        with torch.inference_mode(False):  # tensors of inference mode have no versions
+            ones = torch.ones(2, dtype=torch.float64, device="cpu")
         object.__setattr__(self, "state", self._initial())
         more: list[Any] = [[(ones,) * 4] * classes] if self.by_class else []
         more += [(ones,) * len(self.state)] if self.state else []

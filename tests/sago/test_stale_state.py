@@ -348,6 +348,13 @@ def calling(ff, fr, rr, gamma, alpha):
     return through(gamma), alpha
 
 
+def test_a_rule_that_is_made_in_inference_mode():
+    with torch.inference_mode():
+        rule = sago.Rule("calling", calling, "element")
+    f, r = torch.ones(3), torch.ones(3)
+    assert torch.equal(sago.synthesize(f, r, rule)[0], 3.0 * f)
+
+
 @pytest.mark.parametrize("run", FAST_BACKENDS)
 def test_a_function_of_a_rule_that_is_defined_again(run, monkeypatch):
     """As in a notebook. A kernel would keep the earlier definition without a word."""
