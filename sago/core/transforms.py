@@ -42,6 +42,8 @@ _innermost, _level = _private_names()
 
 def refuse_transforms() -> None:
     """Raises ValueError inside vmap, grad, jvp or functionalize, a dual level, or a trace."""
+    if torch.compiler.is_compiling():  # TorchDynamo cannot trace the private functions
+        return
     transform = _innermost()
     if transform is not None:
         name = f"torch.func.{transform.key().name.lower()}"
