@@ -2,8 +2,7 @@
 
 It does not use autograd and shares no code with the fast backends. Elements are computed in fp32 (fp64 where
 a gradient is fp64) and rounded once at the end, as in the kernels, so that the elementwise rules can be
-compared bit for bit. Inner products are summed in fp64. The functions check only a few of their arguments,
-unlike `sago.synthesize_`.
+compared bit for bit. Inner products are summed in fp64. Arguments are checked as in `sago.synthesize_`.
 
 `f` is the gradient of the forget loss as minimised, `r` the gradient of the retain loss. Each rule has a
 function here, defined in its file under `sago.rules`, that returns `(a_c, b_c, a, b)`: the update is
@@ -24,8 +23,18 @@ from torch import Tensor
 from sago import rules
 from sago.backends.reference import class_sums_of, conflict, update, weighted, with_zeros, write
 from sago.backends.reference import sums_of as sums
-from sago.core.checks import check_floor
+from sago.core.checks import (
+    NEW,
+    as_list,
+    check_bool,
+    check_floor,
+    check_pairs,
+    check_weight,
+    non_negative,
+)
 from sago.core.report import SynthesisReport
+from sago.core.transforms import refuse_transforms
+from sago.ranks import dtensor
 from sago.rules import REFERENCES, Rule
 from sago.rules.draws import of_pair
 
@@ -66,18 +75,14 @@ def synthesize(
     retain_floor: float = 0.0,
 ) -> tuple[Any, SynthesisReport]:
     """`sago.synthesize` in plain torch: new tensors of retain's dtype, and the report."""
-    like = (
-        retain
-        if isinstance(retain, Tensor)
-        else [f if r is None else r for f, r in zip(forget, retain, strict=True)]
-    )
-    out = (
-        torch.empty_like(like)
-        if isinstance(like, Tensor)
-        else [None if t is None else torch.empty_like(t) for t in like]
-    )
+    refuse_transforms()
+    single = isinstance(forget, Tensor) and isinstance(retain, Tensor)
+    forget, retain = as_list("forget", forget), as_list("retain", retain)
+    checked = check_pairs(forget, retain, rules.resolve(rule), NEW, groups, reduce_gram, "reference", dtensor)
+    out = checked.updates
     more = groups, eps, stats, reduce_gram, retain_floor
-    return out, synthesize_(forget, retain, rule, gamma, alpha, out, *more)
+    report = synthesize_(forget, retain, rule, gamma, alpha, out, *more)
+    return (out[0] if single else out), report
 
 
 @torch.no_grad()
@@ -95,13 +100,19 @@ def synthesize_(
     retain_floor: float = 0.0,
 ) -> SynthesisReport:
     """`sago.synthesize_` in plain torch: the update is written to retain, to forget or to `out`."""
-    forget, retain = _listed(forget), _listed(retain)
-    targets = retain if out is None else forget if isinstance(out, str) else _listed(out)
-    gamma, alpha = float(gamma), float(alpha)
-    if isinstance(out, str) and out != "forget":
-        raise ValueError(f"Parameter `out` should be None, 'forget' or tensors. Found {out!r}.")
-    coefficients = REFERENCES[rule] if isinstance(rule, str) else definition(rule)
-    rule = rules.resolve(rule)
+    refuse_transforms()
+    name, rule = rule, rules.resolve(rule)
+    forget, retain = as_list("forget", forget), as_list("retain", retain)
+    out = out if out is None or isinstance(out, str) else as_list("out", out)
+    checked = check_pairs(forget, retain, rule, out, groups, reduce_gram, "reference", dtensor)
+    gamma, alpha = (
+        float(check_weight(side, weight, checked.backends))
+        for side, weight in (("gamma", gamma), ("alpha", alpha))
+    )
+    eps = non_negative("eps", eps)
+    check_bool("stats", stats)
+    targets = retain if out is None else forget if isinstance(out, str) else out
+    coefficients = REFERENCES[name] if isinstance(name, str) else definition(rule)
 
     if groups is None:
         groups = ["all"] * len(forget) if rule.scope == "global" else list(range(len(forget)))
@@ -109,13 +120,6 @@ def synthesize_(
     pairs = [
         None if f is None and r is None else with_zeros(f, r) for f, r in zip(forget, retain, strict=True)
     ]
-
-    for i, (target, pair) in enumerate(zip(targets, pairs, strict=True)):
-        if pair and (target is None or any(t.shape != target.shape for t in pair)):
-            found = [None if t is None else tuple(t.shape) for t in (*pair, target)]
-            raise ValueError(
-                f"Forget, retain and out of gradient {i} should be tensors of one shape. Found {found}."
-            )
 
     if rule.seed is not None:  # the numbers follow the order of the elements in memory
         pairs = [pair and _laid_out(*pair, o) for pair, o in zip(pairs, targets, strict=True)]
@@ -177,10 +181,6 @@ def _floor(ff: float, rr: float, numel: float, retain_floor: float) -> float:
 
 def _laid_out(f: Tensor, r: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     return (f, r) if f.stride() == r.stride() == out.stride() else (f.contiguous(), r.contiguous())
-
-
-def _listed(tensors: Any) -> list[Any]:
-    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
 
 
 def definition(rule: Any) -> Callable[..., Floats]:

@@ -15,6 +15,7 @@ from sago.core.pairs import Weight
 from sago.core.pipeline import Pipeline, count_versions
 from sago.core.report import SynthesisReport
 from sago.core.seen import find
+from sago.core.transforms import refuse_transforms
 from sago.in_graph import InGraph
 from sago.ranks import dtensor
 from sago.rules import Rule, resolve
@@ -77,6 +78,7 @@ def synthesize_(
 
     Source: arXiv 2604.14808 (SAGO and the retain-first use of PCGrad); rules in `sago.reference`.
     """
+    refuse_transforms()
     rule = resolve(rule)
     if torch.compiler.is_compiling():
         *_, report = _in_graph(
@@ -118,6 +120,7 @@ def synthesize(
         otherwise. An update has the dtype of retain, or of forget if retain is None. It is None if both are
         None.
     """
+    refuse_transforms()
     rule = resolve(rule)
     if torch.compiler.is_compiling():
         updates, report = _in_graph(
@@ -149,8 +152,8 @@ class Plan:
 
     Args:
         forget, retain, rule, out, groups, eps, stats, reduce_gram, backend, retain_floor: As in
-            `sago.synthesize_`. The plan keeps the memory that the tensors have now. Make a new plan when a
-            tensor is resized or its `data` is replaced.
+            `sago.synthesize_`. The plan keeps the memory that the tensors have now. It does not notice when a
+            tensor is resized or its `data` is replaced: make a new plan then.
 
     Use a plan in one thread at a time. A call does not increment the version counters of the outputs, so
     autograd does not notice that a saved tensor was overwritten. `sago.synthesize_` has neither limit. Any
@@ -175,6 +178,7 @@ class Plan:
         backend: str | None = None,
         retain_floor: float = 0.0,
     ) -> None:
+        refuse_transforms()
         rule = resolve(rule)
         self._pairs = check_pairs(forget, retain, rule, out, groups, reduce_gram, backend, dtensor)
         devices = self._pairs.backends
@@ -196,6 +200,8 @@ class Plan:
 
     def synthesize_(self, gamma: Weight = 1.0, alpha: Weight = 1.0) -> SynthesisReport:
         """Writes the update of the current gradients. `gamma` and `alpha` are as in `sago.synthesize_`."""
+        refuse_transforms()
+        self._call.rule.check_helpers()
         devices = self._pairs.backends
         call = self._call._replace(
             gamma=check_weight("gamma", gamma, devices), alpha=check_weight("alpha", alpha, devices)

@@ -66,6 +66,10 @@ def check_rule(rule: str | Rule, reference: Definition | None = None, cases: int
     A rule with `state` is checked at its first step.
     """
     rule = resolve(rule)
+    if not (reference is None or callable(reference)):
+        raise TypeError(
+            f"Parameter `reference` should be None or a function. Found {type(reference).__name__}."
+        )
     if rule.state:
         rule = _at_first_step(rule)
     if reference is None and RULES.get(rule.name) is rule:

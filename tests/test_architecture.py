@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "capture": {"ranks", "core", "backends", "rules"},
     "monitor": {"capture", "synthesis", "core", "rules"},
     "integrations": {"capture", "monitor", "synthesis", "ranks", "core", "backends", "rules"},
-    "reference": {"core", "backends", "rules"},
+    "reference": {"ranks", "core", "backends", "rules"},
     "distributed": {"ranks"},
     "testing": {"reference", "synthesis", "rules"},
 }

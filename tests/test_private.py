@@ -9,10 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import sago
 from sago.capture import hooks
-from sago.core import guards
+from sago.core import guards, transforms
 from sago.integrations import deepspeed
 from sago.integrations.trainer import adapter
 from sago.private import has_since, require, version
@@ -76,7 +77,17 @@ def numbers(text):
 
 
 @pytest.mark.parametrize(
-    "name", [*ddp._DDP[:3], *fsdp._GROUP[1:], *fsdp._PARAM, deepspeed.PARTITIONS, "loss_scale", hooks.HOOKS]
+    "name",
+    [
+        *ddp._DDP[:3],
+        *fsdp._GROUP[1:],
+        *fsdp._PARAM,
+        deepspeed.PARTITIONS,
+        "loss_scale",
+        hooks.HOOKS,
+        "_current_level",
+        "_functorch",
+    ],
 )
 def test_a_private_name_is_used_in_one_file(name):
     texts = {p: p.read_text(encoding="utf-8") for p in (ROOT / "sago").rglob("*.py")}
@@ -277,6 +288,44 @@ def test_only_tested_versions_of_triton_are_launched_directly(version, directly,
     with caplog.at_level(logging.WARNING, "sago"):
         assert launch.launches_directly.__wrapped__() == directly
     assert ("slower dispatch" in caplog.text) != directly
+
+
+def test_the_transforms_of_this_torch_are_known():
+    assert transforms._innermost is importlib.import_module("torch._C._functorch").peek_interpreter_stack
+    with forward_ad.dual_level():
+        assert transforms._level() == 0
+    assert transforms._level() == -1
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("torch._C._functorch", "peek_interpreter_stack"),
+        ("torch._C._functorch", "TransformType"),
+        ("torch.autograd.forward_ad", "_current_level"),
+    ],
+)
+def test_transforms_without_a_name(module, name, monkeypatch, caplog):
+    """Their tensors are refused all the same."""
+    monkeypatch.delattr(importlib.import_module(module), name)
+    with caplog.at_level(logging.WARNING, "sago"):
+        innermost, level = transforms._private_names()
+    assert "does not tell whether a transform" in caplog.text
+    assert name in caplog.text
+    monkeypatch.undo()
+    monkeypatch.setattr(transforms, "_innermost", innermost)
+    monkeypatch.setattr(transforms, "_level", level)
+    r = torch.ones(3)
+
+    def transformed(t):
+        sago.synthesize_(t, r)
+        return t.sum()
+
+    for transform, x in ((torch.func.vmap, torch.ones(2, 3)), (torch.func.grad, torch.ones(3))):
+        with pytest.raises(TypeError, match=r"`forget\[0\]` should hold data"):
+            transform(transformed)(x)
+    assert torch.equal(r, torch.ones(3))
+    sago.synthesize_(r, r, "sum")
 
 
 def test_the_guards_of_this_torch_are_used():

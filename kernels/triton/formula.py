@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import count
 from types import FunctionType
 from typing import Any
 
@@ -10,10 +11,10 @@ import triton
 import triton.language as tl
 
 from sago import rules
-from sago.rules.form import fault
+from sago.rules.form import Helpers, fault, helpers, replaced
 from sago.rules.reads import CASES, PRODUCTS
 
-_NUMBERED: list[FunctionType] = []
+_numbers = count()
 
 
 @triton.jit
@@ -74,7 +75,12 @@ def on_device(coefficients: Any) -> Any:
     for function, device in _IN_KERNELS:
         if coefficients is function:
             return device
-    return _compiled(coefficients) if isinstance(coefficients, FunctionType) else None
+    if not isinstance(coefficients, FunctionType):
+        return None
+    used = _helpers(coefficients)
+    if replaced(used) is not None:  # a function with this name was defined again
+        used = helpers(coefficients)
+    return _compiled(coefficients, used)
 
 
 def gate_on_device(gate: rules.Gate | None) -> Any:
@@ -82,8 +88,11 @@ def gate_on_device(gate: rules.Gate | None) -> Any:
     return None if gate is None else on_device(gate)
 
 
+_helpers = lru_cache(maxsize=256)(helpers)
+
+
 @lru_cache(maxsize=256)
-def _compiled(function: FunctionType) -> Any:
+def _compiled(function: FunctionType, used: Helpers) -> Any:
     if fault(function) is not None:
         return None
     names: dict[str, Any] = {"__name__": function.__module__, "tl": tl}
@@ -91,6 +100,5 @@ def _compiled(function: FunctionType) -> Any:
         names[name] = on_device(function.__globals__.get(name))
     device = FunctionType(function.__code__, names, function.__name__)
     # Triton up to 3.8 distinguishes functions in constexpr arguments by name only.
-    device.__qualname__ = f"{function.__qualname__}_{len(_NUMBERED)}"
-    _NUMBERED.append(device)
+    device.__qualname__ = f"{function.__qualname__}_{next(_numbers)}"
     return triton.jit(device)

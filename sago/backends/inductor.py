@@ -16,12 +16,14 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sago.rules.draws import Drawn
+from sago.rules.form import helpers
 
 COMPILE_FROM = 1 << 15  # elements of the smallest tensor for which a call of compiled code pays
 COMPILE_AT_ONCE = 1 << 20  # elements of a tensor that is not run uncompiled first
@@ -47,7 +49,9 @@ def compiled_code(
     if any(isinstance(x, Drawn) for x in constant):  # random gates are not compiled
         return None
     small = () if coefficients is None else (coefficients.ndim, coefficients.shape[-1])
-    key = graph, constant, small, *(t.dtype for t in tensors)
+    # A function that a gate calls may be defined again, which the gate itself does not show.
+    used = tuple(helpers(x) for x in constant if isinstance(x, FunctionType))
+    key = graph, constant, used, small, *(t.dtype for t in tensors)
     if key in _compiled:
         return _compiled[key]
     if numel < COMPILE_AT_ONCE:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sago.backends.choose import check_backend, choose_backend
 from sago.backends.streams import Cache, is_capturing
+from sago.capture.exposed import Exposed
 from sago.capture.flat import flatten
 from sago.capture.fresh import FreshGradients
 from sago.capture.hooks import check_hooks
@@ -22,12 +23,21 @@ from sago.capture.memory import RuleMemory, check_memory
 from sago.capture.opening import Engine, find_engine, open_host
 from sago.capture.others import Others
 from sago.capture.parameters import choose
+from sago.capture.side import Side
 from sago.capture.streamed import InBackward, check_exact
 from sago.capture.window import Action, Window
-from sago.core.checks import ReduceGram, check_call, check_groups, non_negative
+from sago.core.checks import (
+    ReduceGram,
+    check_accumulate_dtype,
+    check_bool,
+    check_call,
+    check_groups,
+    non_negative,
+)
 from sago.core.pairs import Call, Pairs, Weight
 from sago.core.pipeline import Pipeline, count_versions
 from sago.core.report import SynthesisReport
+from sago.core.transforms import refuse_transforms
 from sago.private import require
 from sago.ranks import ddp, dtensor, fsdp
 from sago.ranks.dtensor import Shards
@@ -65,7 +75,8 @@ class GradientBuckets:
 
     Values that other code writes to `p.grad` inside a capture count as a gradient, zeros included.
     `zero_grad(set_to_none=True)` is the exception: it drops the gradient that the side has so far, except
-    with `accumulate_dtype`, where `p.grad` is not the accumulator.
+    with `accumulate_dtype`, where `p.grad` is not the accumulator. If other code gives the tensor `p.grad`
+    other memory, as `p.grad.data = x` does, the next captures use the accumulators all the same.
 
     Args:
         params: A module, `model.parameters()` or `model.named_parameters()`, or a DeepSpeed engine. Frozen
@@ -148,6 +159,7 @@ class GradientBuckets:
         one_copy: bool = False,
     ) -> None:
         check_backend(backend)
+        check_bool("one_copy", one_copy)
         if retain_decay is not None and not 0.0 < non_negative("retain_decay", retain_decay) < 1.0:
             raise ValueError(
                 f"Parameter `retain_decay` should be None or between 0 and 1. Found {retain_decay}."
@@ -159,11 +171,7 @@ class GradientBuckets:
             )
         if accumulation not in ("sum", "mean"):
             raise ValueError(f"Parameter `accumulation` should be 'sum' or 'mean'. Found {accumulation!r}.")
-        if accumulate_dtype not in (None, torch.float32, torch.float64):
-            raise ValueError(
-                "Parameter `accumulate_dtype` should be None, torch.float32 or torch.float64. Found "
-                f"{accumulate_dtype!r}."
-            )
+        check_accumulate_dtype(accumulate_dtype)
         if not non_negative("bucket_cap_mb", bucket_cap_mb, finite=False) > 0.0:
             raise ValueError(f"Parameter `bucket_cap_mb` should be positive. Found {bucket_cap_mb}.")
         engine = find_engine(params)
@@ -196,13 +204,14 @@ class GradientBuckets:
             weakref.finalize(self._window, _release, weakref.ref(engine))
         # A running mean is kept, and fresh gradients are not. The update is written over forget then.
         self._written = self._forget if self._retain.keeps or self._retain.fresh else self._retain
-        self._updates, self._update_grads = list(self._written.views), list(self._written.grads)
+        self._updates = list(self._written.views)
         self._backends = {v.device: choose_backend(backend, v.device) for v in self._retain.views}
         apart = [i for i, v in enumerate(self._retain.views) if v.dtype != opened.dtypes[i]]
         like = [self._retain.views[i] for i in apart]
         updates = flatten(like, [opened.dtypes[i] for i in apart], capacity)
         for i, view in zip(apart, updates.views, strict=True):
-            self._updates[i], self._update_grads[i] = view, dtensor.wrap(view, self._params[i])
+            self._updates[i] = view
+        self._published = Exposed(self._updates, self._params)
         self._in_place = not apart and not opened.padded
         buffers = [*self._forget.buffers, *self._retain.buffers, *updates.buffers]
         self.dtypes = frozenset(v.dtype for v in self._forget.views)
@@ -234,7 +243,7 @@ class GradientBuckets:
     @property
     def forget_grads(self) -> list[Tensor | None]:
         """The forget gradients of the closed captures, one for each parameter; None if it was not reached."""
-        return self._forget.present(self._forget.grads)
+        return _aliases(self._forget)
 
     @property
     def retain_grads(self) -> list[Tensor | None]:
@@ -242,7 +251,7 @@ class GradientBuckets:
 
         With `retain_decay` they are weighted sums over windows. The mean is such a sum, divided by a number.
         """
-        return self._retain.present(self._retain.grads)
+        return _aliases(self._retain)
 
     def synthesize_(
         self,
@@ -282,6 +291,7 @@ class GradientBuckets:
             ValueError, TypeError: For invalid arguments, and unless both sides are captured, all captures are
                 closed and no backward ran outside of them.
         """
+        refuse_transforms()
         if self._retain.fresh:
             raise _no_accumulators("synthesize_")
         self._window.check_ready(self._forget, self._retain)
@@ -355,6 +365,7 @@ class GradientBuckets:
                 If a gradient arrives a second time, because of a second backward or of reentrant
                 checkpointing, the window is lost.
         """
+        refuse_transforms()
         window, retain = self._window, self._retain
         if on_update is not None and not callable(on_update):
             raise TypeError(
@@ -455,11 +466,19 @@ class GradientBuckets:
                 "call."
             )
         optimizer = _unwrapped(optimizer)
+        for name, x, wanted in (
+            ("scaler", scaler, torch.amp.GradScaler),
+            ("optimizer", optimizer, torch.optim.Optimizer),
+        ):
+            if not isinstance(x, wanted):
+                raise TypeError(
+                    f"Parameter `{name}` should be a torch {wanted.__name__}. Found {type(x).__name__}."
+                )
         index = {id(p): i for i, p in enumerate(self._params)}
         given = (id(p) for group in optimizer.param_groups for p in group["params"])
         self._window.check_scaled(index[key] for key in given if key in index)
         self._meet()
-        forget, retain = self.forget_grads, self.retain_grads
+        forget, retain = (side.present(side.grads) for side in (self._forget, self._retain))
         found: list[int] = []
         gradients: list[Tensor | None] = []
         for group in optimizer.param_groups:
@@ -751,7 +770,7 @@ class GradientBuckets:
         for i in (i for u in units for i in members[u]):
             if self._forget.touched[i] or retain[i]:
                 p = self._params[i]
-                with torch.no_grad(), self._window.lending(p, self._update_grads[i]):
+                with torch.no_grad(), self._window.lending(p, self._published.grads[i]):
                     on_update(p)
 
     def _publish(self, used: bool = False) -> None:
@@ -759,7 +778,8 @@ class GradientBuckets:
         retain = self._retain.reached if self._retain.keeps else self._retain.touched
         written = [f or r for f, r in zip(self._forget.touched, retain, strict=True)]
         count_versions([u for u, w in zip(self._updates, written, strict=True) if w])
-        grads = zip(self._update_grads, written, strict=True)
+        self._published.renew()
+        grads = zip(self._published.grads, written, strict=True)
         self._window.publish([u if w and not used else None for u, w in grads])
 
 
@@ -767,6 +787,11 @@ def _release(ref: weakref.ref[Engine]) -> None:
     engine = ref()  # it is alive as long as methods of the engine are replaced
     if engine is not None:
         engine.release()
+
+
+def _aliases(side: Side) -> list[Tensor | None]:
+    """New tensors over the gradients that are present."""
+    return [None if g is None else g.detach() for g in side.present(side.grads)]
 
 
 def _no_accumulators(method: str) -> ValueError:

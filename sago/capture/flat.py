@@ -65,4 +65,10 @@ def flatten(like: Sequence[Tensor], dtypes: Sequence[torch.dtype], capacity: flo
 def clear(buffers: Sequence[Tensor]) -> None:
     """Fills the buffers with -0. The sum of -0 and a number is that number. 0 would turn -0 into 0."""
     for buffer in buffers:
+        end = buffer.storage_offset() * buffer.element_size() + buffer.nbytes
+        if buffer.untyped_storage().nbytes() < end:  # torch would write there
+            raise ValueError(
+                "The accumulators should keep their memory. Found that the storage of a gradient was "
+                "resized. Make new GradientBuckets, and clear gradients with zero_."
+            )
         buffer.fill_(-0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import is_
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +15,7 @@ from sago.capture.fresh import FreshGradients
 from sago.capture.side import Capture, Side
 from sago.core.guards import Guards
 from sago.ranks import fsdp
-from sago.ranks.dtensor import is_dtensor, local_as
+from sago.ranks.dtensor import is_dtensor, local, local_as
 
 Arrived = Callable[[int, torch.device], None]
 
@@ -137,9 +138,11 @@ class GradHost:
                     )
             return
         kept = not any(side.touched)
-        for i, (p, view) in enumerate(zip(self._params, side.views, strict=True)):
-            g = p.grad
-            own = g is side.grads[i]
+        found = [p.grad for p in self._params]
+        moved = side.exposed.moved()
+        self._copy_shared(side, found, moved)
+        for i, (g, view, grad) in enumerate(zip(found, side.views, side.grads, strict=True)):
+            own = g is grad
             kept |= side.touched[i] and (own or self._wider[i] or (g is not None and g.requires_grad))
             if g is None and not self._wider[i]:  # zero_grad(set_to_none=True) without a later backward
                 if side.keeps:
@@ -148,10 +151,11 @@ class GradHost:
                     clear([view])
                 side.touched[i] = False
                 continue
-            if not own:
-                self._settle(side, i)
+            if not own or i in moved:
+                self._settle(side, i, g)
             if side.version(i) != capture.versions[i]:
                 side.touched[i] = capture.reached = side.written = True
+        side.exposed.renew(moved)
         if not kept:  # zero_grad(set_to_none=True) has dropped the earlier captures
             side.captures = 0
 
@@ -200,19 +204,38 @@ class GradHost:
                 )
         self._guards = Guards(self._params)  # a parameter may have been frozen, which is allowed
 
+    def _copy_shared(self, side: Side, found: list[Any], moved: Sequence[int]) -> None:
+        """Copies the gradients that other code took from accumulators of the side.
+
+        Otherwise, `_settle` could overwrite one before it is copied to its own accumulator.
+        """
+        if not moved and all(map(is_, found, side.grads)):
+            return
+        memory = {b.untyped_storage().data_ptr() for b in side.buffers}
+        other = {i for i, (g, own) in enumerate(zip(found, side.grads, strict=True)) if g is not own}
+        for i in other.union(moved):
+            g = local(found[i])
+            if g is not None and g.layout == torch.strided and g.untyped_storage().data_ptr() in memory:
+                found[i] = found[i].detach().clone()
+
     @torch.no_grad()
-    def _settle(self, side: Side, i: int) -> None:
-        """Copies `p.grad` into the accumulator, if it is another tensor.
+    def _settle(self, side: Side, i: int, g: Tensor | None) -> None:
+        """Copies a gradient into the accumulator, if it is in other memory.
 
         Autograd makes a new tensor after zero_grad(set_to_none=True), and with create_graph=True.
         """
-        view, g = side.views[i], self._params[i].grad
-        if g is None or g is side.grads[i]:
+        view = side.views[i]
+        if g is None:
             return
         _refuse_sparse(self._names[i], g)
         if side.keeps and not self._wider[i] and is_dtensor(self._params[i]):
             self._refuse_zero_grad(i)  # no hook has put the accumulator back
         g = local_as(g, self._params[i])
+        if g.shape != view.shape:
+            raise ValueError(
+                f"`{self._names[i]}.grad` should have shape {tuple(view.shape)}. Found {tuple(g.shape)}: "
+                "other code has replaced its data. Call zero_ and capture both sides again."
+            )
         view.add_(g) if self._wider[i] else view.copy_(g)
 
     @torch.no_grad()
@@ -251,7 +274,8 @@ class GradHost:
             capture.side.add(i, _arrived_shard(p))
             p.grad = None
         else:
-            self._settle(capture.side, i)
+            if p.grad is not capture.side.grads[i]:
+                self._settle(capture.side, i, p.grad)
             p.grad = None if self._wider[i] else capture.side.grads[i]
         capture.side.touched[i] = capture.reached = capture.side.written = True
         arrived(i, p.device)

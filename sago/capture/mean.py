@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sago.capture.flat import Flat, clear
 from sago.capture.side import Side
-from sago.core.checks import non_negative
+from sago.core.checks import check_kind, non_negative
 from sago.ranks import dtensor
 from sago.ranks.sum_over import SumOver
 
@@ -153,6 +153,7 @@ def shards_of(mean: Any, weight: Any, names: Sequence[str], retain: Side) -> lis
                 f"The gradient of `{name}` in `state` should be a {type(like).__name__}. "
                 f"Found {type(g).__name__}."
             )
+        check_kind(f"state['retain_mean'][{name!r}]", g)
         wanted, found = tuple(dtensor.local(like).shape), tuple(dtensor.local(g).shape)
         if found != wanted:
             raise ValueError(

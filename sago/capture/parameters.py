@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -59,10 +59,11 @@ def _listed(params: Any) -> tuple[list[Hashable], list[str], list[Any]]:
     """Group keys, names for messages, and tensors."""
     if isinstance(params, torch.nn.Module):
         params = params.named_parameters()
-    if isinstance(params, Tensor) or not isinstance(params, Iterable):
+    if isinstance(params, (Tensor, str, Mapping)) or not isinstance(params, Iterable):
+        instead = " Pass its `items()`." if isinstance(params, Mapping) else ""
         raise TypeError(
             "Parameter `params` should be a module or an iterable of parameters or of (name, parameter). "
-            f"Found {type(params).__name__}."
+            f"Found {type(params).__name__}.{instead}"
         )
     found = list(params)
     if found and all(isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], str) for x in found):

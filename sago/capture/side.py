@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sago.capture.exposed import Exposed
 from sago.capture.flat import Flat, clear
-from sago.ranks.dtensor import wrap
+from sago.ranks.dtensor import is_dtensor
 
 
 class Side:
@@ -18,10 +19,10 @@ class Side:
     Attributes:
         name: "forget" or "retain".
         views, owner, buffers: See `sago.capture.flat.Flat`; the views hold the shards of this rank.
-        grads: The views in the form of `p.grad`: DTensors if the parameters are DTensors.
+        exposed: The aliases of the views that become `p.grad`: DTensors if the parameters are DTensors.
         touched: For each parameter, whether a backward of the window reached it.
         captures: The number of captures of the window that had a backward.
-        written: Whether the accumulators were written since they were cleared.
+        written: Whether a window wrote to the accumulators since they were cleared.
         probed: For each parameter, whether its gradient was found to be dense.
         mean: Whether the captures of a window are averaged.
         keeps: Whether the accumulators hold gradients of earlier windows.
@@ -35,11 +36,18 @@ class Side:
     def __init__(self, name: str, flat: Flat, params: Sequence[Tensor]) -> None:
         self.name = name
         self.views, self.owner, self.buffers = flat
-        self.grads = [wrap(view, p) for view, p in zip(self.views, params, strict=True)]
+        self.exposed = Exposed(self.views, params)
+        self._placed = [is_dtensor(p) for p in params]
         self.touched = [False] * len(params)
         self.captures = 0
         self.written = False
         self.probed = [False] * len(params)
+        self._cleared = self.versions()
+
+    @property
+    def grads(self) -> list[Any]:
+        """The gradients in the form of `p.grad`."""
+        return self.exposed.grads
 
     @property
     def reached(self) -> list[bool]:
@@ -53,12 +61,14 @@ class Side:
 
     def version(self, i: int) -> int:
         """A number that changes when gradient `i` is written."""
-        view, grad = self.views[i], self.grads[i]
+        view = self.views[i]
         # An operation on a DTensor changes only the DTensor's version. FSDP2 writes to its local tensor.
-        return view._version if grad is view else view._version + grad._version
+        return view._version + self.grads[i]._version if self._placed[i] else view._version
 
     def versions(self) -> list[int]:
-        return [self.version(i) for i in range(len(self.views))]
+        if any(self._placed):
+            return [self.version(i) for i in range(len(self.views))]
+        return [view._version for view in self.views]
 
     def present(self, grads: Sequence[Tensor]) -> list[Tensor | None]:
         """`grads` with None for each parameter that no backward reached."""
@@ -74,8 +84,10 @@ class Side:
         self.captures = 0
 
     def clear(self) -> None:
-        if self.written:
+        # Other code may have kept a gradient of an earlier window, and may have written to it since.
+        if self.written or self.versions() != self._cleared:
             clear(self.buffers)
+            self._cleared = self.versions()
         self.written = False
 
     def drop(self) -> None:
@@ -102,7 +114,7 @@ class Capture:
     def __init__(self, side: Side, alone: bool) -> None:
         self.side = side
         self.alone = alone
-        self.versions = side.versions()
+        self.versions: list[int] = []
         self.mounted = False
         self.reached = False
         self.nested = False

@@ -356,6 +356,7 @@ class Window:
             self._host.collect(self._open[-1])
         if side.empty:
             side.clear()
+            side.exposed.renew()
         capture = Capture(side, alone=arrived is not None)
         self._agreed = False
         try:
@@ -388,6 +389,8 @@ class Window:
             finally:
                 foreign = self._restore(closed)
         except BaseException as other:
+            for ended in closed:
+                ended.side.written = True  # `collect` has not recorded it
             self.fail(f"a {side.name} capture ended in {other!r}")
             raise
         if error is not None and capture.reached:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from sago.backends.choose import check_backend, choose_backend
 from sago.backends.upload import upload
@@ -40,6 +41,7 @@ def check_pairs(
     """Checks the gradients of a call, and raises ValueError or TypeError if they are invalid. `out` may be
     `NEW`."""
     check_backend(backend)
+    _check_reduction(reduce_gram)
     forget, retain = as_list("forget", forget), as_list("retain", retain)
     if len(forget) != len(retain):
         raise ValueError(
@@ -53,6 +55,13 @@ def check_pairs(
     out = [None] * len(forget) if allocate else check_outputs(out, forget, retain)
     for i, tensors in enumerate(zip(forget, retain, out, strict=True)):
         _check_pair(i, *tensors)
+    for name, side in (("forget", forget), ("retain", retain), ("out", out)):
+        for i, t in enumerate(side):
+            if t is not None and not holds_data(placement.local(t)):
+                raise TypeError(
+                    f"Parameter `{name}[{i}]` should hold data. Found {type(t).__name__}, which has no "
+                    "memory of its own. Pass plain tensors or DTensors."
+                )
     if allocate:
         like = (f if r is None else r for f, r in zip(forget, retain, strict=True))
         out = [None if t is None else torch.empty_like(t, requires_grad=False) for t in like]
@@ -64,10 +73,12 @@ def check_pairs(
         if reduce_gram is None:
             spread = placement.read(out, rows)
         sides = [[placement.local(t) for t in side] for side in sides]
-    for name, side in zip(("forget", "retain", "out"), sides, strict=True):
-        for i, t in enumerate(side):
-            if t is not None and not holds_data(t):
-                raise TypeError(f"Parameter `{name}[{i}]` should hold data. Found {type(t).__name__}.")
+    for i, t in enumerate(sides[2]):
+        if t is not None and t.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(
+                f"The output for gradient {i} should not be a tensor of inference mode, which cannot be "
+                "written outside of it. Found one. Clone the tensor, or call inside torch.inference_mode()."
+            )
     check_overlap(*sides)
     devices = dict.fromkeys(t.device for t in sides[2] if t is not None) or {torch.device("cpu"): None}
     return Pairs(
@@ -97,8 +108,8 @@ def check_call(
     draw: Tensor | None = None,
     retain_floor: float = 0.0,
 ) -> Call:
-    if reduce_gram is not None and not callable(reduce_gram):
-        raise TypeError(f"Parameter `reduce_gram` should be a callable. Found {type(reduce_gram).__name__}.")
+    _check_reduction(reduce_gram)
+    check_bool("stats", stats)
     if nonfinite not in (None, *NONFINITE):
         raise ValueError(
             f"Parameter `nonfinite` should be 'propagate' or 'zero_update'. Found {nonfinite!r}."
@@ -172,6 +183,11 @@ def _keeps_forget(rule: Rule) -> bool:
     return all(float(values[2 * k]) != 0.0 for k in classes)
 
 
+def _check_reduction(reduce_gram: Any) -> None:
+    if reduce_gram is not None and not callable(reduce_gram):
+        raise TypeError(f"Parameter `reduce_gram` should be a callable. Found {type(reduce_gram).__name__}.")
+
+
 def _checked(reduce_gram: ReduceGram) -> Callable[[Tensor], Tensor]:
     """Wraps `reduce_gram` so that it returns the table even if it works in place."""
 
@@ -195,8 +211,11 @@ def as_list(name: str, tensors: Gradients) -> list[Any]:
         return [tensors]
     unordered = isinstance(tensors, (str, bytes, Mapping, Set)) or hasattr(tensors, "__array__")
     if unordered or not isinstance(tensors, Iterable):
+        instead = " Pass its values as a list." if isinstance(tensors, Mapping) else ""
+        instead = " Convert it with torch.from_numpy." if hasattr(tensors, "__array__") else instead
         raise TypeError(
             f"Parameter `{name}` should be a tensor or a sequence of tensors. Found {type(tensors).__name__}."
+            f"{instead}"
         )
     return list(tensors)
 
@@ -232,6 +251,11 @@ def check_keys(
             index.setdefault(group, len(index))
         except TypeError as error:
             raise TypeError(f"Parameter `groups[{i}]` should be hashable. Found {group!r}.") from error
+        if isinstance(group, Tensor) or group != group:
+            raise TypeError(
+                f"Parameter `groups[{i}]` should equal the other keys of its group. Found {group!r}, which "
+                "equals itself at most. Use strings or integers, for example with `tolist()`."
+            )
     return [index[group] for group in groups], list(index)
 
 
@@ -292,27 +316,35 @@ def _check_tensor(name: str, i: int, t: Any) -> None:
 
 def check_kind(name: str, t: Tensor) -> None:
     """Raises unless the tensor is dense, floating-point and has memory."""
-    if t.layout != torch.strided:
-        raise TypeError(f"Parameter `{name}` should be dense. Found layout {t.layout}.")
+    if t.layout != torch.strided or t.is_nested:
+        found = f"layout {t.layout}" if t.layout != torch.strided else "a nested tensor"
+        raise TypeError(f"Parameter `{name}` should be dense. Found {found}.")
     if t.dtype not in DTYPES:
         raise TypeError(
             f"Parameter `{name}` should be bfloat16, float16, float32 or float64. Found {t.dtype}."
         )
     if t.is_meta:
         raise ValueError(f"Parameter `{name}` should hold data. Found a meta tensor.")
+    if is_lazy(t):
+        raise ValueError(
+            f"Parameter `{name}` should hold data. Found {type(t).__name__}, which has no shape yet. Run a "
+            "forward of the module first."
+        )
 
 
 def holds_data(t: Tensor) -> bool:
     try:
-        return t.numel() == 0 or t.data_ptr() != 0
+        # `data_ptr` of a FakeTensor warns before it fails. Its storage is on the device "meta".
+        real = t.untyped_storage().device.type != "meta"
+        return real and (t.numel() == 0 or t.data_ptr() != 0)
     except RuntimeError:  # tensors that are traced, faked or batched by a transform
         return False
 
 
 def non_negative(name: str, value: Any, finite: bool = True) -> float:
-    if not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"Parameter `{name}` should be a number. Found {type(value).__name__}.")
-    number = float(value)
+    number = _as_float(name, value)
     if math.isnan(number) or number < 0.0 or (finite and number == math.inf):
         raise ValueError(
             f"Parameter `{name}` should be {'finite and ' if finite else ''}not negative. Found {value}."
@@ -328,9 +360,12 @@ def check_weight(name: str, weight: Any, devices: Collection[torch.device]) -> W
             raise ValueError(
                 f"Parameter `{name}` should be a float or a 0-d tensor. Found shape {tuple(weight.shape)}."
             )
-        if weight.is_complex() or weight.dtype == torch.bool or weight.is_meta:
+        plain = weight.layout == torch.strided and not weight.is_quantized
+        real = plain and not weight.is_complex() and weight.dtype != torch.bool
+        if not real or weight.is_meta or not (type(weight) is Tensor or holds_data(weight)):
             raise TypeError(
-                f"Parameter `{name}` should be a real number. Found {weight.dtype} on {weight.device}."
+                f"Parameter `{name}` should be a real number in a dense tensor with memory. Found "
+                f"{weight.dtype}, {weight.layout}, on {weight.device}."
             )
         if devices and weight.device.type != "cpu" and weight.device not in devices:
             raise ValueError(
@@ -341,8 +376,29 @@ def check_weight(name: str, weight: Any, devices: Collection[torch.device]) -> W
         if weight.device.type == "cpu" and all(device.type != "cpu" for device in devices):
             return float(weight)
         return weight.detach().resolve_neg().to(torch.float64)
-    if not isinstance(weight, Real):
+    if isinstance(weight, bool) or not isinstance(weight, Real):
         raise TypeError(
             f"Parameter `{name}` should be a float or a 0-d tensor. Found {type(weight).__name__}."
         )
-    return float(weight)
+    return _as_float(name, weight)
+
+
+def check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"Parameter `{name}` should be True or False. Found {value!r}.")
+
+
+def check_accumulate_dtype(dtype: Any) -> None:
+    if dtype not in (None, torch.float32, torch.float64):
+        raise ValueError(
+            f"Parameter `accumulate_dtype` should be None, torch.float32 or torch.float64. Found {dtype!r}."
+        )
+
+
+def _as_float(name: str, number: Real) -> float:
+    try:
+        return float(number)
+    except OverflowError as error:
+        raise ValueError(
+            f"Parameter `{name}` should be in the range of float. Found a larger {type(number).__name__}."
+        ) from error

@@ -41,6 +41,7 @@ class Found(NamedTuple):
 
 
 _PLAIN = (list, tuple)
+_KINDS = (Tensor, torch.nn.Parameter)  # other classes may have no memory
 _seen = Cache(256)
 # On the CPU, a list keeps about 2 KiB for each small tensor, and buffers of up to 1 MiB.
 _seen_on_cpu, _long_on_cpu = Cache(16), Cache(2)
@@ -77,7 +78,7 @@ def find(
             return Found(seen.pipeline, updates, lists)
     pairs = check_pairs(forget, retain, rule, out, groups, reduce_gram, backend, placement)
     pipeline = Pipeline(pairs, pairs.numel())
-    plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+    plain = all(type(t) in _KINDS for t in tensors)
     if key is None or not plain or len(pipeline.devices) != 1 or not pipeline.release():
         return Found(pipeline, pairs.updates)
     cache.add(key, devices, Seen(pipeline, Guards(tensors)))
@@ -93,8 +94,9 @@ def _key(
     if not all(type(x) in _PLAIN for x in sides) or not (groups is None or type(groups) in _PLAIN):
         return [], None
     tensors = list(chain(*sides))
-    first = next((t for t in tensors if t is not None), None)
-    if not isinstance(first, Tensor):
+    firsts = [next((t for t in side if t is not None), None) for side in sides]
+    first = next((t for t in firsts if t is not None), None)
+    if first is None or not all(t is None or type(t) in _KINDS for t in firsts):
         return [], None
     addresses = _addresses(tensors)
     missing: tuple[int, ...] = ()
@@ -114,7 +116,7 @@ def _addresses(tensors: Iterable[Any]) -> tuple[int, ...] | None:
     """The addresses of the tensors. None if an item is not a tensor with an address."""
     try:
         return tuple(map(Tensor.data_ptr, tensors))
-    except (TypeError, RuntimeError):
+    except (TypeError, RuntimeError, ValueError):
         return None
 
 

@@ -6,6 +6,7 @@ import copy
 import csv
 from collections import deque
 from collections.abc import Iterator
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,8 @@ class ConflictMonitor:
             raise TypeError(f"Parameter `report` should be a SynthesisReport. Found {type(report).__name__}.")
         last = self._kept[-1][0] if self._kept else -1
         step = last + 1 if step is None else step
+        if not isinstance(step, Integral):
+            raise TypeError(f"Parameter `step` should be None or an integer. Found {type(step).__name__}.")
         if step <= last:
             raise ValueError(
                 f"Parameter `step` should be larger than that of the last report, {last}. Found {step}. "

@@ -78,6 +78,7 @@ def list_rules() -> list[str]:
 def resolve(rule: str | Rule) -> Rule:
     """The `Rule` of that name, or the rule itself."""
     if isinstance(rule, Rule):
+        rule.check_helpers()
         return rule
     if not isinstance(rule, str):
         raise TypeError(f"Parameter `rule` should be a name or a sago.Rule. Found {type(rule).__name__}.")

@@ -15,6 +15,7 @@ Source: Algorithm 1 of CAGrad, Liu et al. 2021, arXiv 2110.14048. For two gradie
 """
 
 import math
+from numbers import Real
 
 from sago.rules.language import maximum, ratio, scaled, sqrt, where
 from sago.rules.rule import Rule
@@ -23,7 +24,7 @@ from sago.rules.shared import clipped, weighted
 
 def cagrad(radius: float = 0.5) -> Rule:
     """The rule for a radius of at least 0, as a fraction of the norm of the mean."""
-    if not 0.0 <= radius < math.inf:
+    if not (isinstance(radius, Real) and 0.0 <= radius < math.inf):
         raise ValueError(f"Parameter `radius` should be a finite number of at least 0. Found {radius!r}.")
 
     def coefficients(ff, fr, rr, gamma, alpha):

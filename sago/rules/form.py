@@ -10,6 +10,8 @@ from typing import Any
 
 from sago.rules.language import sqrt, where
 
+Helpers = tuple[tuple[FunctionType, str, FunctionType], ...]
+
 # The syntax that has the same meaning on tensors and on Triton scalars.
 _PLAIN = (
     *(ast.arguments, ast.arg, ast.Expr, ast.Assign, ast.Return, ast.Tuple, ast.Call),
@@ -70,6 +72,31 @@ def fault(function: Any, exact: bool = False) -> str | None:
         inner = fault(other, exact)
         if inner is not None:
             return inner
+    return None
+
+
+def helpers(function: Any) -> Helpers:
+    """The functions that a function calls by global names, directly or not: (caller, name, function).
+
+    Those that functions of this package call are left out.
+    """
+    found: dict[FunctionType, list[tuple[FunctionType, str, FunctionType]]] = {}
+    waiting = [function]
+    while waiting:
+        caller = waiting.pop()
+        if isinstance(caller, FunctionType) and caller not in found:
+            named = ((name, caller.__globals__.get(name)) for name in caller.__code__.co_names)
+            found[caller] = [(caller, name, f) for name, f in named if isinstance(f, FunctionType)]
+            waiting += [f for _, _, f in found[caller]]
+    ours = __package__
+    return tuple(x for calls in found.values() for x in calls if not x[0].__module__.startswith(ours))
+
+
+def replaced(found: Helpers) -> str | None:
+    """The name of a function that has another value since `helpers` found it. None if there is none."""
+    for caller, name, function in found:
+        if caller.__globals__.get(name) is not function:
+            return name
     return None
 
 

@@ -17,6 +17,7 @@ Source: Gradient Vaccine, Wang et al. 2021, arXiv 2010.05874.
 """
 
 import math
+from numbers import Real
 
 from torch import Tensor
 
@@ -35,7 +36,8 @@ def gradvac(target: float | Tensor = 0.0, decay: float | None = None) -> Rule:
     last one plus `1 - decay` times the cosine of the gradients. Only `sago.GradientBuckets` takes that rule,
     because it keeps the target.
     """
-    if decay is not None and not (0.0 <= decay <= 1.0 and not isinstance(target, Tensor)):
+    fixed = isinstance(target, Real)
+    if decay is not None and not (fixed and isinstance(decay, Real) and 0.0 <= decay <= 1.0):
         raise ValueError(
             "Parameter `decay` should be None or between 0 and 1, and `target` should be a number with it. "
             f"Found decay={decay!r}, target={target!r}."
@@ -46,7 +48,7 @@ def gradvac(target: float | Tensor = 0.0, decay: float | None = None) -> Rule:
                 "Parameter `target` should be a number or a tensor without dimensions. Found a tensor of "
                 f"shape {tuple(target.shape)}."
             )
-    elif not -1.0 < target < 1.0:
+    elif not (fixed and -1.0 < target < 1.0):
         raise ValueError(f"Parameter `target` should be a number between -1 and 1. Found {target!r}.")
 
     def moved(ff, fr, rr, gamma, alpha, t):

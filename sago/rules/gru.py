@@ -16,6 +16,7 @@ Source: GRU, Wang et al. 2025, arXiv 2503.09117. Its released code has `c = -0.5
 """
 
 import math
+from numbers import Real
 
 from sago.rules import a_gem
 from sago.rules.language import maximum, minimum, ratio, scaled, sqrt
@@ -24,7 +25,7 @@ from sago.rules.rule import Guarantees, Rule
 
 def gru(lowest_cosine: float = -1.0) -> Rule:
     """The rule for a lowest cosine between -1 and 0."""
-    if not -1.0 <= lowest_cosine <= 0.0:
+    if not (isinstance(lowest_cosine, Real) and -1.0 <= lowest_cosine <= 0.0):
         raise ValueError(
             f"Parameter `lowest_cosine` should be a number between -1 and 0. Found {lowest_cosine!r}."
         )

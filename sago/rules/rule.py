@@ -27,7 +27,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from sago.rules.form import check_gate
+from sago.rules.form import Helpers, check_gate, helpers, replaced
 from sago.rules.reads import CASES, PRODUCTS, Names, Reads, reads
 
 Scope = Literal["element", "tensor", "global"]
@@ -50,6 +50,16 @@ class Guarantees(NamedTuple):
     non_negative_with_forget: bool = False
     agrees_with_retain: bool = False
     degree: int = 1
+
+
+_KINDS = {
+    "name": str,
+    "gated": bool,
+    "formula": str,
+    "by_class": bool,
+    "guarantees": Guarantees,
+    "source": str,
+}
 
 
 @dataclass(frozen=True)
@@ -116,6 +126,7 @@ class Rule:
     reads: Reads = field(init=False, repr=False, compare=False)
     classes: int = field(init=False, repr=False, compare=False)
     by_sign: bool = field(init=False, repr=False, compare=False)
+    helpers: Helpers = field(init=False, repr=False, compare=False)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Rule:
         made = super().__new__(cls)
@@ -131,40 +142,50 @@ class Rule:
             raise ValueError(
                 f"Parameter `scope` should be 'element', 'tensor' or 'global'. Found {self.scope!r}."
             )
-        if not isinstance(self.name, str):
-            raise TypeError(f"Parameter `name` should be a str. Found {type(self.name).__name__}.")
+        for name, wanted in _KINDS.items():
+            if not isinstance(getattr(self, name), wanted):
+                given = type(getattr(self, name)).__name__
+                raise TypeError(f"Parameter `{name}` should be a {wanted.__name__}. Found {given}.")
         classes, by_sign = self._classes_of_gate() if self.gate else (2 if self.gated else 1, True)
         object.__setattr__(self, "classes", classes)
         object.__setattr__(self, "by_sign", by_sign)
+        object.__setattr__(self, "helpers", helpers(self.coefficients) + helpers(self.gate))
         if self.by_class and self.gate is None:
             raise ValueError("Parameter `by_class` should be False for a rule without a `gate`. Found True.")
         if self.seed is not None and not (isinstance(self.seed, int) and -(2**63) <= self.seed < 2**63):
             raise ValueError(f"Parameter `seed` should be None or an int of 64 bits. Found {self.seed!r}.")
         if self.seed is not None and self.gate is None:
             raise ValueError("Parameter `seed` should be None for a rule without a `gate`. Found a number.")
-        ones = torch.ones(2, dtype=torch.float64, device="cpu")
+        with torch.inference_mode(False):  # tensors of inference mode have no versions
+            ones = torch.ones(2, dtype=torch.float64, device="cpu")
         object.__setattr__(self, "state", self._initial())
         more: list[Any] = [[(ones,) * 4] * classes] if self.by_class else []
         more += [(ones,) * len(self.state)] if self.state else []
         try:
             found = self.coefficients(ones, ones, ones, ones[0], ones[0], *more)
-        except (RuntimeError, TypeError) as error:
+        except Exception as error:
             names = (", classes" if self.by_class else "") + (", state" if self.state else "")
             raise ValueError(
                 f"Parameter `coefficients` should take `(ff, fr, rr, gamma, alpha{names})` as tensors, with "
                 f"`sago.rules.where` instead of `if`. Found that it raises {error!r}."
             ) from error
+        if ones._version:
+            raise ValueError(
+                "Parameter `coefficients` should not change its arguments, which the report shows. Found an "
+                "operation in place. Use the form without `_`, for example `ff.mul(2.0)`."
+            )
         if not (
             isinstance(found, tuple)
             and len(found) == 2 * classes + len(self.state)
-            and all(isinstance(value, (Real, Tensor)) for value in found)
+            and all(map(_is_number, found))
         ):
             kind = f"has a gate of {classes} classes" if self.gate else "is gated"
             kind = "is not gated" if classes == 1 else kind
             kept = f" and keeps {len(self.state)} numbers" if self.state else ""
             raise ValueError(
                 f"Parameter `coefficients` should return a tuple of {2 * classes + len(self.state)} numbers, "
-                f"because the rule {kind}{kept}. Found {found!r}."
+                f"because the rule {kind}{kept}. A number is real, or a tensor of shape `[groups]`. Found "
+                f"{found!r}."
             )
         seen = reads(self.coefficients, classes if self.by_class else 0, len(self.state))
         object.__setattr__(self, "reads", {case: names[: 2 * classes] for case, names in seen.items()})
@@ -176,6 +197,18 @@ class Rule:
                 f"{', '.join(f'`{name}`' for name in read)}."
             )
 
+    def check_helpers(self) -> None:
+        """Raises ValueError if a function that the rule calls was replaced after the rule was made.
+
+        Kernels keep the function with which they were compiled, and `reads` describes that function, too.
+        """
+        name = replaced(self.helpers)
+        if name is not None:
+            raise ValueError(
+                f"The function `{name}`, which the rule {self.name!r} calls, should be the one with which "
+                "the rule was made. Found that the name has another value. Make the sago.Rule again."
+            )
+
     def _initial(self) -> tuple[float, ...]:
         if not (isinstance(self.state, tuple) and all(isinstance(x, Real) for x in self.state)):
             raise TypeError(f"Parameter `state` should be a tuple of numbers. Found {self.state!r}.")
@@ -185,13 +218,13 @@ class Rule:
         """`classes` and `by_sign`, from the values of the gate on combinations of signs and sizes."""
         if self.gated:
             raise ValueError("Parameter `gate` should be None for a rule with gated=True. Found a function.")
-        sizes = torch.tensor([0.0, 2.0**-40, 1.0, 2.0, 2.0**40])
+        sizes = torch.tensor([0.0, 2.0**-40, 1.0, 2.0, 2.0**40], dtype=torch.float32, device="cpu")
         numbers = torch.cat([sizes, -sizes])
-        drawn = [] if self.seed is None else [torch.linspace(0.0, 1.0 - 2.0**-24, 9)]
+        drawn = [] if self.seed is None else [torch.linspace(0.0, 1.0 - 2.0**-24, 9).to(sizes)]
         f, r, *u = torch.cartesian_prod(numbers, numbers, *drawn).unbind(1)
         try:
             found = self.gate(f, r, *u)  # type: ignore[misc]
-        except (RuntimeError, TypeError) as error:
+        except Exception as error:
             raise ValueError(
                 f"Parameter `gate` should take `(f, r{', u' if u else ''})` as tensors, with "
                 f"`sago.rules.where` instead of `if`. Found that it raises {error!r}."
@@ -257,7 +290,7 @@ def evaluate(
     values = rule.coefficients(*products.values(), *weights, *more)
     kept = None
     if state is not None:
-        after = [_as_double(v, device).expand(len(state)) for v in values[2 * rule.classes :]]
+        after = [_by_row(rule, _as_double(v, device), zero.shape) for v in values[2 * rule.classes :]]
         kept = torch.stack(after, dim=1)
         kept = torch.where(kept.isfinite(), kept, state)
     values = values[: 2 * rule.classes]
@@ -269,8 +302,25 @@ def evaluate(
         if any(by_case):
             columns[i] = columns[i] - _overflow(by_case, products, gamma, alpha)  # keeps a -0
             terms[i] = "any"
-    columns = [torch.broadcast_to(column, ff.shape) for column in columns]
+    columns = [_by_row(rule, column, ff.shape) for column in columns]
     return Coefficients(torch.stack(columns, dim=1), tuple(terms), kept)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a coefficient function may return the value for two groups."""
+    if not isinstance(value, Tensor):
+        return isinstance(value, Real)
+    return not value.is_complex() and not value.is_meta and value.shape in ((), (1,), (2,))
+
+
+def _by_row(rule: Rule, value: Tensor, shape: torch.Size) -> Tensor:
+    """The value of each row."""
+    if value.ndim > 1 or value.numel() not in (1, *shape):
+        raise ValueError(
+            f"Parameter `coefficients` of the rule {rule.name!r} should return numbers, or tensors of shape "
+            f"`[groups]`, {tuple(shape)} here. Found shape {tuple(value.shape)}."
+        )
+    return torch.broadcast_to(value, shape)
 
 
 def _overflow(

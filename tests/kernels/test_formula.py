@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import gc
 import inspect
+import weakref
 
 import pytest
 import torch
@@ -258,6 +260,14 @@ def first(ff, fr, rr, gamma, alpha):
 
 def second(ff, fr, rr, gamma, alpha):
     return alpha, gamma
+
+
+def test_functions_that_were_compiled_are_given_back():
+    alive = weakref.ref(formula.on_device(first).fn)
+    assert alive() is not None
+    formula._compiled.cache_clear()
+    gc.collect()
+    assert alive() is None
 
 
 def test_rules_of_one_name_are_told_apart():

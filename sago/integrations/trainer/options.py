@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from sago.core.checks import NONFINITE, check_floor
+from sago.core.checks import NONFINITE, check_accumulate_dtype, check_bool, check_floor
 from sago.integrations.trainer.configuration import dtype_of, groups_of, rule_of
 from sago.rules import Rule, resolve
 
@@ -54,9 +54,9 @@ class Synthesis:
             raise ValueError(
                 f"Parameter `nonfinite` should be 'propagate' or 'zero_update'. Found {self.nonfinite!r}."
             )
-        for name in ("stats", "one_copy"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"Parameter `{name}` should be True or False. Found {getattr(self, name)!r}.")
+        check_bool("stats", self.stats)
+        check_bool("one_copy", self.one_copy)
+        check_accumulate_dtype(self.accumulate_dtype)
         if self.one_copy:
             _check_one_copy(rule, self)
         if self.groups is not None and not callable(self.groups):

@@ -1,0 +1,64 @@
+"""Refuses calls inside transforms of torch.func, forward-mode AD and `torch.jit.trace`.
+
+They follow the operations of torch. They do not see a kernel that writes to memory, so that their results
+would be wrong.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+_log = logging.getLogger("sago")
+
+
+def _private_names() -> tuple[Any, Any]:
+    """The functions that tell which transform and which level of forward-mode AD are active.
+
+    They use private names of torch. Without these names, only the tensors of a transform are refused.
+    """
+    try:
+        from torch._C._functorch import TransformType, peek_interpreter_stack
+
+        if forward_ad._current_level < 0 and hasattr(TransformType, "Vmap"):
+            return peek_interpreter_stack, lambda: forward_ad._current_level
+        reason = "its names have other values"
+    except (ImportError, AttributeError, TypeError) as error:
+        reason = repr(error)
+    _log.warning(
+        "sago: torch %s does not tell whether a transform of torch.func is active (%s). Tensors of a "
+        "transform are refused without its name.",
+        torch.__version__,
+        reason,
+    )
+    return lambda: None, lambda: -1
+
+
+_innermost, _level = _private_names()
+
+
+def refuse_transforms() -> None:
+    """Raises ValueError inside vmap, grad, jvp or functionalize, a dual level, or a trace."""
+    if torch.compiler.is_compiling():  # TorchDynamo cannot trace the private functions
+        return
+    transform = _innermost()
+    if transform is not None:
+        name = f"torch.func.{transform.key().name.lower()}"
+        raise ValueError(
+            "Gradients should be synthesized outside of the transforms of torch.func, which do not see "
+            f"writes to memory. Found a call inside {name}. Return both gradients from the transformed "
+            "function, and synthesize them afterwards."
+        )
+    if _level() >= 0:
+        raise ValueError(
+            "Gradients should be synthesized outside of forward-mode AD, which does not see writes to "
+            "memory. Found a call inside torch.autograd.forward_ad.dual_level. Synthesize after the block."
+        )
+    if torch.jit.is_tracing():
+        raise ValueError(
+            "Gradients should be synthesized outside of a trace, which would keep sums of the example as "
+            "constants. Found a call inside torch.jit.trace. Trace the model alone."
+        )
