@@ -19,7 +19,8 @@ from sago.core.checks import DTYPES, NEW, Gradients, as_list, check_groups, chec
 from sago.core.pairs import Placement, Weight
 from sago.core.report import SynthesisReport, columns_of
 from sago.core.statistics import computed
-from sago.rules import Rule, with_id
+from sago.rules import Rule
+from sago.rules.rule import with_id
 
 Tensors = Sequence[Tensor | None]
 

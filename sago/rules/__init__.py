@@ -15,7 +15,7 @@ from sago.rules.graddrop import graddrop
 from sago.rules.gradvac import gradvac
 from sago.rules.gru import gru
 from sago.rules.language import abs, agreed, maximum, minimum, opposed, ratio, scaled, sqrt, where
-from sago.rules.rule import Coefficients, Gate, Guarantees, Rule, Term, evaluate, with_id
+from sago.rules.rule import Coefficients, Gate, Guarantees, Rule, Term, evaluate
 
 __all__ = [
     "REFERENCES",
@@ -41,7 +41,6 @@ __all__ = [
     "scaled",
     "sqrt",
     "where",
-    "with_id",
 ]
 
 _SHARED = {"draws", "form", "language", "reads", "rule", "shared"}
