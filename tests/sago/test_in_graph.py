@@ -15,6 +15,7 @@ from tests.support.backends import RULES
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 HALVED = sago.Rule("halved", lambda ff, fr, rr, gamma, alpha: (gamma, alpha / 2), scope="element")
+NAMED = pytest.param(HALVED, id="halved")
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -44,7 +45,7 @@ def assert_same(function, *args, backend="aot_eager"):
     return found
 
 
-@pytest.mark.parametrize("rule", ["sago", "pcgrad", "pcgrad_global", "ties", HALVED], ids=str)
+@pytest.mark.parametrize("rule", ["sago", "pcgrad", "pcgrad_global", "ties", NAMED])
 def test_every_output(rule):
     def step(a, b, c, d, e):
         more = sago.synthesize_([a * 2, None, c], [b, d, None], rule, 0.5, 2.0, out=[b, d, e])
@@ -106,7 +107,7 @@ def test_gradients_that_require_grad_stay_leaves():
 
 
 @pytest.mark.parametrize("stats", [False, True])
-@pytest.mark.parametrize("rule", [*RULES, "ties", HALVED], ids=str)
+@pytest.mark.parametrize("rule", [*RULES, "ties", NAMED])
 def test_columns_of_the_operator_are_those_of_a_report(rule, stats):
     rule = resolve(rule)
     _, report = sago.synthesize(*numbers(FP32, FP32), rule, stats=stats, backend="reference")

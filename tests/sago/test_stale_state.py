@@ -371,7 +371,7 @@ def test_a_function_of_a_rule_that_is_defined_again(run, monkeypatch):
     assert torch.equal(sago.synthesize(f, r, rule, backend=run.name)[0], 3.0 * f + r)
 
 
-@pytest.mark.parametrize("rule", ["sago", "pcgrad", SHARED], ids=str)
+@pytest.mark.parametrize("rule", ["sago", "pcgrad", pytest.param(SHARED, id="shared")])
 def test_threads_with_lists_of_their_own(rule):
     def work(seed):
         numbers = torch.Generator().manual_seed(seed)
