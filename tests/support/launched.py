@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from sago.kernels.formula import on_device
 from torch import Tensor
 
 from benchmarks.driver import StubDriver
 from sago import kernels
+from sago.kernels.formula import on_device
 from sago.rules import RULES, Coefficients
 from tests.support.backends import RULES as PAPER
 
