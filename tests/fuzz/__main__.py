@@ -30,7 +30,7 @@ from tests.fuzz.programs import Result, run_chunk
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = 250  # programs of a chunk
 # The targets of the chunks in turn. An interpreted program takes ten times as long as a compiled one.
-TURNS = ("compiled", "compiled", "reference", "compiled", "triton", "compiled", "compiled", "reference") * 2
+TURNS = ("compiled", "reference", "compiled", "large", "compiled", "compiled", "triton", "reference") * 2
 TURNS += ("compiled", "compiled code", "reference", "compiled")
 
 

@@ -6,13 +6,14 @@ shapes and strides may differ. Tensors that a call allocates and frees are made 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain, product
 from typing import Any, NamedTuple
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -337,7 +338,7 @@ class OnLists:
 
     def run_plan(self, step: RunPlan) -> None:
         if not self._plans:
-            return
+            self.make_plan(MakePlan(step.plan, Options("sago")))
         plan, placed, options, moved = self._plans[step.plan % len(self._plans)]
         options = options._replace(gamma=step.gamma, alpha=step.alpha).checked(len(placed.forget))
         values = allowed(step.values, options)
@@ -362,10 +363,22 @@ class OnLists:
         if not spoil(arguments, step.kind, step.at):
             return
         around = Surroundings(placed)
-        error = KeyError if step.kind == "reduce_gram" else (ValueError, TypeError)
-        with pytest.raises(error):
+        error = (KeyError,) if step.kind == "reduce_gram" else (ValueError, TypeError)
+        with raises(*error):
             sago.synthesize_(**arguments)
         around.check()
+
+
+@contextmanager
+def raises(*errors: type[Exception], text: str = "") -> Iterator[None]:
+    """Like `pytest.raises`, whose failure is no exception that hypothesis knows."""
+    found = None
+    try:
+        yield
+    except errors as error:
+        found = error
+    assert found is not None, f"none of {errors} was raised"
+    assert re.search(text, str(found)), found
 
 
 def given(placed: Placed, form: str) -> list[Any]:
@@ -438,10 +451,14 @@ def spoil(arguments: dict[str, Any], kind: str, at: int) -> bool:
     elif kind == "dtype" and f is not None:
         sides["forget"][at] = torch.zeros(f.shape, dtype=torch.int64)
         arguments["forget"] = sides["forget"]
-    elif kind == "overlap" and r is not None and r.numel() and len(sides["retain"]) > 1:
-        if arguments["out"] is not None:
+    elif kind == "overlap" and len(sides["forget"]) > 1:
+        if isinstance(arguments["out"], list):
+            sides["out"] = list(arguments["out"])
+        written = sides["out" if "out" in sides else arguments["out"] or "retain"][at]
+        if written is None or written.numel() == 0:
             return False
-        sides["retain"][at - 1] = sides["forget"][at - 1] = r
+        for side in sides.values():  # a pair twice
+            side[at - 1] = side[at]
         arguments |= sides
     elif kind == "reduce_gram" and rule.seed is None and (arguments["stats"] or rule.scope != "element"):
         arguments[kind] = _raise
@@ -456,39 +473,41 @@ def _raise(table: Tensor) -> None:
 
 MISTAKES = (
     *("rule", "backend", "gamma", "alpha", "eps", "retain_floor", "groups", "length", "shape", "dtype"),
-    *("overlap", "reduce_gram", "reduce_gram"),
+    *("overlap", "overlap", "overlap", "reduce_gram", "reduce_gram"),
 )
 SMALL = (1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 64, 100, 130, 257)
 LARGE = (*SMALL, 2047, 2049, 32767, 32768, 32769, 65537, 70001)
 
 
+PLACES = list(product((*["rows"] * 3, "columns", "spaced"), (0, 0, 0, 1, 3)))
+PECULIARITIES = (
+    *[None] * 6,
+    *("aligned", "aligned", "no forget", "no retain", "neither", "same", "expanded"),
+)
+
+
 class Space:
-    """The lists that are drawn. The simplest choice is the first one, which hypothesis prefers."""
+    """The lists that are drawn. Few draws of many values are quick, and the first value is the simplest."""
 
     def __init__(
         self, sizes: Sequence[int] = SMALL, length: int = 5, dtypes: Sequence[torch.dtype] = DTYPES
     ) -> None:
-        self.lengths = st.integers(1, length)
         shapes = [(n,) for n in sizes] * 4 + [shape for n in sizes for shape in ((n // 2, 2), (2, n // 2))]
         self.shapes = st.sampled_from([*shapes, (0, 3), ()])
-        places = list(product((*["rows"] * 3, "columns", "spaced"), (0, 0, 0, 1, 3)))
-        self.dtypes = st.sampled_from([None, *dtypes])
-        self.forms = {
-            None: st.sampled_from([Form(dtype, *place) for place in places for dtype in dtypes]),
-            **{dtype: st.sampled_from([Form(dtype, *place) for place in places]) for dtype in dtypes},
-        }
+        self.dtypes = st.sampled_from(list(product(dtypes, repeat=3)))
+        self.lists = st.sampled_from(
+            list(product((None, None, "forget", "list", "list"), [None, *dtypes], range(1, length + 1)))
+        )
 
 
-OUTPUTS = st.sampled_from([None, None, "forget", "list", "list"])
-PECULIAR = st.sampled_from(
-    [None] * 6 + ["aligned", "aligned", "no forget", "no retain", "neither", "same", "expanded"]
-)
-ALIASES = st.sampled_from([None, None, "forget", "retain"])
+PLACES_OF_PAIRS = st.sampled_from(list(product(PLACES, repeat=3)))
+KINDS_OF_PAIRS = st.sampled_from(list(product(PECULIARITIES, (None, None, "forget", "retain"))))
 
 
 def _pair(draw: Any, space: Space, out: str | None, dtype: torch.dtype | None) -> Pair:
-    shape, peculiar, alias = draw(space.shapes), draw(PECULIAR), draw(ALIASES)
-    forget, retain, written = (draw(space.forms[dtype]) for _ in SIDES)
+    shape, places, (peculiar, alias) = draw(space.shapes), draw(PLACES_OF_PAIRS), draw(KINDS_OF_PAIRS)
+    dtypes = draw(space.dtypes) if dtype is None else [dtype] * 3
+    forget, retain, written = (Form(d, *place) for d, place in zip(dtypes, places, strict=True))
     if peculiar == "aligned":
         forget, retain = (form._replace(order="rows", shift=0) for form in (forget, retain))
     elif peculiar == "same":
@@ -507,30 +526,45 @@ def _pair(draw: Any, space: Space, out: str | None, dtype: torch.dtype | None) -
 
 
 def draw_lists(draw: Any, space: Space) -> Lists:
-    out, dtype = draw(OUTPUTS), draw(space.dtypes)
-    return Lists(tuple(_pair(draw, space, out, dtype) for _ in range(draw(space.lengths))), out)
+    out, dtype, length = draw(space.lists)
+    return Lists(tuple(_pair(draw, space, out, dtype) for _ in range(length)), out)
 
 
 def draw_changed(draw: Any, space: Space, found: Lists) -> Lists:
-    """Lists that differ from these in one pair, in their length or in their order."""
-    i, pairs = draw(st.integers(0, len(found.pairs) - 1)), found.pairs
-    how = draw(st.sampled_from(["other", "other", "shorter", "reversed"]))
+    """Lists that differ from these in one respect, most often at the same addresses."""
+    how, side, i = draw(CHANGES)
+    pairs, i = found.pairs, i % len(found.pairs)
+    pair = pairs[i]
+    written = [form for pair in pairs for form in pair[1:3]]
+    if how == "out" and all(isinstance(form, Form) and form.order != "expanded" for form in written):
+        return found._replace(out={None: "forget", "forget": None}.get(found.out, "forget"))
     if how == "reversed":
         return found._replace(pairs=pairs[::-1])
-    others = () if how == "shorter" and len(pairs) > 1 else (_pair(draw, space, found.out, None),)
-    return found._replace(pairs=(*pairs[:i], *others, *pairs[i + 1 :]))
+    if how == "shorter" and len(pairs) > 1:
+        return found._replace(pairs=pairs[:i] + pairs[i + 1 :])
+    form = getattr(pair, side)
+    if how == "shape":
+        pair = pair._replace(shape=draw(space.shapes))
+    elif how == "dtype" and isinstance(form, Form):
+        pair = pair._replace(**{side: form._replace(dtype=draw(space.dtypes)[0])})
+    elif how == "order" and isinstance(form, Form) and form.order != "expanded":
+        pair = pair._replace(**{side: form._replace(order="columns" if form.order == "rows" else "rows")})
+    else:
+        pair = _pair(draw, space, found.out, None)
+    return found._replace(pairs=(*pairs[:i], pair, *pairs[i + 1 :]))
 
 
-VALUES = st.sampled_from(
-    [Values(*x) for x in product(("mixed", "normal", "mixed", "special", "extreme", "zeros"), range(50))]
-)
-WEIGHT = st.sampled_from(
-    [
-        Weight(float(int(value)) if kind == "int" else value, kind)
-        for kind in ("float", "float", "float64", "float32", "bfloat16", "int")
-        for value in (1.0, 1.0, 2.0, 0.75, 1 / 3, 0.0, -1.5, 1e-3)
-    ]
-)
+RESPECTS = (*["shape", "dtype", "order", "out"] * 2, "pair", "shorter", "reversed")
+CHANGES = st.sampled_from(list(product(RESPECTS, SIDES, range(4))))
+
+
+VALUES = [Values(*x) for x in product(("mixed", "normal", "mixed", "special", "extreme", "zeros"), range(50))]
+WEIGHTS = [
+    Weight(float(int(value)) if kind == "int" else value, kind)
+    for kind in ("float", "float", "float64", "float32", "bfloat16", "int")
+    for value in (1.0, 1.0, 2.0, 0.75, 1 / 3, 0.0, -1.5, 1e-3)
+]
+PAIRS_OF_WEIGHTS = st.sampled_from(list(product(WEIGHTS, WEIGHTS)))
 FLAGS = st.sampled_from(
     list(
         product(
@@ -542,22 +576,36 @@ FLAGS = st.sampled_from(
         )
     )
 )
-CALLS = st.sampled_from(
-    list(product((False, True), (False, False, True), ("list", "list", "tuple", "iterator", "tensor")))
+AT = range(4)
+CALLS = st.sampled_from(list(product(AT, VALUES)))
+FORMS = st.sampled_from(
+    list(
+        product(
+            (False, False, True), (False, False, False, True), ("list", "list", "tuple", "iterator", "tensor")
+        )
+    )
 )
-STEPS = ("call", "call", "call", "make", "run", "run", "mistake")
-AT = st.integers(0, 3)
+PLANS = st.sampled_from(list(product(AT, (False, True))))
+WRONG = st.sampled_from(list(product(AT, MISTAKES, AT)))
+STEPS = ("call", *["again"] * 4, "make", "run", "run", "mistake", "mistake")
 
 
 def draw_options(draw: Any, rules: st.SearchStrategy[Name]) -> Options:
-    return Options(draw(rules), draw(WEIGHT), draw(WEIGHT), *draw(FLAGS))
+    return Options(draw(rules), *draw(PAIRS_OF_WEIGHTS), *draw(FLAGS))
 
 
-def draw_step(draw: Any, kind: str, rules: st.SearchStrategy[Name]) -> Any:
-    if kind == "call":
-        return Call(draw(AT), draw(VALUES), draw_options(draw, rules), *draw(CALLS))
-    if kind == "make":
-        return MakePlan(draw(AT), draw_options(draw, rules), draw(st.booleans()))
+def draw_step(draw: Any, kind: str, rules: st.SearchStrategy[Name], before: Sequence[Any]) -> Any:
+    """A step of this kind. "again" is an earlier call on other lists or with other values."""
+    calls = [step for step in before if isinstance(step, Call)]
+    if kind == "again" and calls:
+        at, values = draw(CALLS)
+        return calls[-1]._replace(lists=calls[-1].lists + at, values=values)
     if kind == "run":
-        return RunPlan(draw(AT), draw(VALUES), draw(WEIGHT), draw(WEIGHT))
-    return Mistake(draw(AT), draw(st.sampled_from(MISTAKES)), draw(AT), draw_options(draw, rules))
+        return RunPlan(*draw(CALLS), *draw(PAIRS_OF_WEIGHTS))
+    options = draw_options(draw, rules)
+    if kind in ("call", "again"):
+        return Call(*draw(CALLS), options, *draw(FORMS))
+    if kind == "make":
+        at, moves = draw(PLANS)
+        return MakePlan(at, options, moves)
+    return Mistake(*draw(WRONG), options)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed.fsdp  # the first buckets would import it
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from hypothesis.internal.conjecture.providers import AVAILABLE_PROVIDERS, HypothesisProvider
 
 from sago.backends import inductor
 from sago.backends.streams import Cache
@@ -87,13 +88,14 @@ class Target(NamedTuple):
     backend: str | None
     space: Space = Space()
     rules: tuple[str, ...] = STATELESS
-    kinds: tuple[tuple[str, ...], ...] = (LISTS, LISTS, WINDOWS, (*LISTS, "window", "window"))
+    kinds: tuple[tuple[str, ...], ...] = (LISTS, LISTS, LISTS, WINDOWS, (*LISTS, "window", "window"))
     makes: bool = True
 
 
 TARGETS = {
     "reference": Target("reference"),
     "compiled": Target(None),
+    "large": Target("compiled", Space(LARGE, 3), kinds=(LISTS,)),
     # Each combination of a rule, dtypes and kinds of weights takes a second to compile.
     "compiled code": Target(
         "compiled", Space(LARGE, 2, (torch.bfloat16, torch.float32)), COMPILED, (LISTS,), makes=False
@@ -114,13 +116,22 @@ def programs(draw: Any, target: str) -> Program:
         found.append(lists.draw_changed(draw, space, found[-1]) if change else lists.draw_lists(draw, space))
     kinds = draw(st.sampled_from(kinds))
     steps = [windows.draw_model(draw)] if "window" in kinds else []
-    for kind in draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=5)):
-        own = kind == "window"
-        steps.append(windows.draw_window(draw, known) if own else lists.draw_step(draw, kind, known))
+    for kind in draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=6)):
+        if kind == "window":
+            steps.append(windows.draw_window(draw, known, steps))
+        else:
+            steps.append(lists.draw_step(draw, kind, known, steps))
     return Program(tuple(found), draw(st.sampled_from([16, 2, 1])), tuple(steps))
 
 
-CHANGES = st.sampled_from([(), (True,), (False,), (True, True), (True, False)])
+CHANGES = st.sampled_from([(), (True,), (True,), (False,), (True, True), (True, True), (True, False)])
+
+
+class Independent(HypothesisProvider):
+    """Draws each program anew. By itself, hypothesis makes five of six by a change of an earlier one."""
+
+
+AVAILABLE_PROVIDERS["independent"] = f"{__name__}.Independent"
 
 
 class Result(NamedTuple):
@@ -135,16 +146,17 @@ class Result(NamedTuple):
     failure: str | None = None
 
 
-def run_chunk(number: int, chunk: int, target: str, cases: int) -> Result:
+def run_chunk(number: int, chunk: int, target: str, cases: int, shrinks: bool = True) -> Result:
     """Runs so many programs of this chunk. The same arguments give the same programs."""
     start, latest, counts = time.perf_counter(), [Program((), 1, ())], [0, 0]
 
     @seed(1_000_003 * number + chunk)
     @settings(
         max_examples=cases,
+        backend="independent",
         database=None,
         deadline=None,
-        phases=[Phase.generate, Phase.shrink],
+        phases=[Phase.generate, *([Phase.shrink] if shrinks else [])],
         suppress_health_check=list(HealthCheck),
         report_multiple_bugs=False,
         print_blob=False,

@@ -11,14 +11,13 @@ from itertools import combinations, product
 from typing import Any, NamedTuple
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import sago
 from tests.fuzz import lists
-from tests.fuzz.lists import Options
+from tests.fuzz.lists import Options, raises
 from tests.fuzz.rules import Name, definition_of, rule_of
 from tests.support import oracle, properties
 from tests.support.backends import DTYPES, on_device
@@ -192,17 +191,18 @@ class OnWindows:
             pass
         options = self.allowed(window)
         needed = SIDES[:1] if one_copy else SIDES
-        if self.broken or not all(self.captures[side] for side in needed):
+        complete = not self.broken and all(self.captures[side] for side in needed)
+        if not complete:
             self.refuse(options)
         else:
             self.check_accumulators()
             if window.mistake:
-                with pytest.raises((ValueError, TypeError)):
+                with raises(ValueError, TypeError):
                     self.synthesize(window, options._replace(eps=-1.0))
                 self.check_accumulators()
             report = self.synthesize(window, options)
             self.check_updates(window, options, report)
-        if window.foreign_zero and not self.broken:
+        if window.foreign_zero and complete:
             self.net.zero_grad(set_to_none=True)
         else:
             self.buckets.zero_()
@@ -292,7 +292,7 @@ class OnWindows:
         """No synthesis of an incomplete window."""
         rule = options.made["rule"]
         synthesis = self.buckets.synthesize_in_backward if self.model.one_copy else self.buckets.synthesize_
-        with pytest.raises(ValueError, match=r"captured|whole"):
+        with raises(ValueError, text="captured|whole"):
             synthesis(rule).__enter__()  # a report has none
         assert all(p.grad is None for p in self.params)
 
@@ -356,55 +356,86 @@ def clip(expected: oracle.Expected, max_norm: float) -> oracle.Expected | None:
 
 
 TOKENS = ((0, 1), (2,), (3, 0, 1, 4), (2, 2, 2), (1, 4, 3), None, None, None)
-BRANCHES_OF_A_LOSS = [b for n in (1, 2, 3) for b in combinations(range(BRANCHES + 1), n)]
+# Most often one branch, so that windows reach different parameters.
+BRANCHES_OF_A_LOSS = [b for n in (1, 1, 1, 1, 2, 3) for b in combinations(range(BRANCHES + 1), n)]
 BACKWARDS = st.sampled_from([Backward(*x) for x in product(TOKENS, BRANCHES_OF_A_LOSS)])
 ONE = Backward((0, 1), (0, 1))
 
 
 def _draw_capture(draw: Any, side: str | None, depth: int, fails: bool = False) -> Capture:
-    """A capture with up to three backwards, captures and failures."""
+    """A capture with some backwards, captures and failures."""
     side = side or draw(st.sampled_from(SIDES))
-    kinds = st.sampled_from(["backward"] * 4 + (["capture"] if depth else []) + (["fail"] if fails else []))
     inner: list[Any] = []
-    for _ in range(draw(st.integers(1, 3))):
-        kind = draw(kinds)
+    for kind in draw(FAILING if fails else NESTED if depth else BACKWARD):
         if kind == "capture":
-            inner.append(_draw_capture(draw, None, depth - 1, fails))
+            inner.append(_draw_capture(draw, None, depth - 1, fails and depth > 1))
         else:
-            inner.append(FAIL if kind == "fail" else draw(BACKWARDS))
+            inner.append(FAIL if kind == FAIL else draw(BACKWARDS))
     return Capture(side, tuple(inner))
+
+
+# What is inside a capture.
+B, C = "backward", "capture"
+BACKWARD = st.sampled_from([(B,), (B,), (B,), (B, B), (B, B, B)])
+NESTED = st.sampled_from([(B,), (C,), (B, C), (C, B), (B, C, B), (C, C), (B, B)])
+FAILING = st.sampled_from([(B, FAIL), (FAIL,), (C, FAIL), (B, C, FAIL), (C,), (B, C)])
 
 
 def _draw_schedule(draw: Any) -> tuple[Capture, ...]:
     """Captures of both sides and perhaps others, of which one may fail."""
     found = [_draw_capture(draw, side, 0) for side in SIDES]
-    found += [_draw_capture(draw, None, 2) for _ in range(draw(st.integers(0, 2)))]
-    if draw(st.integers(0, 3)) == 3:
-        found.append(_draw_capture(draw, None, 1, fails=True))
+    kind = draw(st.sampled_from(["two", "two", "more", "fails"]))
+    if kind == "more":
+        found += [_draw_capture(draw, None, 2) for _ in range(draw(st.integers(1, 2)))]
+    elif kind == "fails":
+        found.append(_draw_capture(draw, None, 2, fails=True))
     return tuple(draw(st.permutations(found)))
+
+
+def _turned(inner: Any, by: int) -> Any:
+    """The same capture or backward with other branches."""
+    if isinstance(inner, Backward):
+        return inner._replace(branches=tuple((b + by) % (BRANCHES + 1) for b in inner.branches))
+    if isinstance(inner, Capture):
+        return inner._replace(inner=tuple(_turned(x, by) for x in inner.inner))
+    return inner
+
+
+BUCKETS = st.sampled_from(
+    list(
+        product(
+            ("module", "parameters", "named_parameters", "doubled"),
+            (None, None, 1, 2, 3),
+            (None, None, torch.float32, torch.float64),
+            ("sum", "sum", "mean"),
+            (256.0, 3e-4, 1e-6),
+        )
+    )
+)
 
 
 def draw_model(draw: Any) -> Model:
     dtypes = st.sampled_from(draw(st.sampled_from([*((dtype,) for dtype in DTYPES), DTYPES])))
     one_copy = draw(st.sampled_from([False, False, True]))
-    positions = st.integers(0, COUNT)
+    positions = st.frozensets(st.integers(0, COUNT), max_size=6)
+    frozen, frozen_later = draw(st.sampled_from([(0, 0), (0, 0), (0, 1), (1, 0), (1, 1)]))
 
-    def layers(low: int, high: int) -> tuple[tuple[str, torch.dtype], ...]:
-        count = draw(st.integers(low, high))
-        return tuple((draw(st.sampled_from(KINDS)), draw(dtypes)) for _ in range(count))
-
+    count = draw(st.integers(0, 3))
+    kind = draw(st.sampled_from([None, *KINDS]))  # branches that are alike have equally many parameters
+    layers = [(kind or draw(st.sampled_from(KINDS)), draw(dtypes)) for _ in range(BRANCHES + count)]
+    form, groups, accumulate_dtype, accumulation, bucket_cap_mb = draw(BUCKETS)
     return Model(
         draw(dtypes),
-        layers(0, 3),
-        layers(BRANCHES, BRANCHES),
+        tuple(layers[BRANCHES:]),
+        tuple(layers[:BRANCHES]),
         draw(st.integers(0, 1000)),
-        draw(st.frozensets(positions, max_size=6)),
-        draw(st.frozensets(positions, max_size=3)),
-        draw(st.sampled_from(["module", "parameters", "named_parameters", "doubled"])),
-        draw(st.sampled_from([None, None, 1, 2, 3])),
-        None if one_copy else draw(st.sampled_from([None, None, torch.float32, torch.float64])),
-        draw(st.sampled_from(["sum", "sum", "mean"])),
-        draw(st.sampled_from([1e-6, 3e-4, 256.0])),
+        draw(positions) if frozen else frozenset(),
+        draw(positions) if frozen_later else frozenset(),
+        form,
+        groups,
+        None if one_copy else accumulate_dtype,
+        accumulation,
+        bucket_cap_mb,
         one_copy,
     )
 
@@ -414,6 +445,17 @@ ENDS = st.sampled_from(
 )
 
 
-def draw_window(draw: Any, rules: st.SearchStrategy[Name]) -> Window:
-    last = draw(BACKWARDS) if draw(st.booleans()) else None
-    return Window(_draw_schedule(draw), last, lists.draw_options(draw, rules), *draw(ENDS))
+def draw_window(draw: Any, rules: st.SearchStrategy[Name], before: Sequence[Any]) -> Window:
+    """A new window, or the one before it with other branches on one side or on both."""
+    windows = [step for step in before if isinstance(step, Window)]
+    by, sides = draw(TURNS) if windows else (0, ())
+    if by:
+        last = windows[-1]
+        schedule = tuple(_turned(x, by) if x.side in sides else x for x in last.schedule)
+        retain = last.last and _turned(last.last, by) if "retain" in sides else last.last
+        return last._replace(schedule=schedule, last=retain)
+    retain = draw(BACKWARDS) if draw(st.booleans()) else None
+    return Window(_draw_schedule(draw), retain, lists.draw_options(draw, rules), *draw(ENDS))
+
+
+TURNS = st.sampled_from([(0, ()), (0, ()), *product((1, 2, 3), (SIDES, SIDES[1:], SIDES[1:], SIDES[:1]))])
