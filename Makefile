@@ -12,11 +12,16 @@ ECOSYSTEM = bitsandbytes==0.50.2 torchao==0.18.0 trl==1.16.0 datasets==5.2.0
 TESTS = tests/test_packaging.py tests/test_architecture.py tests/sago/test_rules.py tests/kernels/test_gram.py \
 	tests/benchmarks/test_records.py tests/examples/test_draw.py
 
+# The programs of `make fuzz`: how many, which ones, and in how many processes.
+CASES = 10000
+SEED = 0
+JOBS = 2
+
 # `make test-torch` tests with this version of torch, or with the newest.
 TORCH = newest
 
-.PHONY: demo experiment docs test test-torch test-matrix test-deepspeed test-ecosystem test-hub test-large test-long \
-	lint bench dist hub clean
+.PHONY: demo experiment docs test fuzz test-torch test-matrix test-deepspeed test-ecosystem test-hub test-large \
+	test-long lint bench dist hub clean
 
 demo: .venv/ready
 	$(BIN)/python -m examples.demo
@@ -29,6 +34,11 @@ experiment: .venv/ready
 # so that what its tests share is made once.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+# Random programs on the CPU and in interpreted kernels, which are compared with the reference and the oracle.
+# A run that was interrupted continues, and a program that fails is reduced and printed.
+fuzz: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --cases $(CASES) --seed $(SEED) --jobs $(JOBS)
 
 test-matrix: $(MATRIX:%=.venv-transformers-%/ready)
 	@for version in $(MATRIX); do \

@@ -24,6 +24,7 @@ os.environ.setdefault(
 
 from sago.backends import inductor
 from tests.support.backends import INTERPRETED, Backend, has_triton
+from tests.support.interpreter import quick_interpreter
 
 settings.register_profile("default", deadline=None, max_examples=40)
 settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True)
@@ -61,26 +62,7 @@ def _quiet_interpreter():
 
 @pytest.fixture(autouse=True, scope="session")
 def _quick_interpreter():
-    """Triton patches all of its language at each call of a device function: once a launch is enough."""
-    if not INTERPRETED or not has_triton():
-        yield
-        return
-    from triton.runtime import interpreter
-
-    patch, patched = interpreter._patch_lang, set()
-
-    def patch_once(fn):
-        if fn in patched:
-            return None  # what a device function patches stays, so nobody asks for its scope
-        scope = patch(fn)
-        patched.add(fn)
-        if scope is not None:  # Triton 3.4 never takes a patch back
-            restore = scope.restore
-            scope.restore = lambda: (patched.clear(), restore())
-        return scope
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+    with quick_interpreter():
         yield
 
 

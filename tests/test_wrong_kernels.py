@@ -4,9 +4,7 @@ A mutant replaces text in the source of a real function and runs in the real lau
 assertions of the other tests; all of them pass on what is not mutated.
 """
 
-import inspect
 import sys
-import textwrap
 from typing import NamedTuple
 
 import pytest
@@ -65,6 +63,7 @@ from tests.support.checks import (
     zero_update,
     zeros_of_some,
 )
+from tests.support.mutants import mutated
 
 if not INTERPRETED:
     pytest.skip("mutants are interpreted", allow_module_level=True)
@@ -506,19 +505,14 @@ def mutate(monkeypatch, tmp_path):
             outer, name = name.split(".")
             owner = getattr(owner, outer)
         original = getattr(owner, name)
-        source = textwrap.dedent(inspect.getsource(getattr(original, "fn", original)))
-        assert source.count(mutant.old) == 1, f"{mutant.old!r} is not once in {mutant.function}"
-        path = tmp_path / f"{name}.py"  # from where Triton reads the source
-        path.write_text(source.replace(mutant.old, mutant.new))
-        namespace = {}
-        exec(compile(path.read_text(), str(path), "exec"), vars(mutant.module), namespace)
+        wrong = mutated(mutant.module, original, mutant.old, mutant.new, tmp_path)
         users = [
             m
             for m in (*KERNEL_MODULES, compiled, graphs, coefficients, pipeline, seen, synthesis)
             if vars(m).get(name) is original
         ]
         for user in users or [owner]:
-            monkeypatch.setattr(user, name, namespace[name])
+            monkeypatch.setattr(user, name, wrong)
 
     # What was computed before must not be found again: tables, and sums in memory that is not initialised.
     monkeypatch.setattr(batch, "_layouts", Cache(64))

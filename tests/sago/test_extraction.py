@@ -1,6 +1,6 @@
 """Captures of `GradientBuckets`: what they accumulate, and every way to use them wrongly.
 
-What random schedules accumulate is in test_buckets_fuzz. The gradients here are known beforehand:
+What random schedules accumulate is tested in tests/fuzz. The gradients here are known beforehand:
 `(p * g).sum().backward()` gives `p` the gradient `g`.
 """
 
