@@ -14,6 +14,8 @@ import torch
 DISTRIBUTION = "sago-kernels"
 OTHER = "sago"  # an unrelated distribution on the package index, with the same import name
 
+USAGE = "Usage: python -m sago [analyze ...]."
+
 
 def lines() -> list[tuple[str, str]]:
     import sago
@@ -84,8 +86,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from sago.monitor import analyze
 
         return analyze.main(argv[1:])
+    if argv in (["-h"], ["--help"]):
+        print(USAGE)
+        return 0
     if argv:
-        print(f"Usage: python -m sago [analyze ...]. Found {' '.join(argv)!r}.", file=sys.stderr)
+        print(f"{USAGE} Found {' '.join(argv)!r}.", file=sys.stderr)
         return 2
     clash = other_package()
     try:

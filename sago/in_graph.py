@@ -3,7 +3,8 @@
 It runs the eager synthesis on the tensors of the graph, so that an update has the same bits. It returns new
 tensors, and the graph copies them into the outputs. An operator that writes into its arguments would be
 unsafe, because a graph may pass it one tensor in the place of another that has equal values. So a synthesis
-in a graph needs memory for one more copy of the update. Eager code does not use the operator, because the
+in a graph needs memory for one more copy of the update. A graph does not check whether outputs overlap.
+Eager code does not use the operator, because the
 dispatcher would take more time than the rest of a call takes on the host.
 """
 
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sago.core.checks import DTYPES, NEW, Gradients, as_list, check_groups, check_outputs
+from sago.core.checks import DTYPES, NEW, Gradients, as_list, check_groups, check_outputs, check_pair
 from sago.core.pairs import Placement, Weight
 from sago.core.report import SynthesisReport, columns_of
 from sago.core.statistics import computed
@@ -73,13 +74,15 @@ class InGraph:
             outputs = [f if r is None else r for f, r in zip(*sides, strict=True)]
         else:
             outputs = _detached(check_outputs(out, *sides))
+        for i, tensors in enumerate(zip(*sides, outputs, strict=True)):
+            check_pair(i, *tensors)
         weights = [gamma, alpha]
         *updates, table = self._operator(
             *sides,
             [-1 if o is None else DTYPES.index(o.dtype) for o in outputs],
             id(rule),
             [0.0 if isinstance(w, Tensor) else float(w) for w in weights],
-            [w if isinstance(w, Tensor) else None for w in weights],
+            [w.detach() if isinstance(w, Tensor) else None for w in weights],
             None if groups is None else rows,
             eps,
             stats,

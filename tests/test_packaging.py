@@ -128,7 +128,7 @@ def test_the_citation_file():
     assert citation["repository-code"] == REPOSITORY
     paper = citation["preferred-citation"]
     assert paper["type"] == "conference-paper"
-    assert paper["url"] == "https://arxiv.org/abs/2604.14808"
+    assert paper["url"] == "https://aclanthology.org/2026.acl-long.890/"
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"version = {{{sago.__version__}}}" in readme
     assert citation["title"] in readme.replace("{LLM}", "LLM")

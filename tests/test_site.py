@@ -4,6 +4,7 @@ The screenshots are in build/docs-screenshots.
 """
 
 import base64
+import os
 import shutil
 from pathlib import Path
 
@@ -58,7 +59,8 @@ def executable(player):
         if shutil.which(name):
             return shutil.which(name)
     if not Path(player.chromium.executable_path).exists():
-        pytest.skip(f"needs a browser: install one of {', '.join(NAMES)}")
+        end = pytest.fail if os.environ.get("CI") else pytest.skip
+        end(f"needs a browser: install one of {', '.join(NAMES)}")
     return None
 
 

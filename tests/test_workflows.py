@@ -37,7 +37,11 @@ def targets():
     ],
 )
 def test_workflows_call_targets_of_the_makefile(name, called):
-    commands = [step["run"] for step in steps_of(name) if "run" in step]
+    commands = []
+    for job in jobs_of(name).values():
+        for step in job.get("steps", []):
+            for target in job.get("strategy", {}).get("matrix", {}).get("target", [""]):
+                commands.append(step.get("run", "").replace("${{ matrix.target }}", target))
     found = {target for command in commands for target in re.findall(r"\bmake ([\w-]+)", command)}
     assert found == called
     assert found <= targets()

@@ -65,7 +65,13 @@ def digest(folder):
 
 
 def main(folder):
-    shutil.rmtree(folder, ignore_errors=True)
+    build = folder / "build.toml"
+    if folder.exists() and any(folder.iterdir()):
+        if not (build.exists() and f'name = "{NAME}"' in build.read_text(encoding="utf-8")):
+            raise SystemExit(
+                f"The folder {folder} should be empty, missing or an earlier build. Found other files."
+            )
+        shutil.rmtree(folder)
     source = folder / "torch-ext" / NAME.replace("-", "_")
     for name, path in FILES.items():
         (source / name).parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from sago import rules
-from sago.rules.form import Helpers, fault, helpers, replaced
+from sago.rules.form import Helpers, current_helpers, fault
 from sago.rules.reads import CASES, PRODUCTS
 
 _numbers = count()
@@ -77,18 +77,12 @@ def on_device(coefficients: Any) -> Any:
             return device
     if not isinstance(coefficients, FunctionType):
         return None
-    used = _helpers(coefficients)
-    if replaced(used) is not None:  # a function with this name was defined again
-        used = helpers(coefficients)
-    return _compiled(coefficients, used)
+    return _compiled(coefficients, current_helpers(coefficients))
 
 
 def gate_on_device(gate: rules.Gate | None) -> Any:
     """The device function of a gate, whose form the rule has checked."""
     return None if gate is None else on_device(gate)
-
-
-_helpers = lru_cache(maxsize=256)(helpers)
 
 
 @lru_cache(maxsize=256)

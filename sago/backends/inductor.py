@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from sago.rules.draws import Drawn
-from sago.rules.form import helpers
+from sago.rules.form import current_helpers
 
 COMPILE_FROM = 1 << 15  # elements of the smallest tensor for which a call of compiled code pays
 COMPILE_AT_ONCE = 1 << 20  # elements of a tensor that is not run uncompiled first
@@ -50,7 +50,7 @@ def compiled_code(
         return None
     small = () if coefficients is None else (coefficients.ndim, coefficients.shape[-1])
     # A function that a gate calls may be defined again, which the gate itself does not show.
-    used = tuple(helpers(x) for x in constant if isinstance(x, FunctionType))
+    used = tuple(current_helpers(x) for x in constant if isinstance(x, FunctionType))
     key = graph, constant, used, small, *(t.dtype for t in tensors)
     if key in _compiled:
         return _compiled[key]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -48,7 +48,11 @@ class Exposed:
                 )
         return [i for i in self._index if _metadata(self.grads[i]) != _metadata(self._views[i])]
 
-    def renew(self, positions: Sequence[int] | None = None) -> None:
+    def is_moved(self, i: int) -> bool:
+        """Whether the alias at this position was moved to other memory."""
+        return i in self._index and self.grads[i].data_ptr() != self._addresses[self._index[i]]
+
+    def renew(self, positions: Collection[int] | None = None) -> None:
         """Replaces the aliases at these positions, or those that were moved, by aliases of the views."""
         for i in self.moved() if positions is None else positions:
             self.grads[i] = self._alias(i)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from functools import partial
 from operator import is_
 from typing import Any, Protocol
@@ -139,7 +139,7 @@ class GradHost:
             return
         kept = not any(side.touched)
         found = [p.grad for p in self._params]
-        moved = side.exposed.moved()
+        moved = set(side.exposed.moved())
         self._copy_shared(side, found, moved)
         for i, (g, view, grad) in enumerate(zip(found, side.views, side.grads, strict=True)):
             own = g is grad
@@ -204,7 +204,7 @@ class GradHost:
                 )
         self._guards = Guards(self._params)  # a parameter may have been frozen, which is allowed
 
-    def _copy_shared(self, side: Side, found: list[Any], moved: Sequence[int]) -> None:
+    def _copy_shared(self, side: Side, found: list[Any], moved: Set[int]) -> None:
         """Copies the gradients that other code took from accumulators of the side.
 
         Otherwise, `_settle` could overwrite one before it is copied to its own accumulator.
@@ -213,7 +213,7 @@ class GradHost:
             return
         memory = {b.untyped_storage().data_ptr() for b in side.buffers}
         other = {i for i, (g, own) in enumerate(zip(found, side.grads, strict=True)) if g is not own}
-        for i in other.union(moved):
+        for i in other | moved:
             g = local(found[i])
             if g is not None and g.layout == torch.strided and g.untyped_storage().data_ptr() in memory:
                 found[i] = found[i].detach().clone()
@@ -274,9 +274,13 @@ class GradHost:
             capture.side.add(i, _arrived_shard(p))
             p.grad = None
         else:
-            if p.grad is not capture.side.grads[i]:
-                self._settle(capture.side, i, p.grad)
-            p.grad = None if self._wider[i] else capture.side.grads[i]
+            side = capture.side
+            moved = p.grad is side.grads[i] and side.exposed.is_moved(i)
+            if moved or p.grad is not side.grads[i]:
+                self._settle(side, i, p.grad)
+            if moved:
+                side.exposed.renew([i])
+            p.grad = None if self._wider[i] else side.grads[i]
         capture.side.touched[i] = capture.reached = capture.side.written = True
         arrived(i, p.device)
 

@@ -54,7 +54,7 @@ def check_pairs(
     allocate = out is NEW
     out = [None] * len(forget) if allocate else check_outputs(out, forget, retain)
     for i, tensors in enumerate(zip(forget, retain, out, strict=True)):
-        _check_pair(i, *tensors)
+        check_pair(i, *tensors)
     for name, side in (("forget", forget), ("retain", retain), ("out", out)):
         for i, t in enumerate(side):
             if t is not None and not holds_data(placement.local(t)):
@@ -288,7 +288,7 @@ def check_outputs(out: Gradients | str | None, forget: list[Any], retain: list[A
     return out
 
 
-def _check_pair(i: int, f: Any, r: Any, o: Any) -> None:
+def check_pair(i: int, f: Any, r: Any, o: Any) -> None:
     first: Any = None
     for name, t in (("forget", f), ("retain", r), ("out", o)):
         if t is None or t is first or (name == "out" and t is r):

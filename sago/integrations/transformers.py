@@ -93,8 +93,7 @@ class GradientSynthesisMixin(_Trainer):
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         if self._synthesizer is not None and not self._synthesizer.serves(self, model):
-            self._synthesizer.close()
-            self._synthesizer = None
+            self._close()
         if self._synthesizer is None:
             # The mixin overrides `_inner_training_loop` to notice the end of a training.
             if not hasattr(super(), "_inner_training_loop"):
@@ -157,9 +156,14 @@ class GradientSynthesisMixin(_Trainer):
         try:
             return super()._inner_training_loop(*args, **kwargs)
         finally:
-            if self._synthesizer is not None:
-                self._synthesizer.close()
-            self._synthesizer = self._tally = None  # frees the copies of the gradients
+            self._tally = None
+            self._close()
+
+    def _close(self) -> None:
+        """Frees the copies of the gradients, also if an error is raised."""
+        synthesizer, self._synthesizer = self._synthesizer, None
+        if synthesizer is not None:
+            synthesizer.close()
 
 
 def _returns_losses(trainer: Any) -> bool:

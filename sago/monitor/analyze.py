@@ -6,6 +6,8 @@ import argparse
 import pickle
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +98,17 @@ def of_files(forget: Path, retain: Path, **options: Any) -> SynthesisReport:
 def read(path: Path) -> dict[str, Tensor | None] | list[Tensor | None]:
     """The gradients of a file: by their names, or a list if they have no names."""
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return dict(load_file(path))
+        what = f"The file {path}"
+        load = _module("safetensors.torch", what, "safetensors").load_file
+        errors: Any = _module("safetensors", what, "safetensors").SafetensorError
+    else:
+        load = partial(torch.load, map_location="cpu", weights_only=True)
+        errors = (RuntimeError, LookupError, EOFError, pickle.UnpicklingError)
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, LookupError, EOFError, pickle.UnpicklingError) as error:
+        found = load(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"The file {path} should have gradients. Found no such file.") from error
+    except errors as error:
         raise ValueError(
             f"The file {path} should have gradients, written by torch.save. Found that it cannot be read "
             f"({type(error).__name__}). For texts, name a model with --model."
@@ -122,12 +129,11 @@ def of_model(folder: Path, forget: Path, retain: Path, tokens: int, **options: A
 
     The losses are `-NLL` and `NLL`, where `NLL` is the mean of `model(ids, labels=ids).loss` over the texts.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    transformers = _module("transformers", "`--model`", "'sago-kernels[transformers]'")
     if not folder.is_dir():
         raise ValueError(f"Parameter `--model` should be a folder with a model. Found no folder {folder}.")
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).float().eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).float().eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     named = list(model.named_parameters())
     # Without groups, a rule of global scope has one row.
     buckets = GradientBuckets(named, groups=[name for name, _ in named])
@@ -162,3 +168,10 @@ def _print(report: SynthesisReport) -> None:
             Console().print(report)
             return
     print(report.table())
+
+
+def _module(name: str, what: str, package: str) -> Any:
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{what} needs {name}. Found none. Run `pip install {package}`.") from error

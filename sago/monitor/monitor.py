@@ -47,8 +47,9 @@ class ConflictMonitor:
         """Keeps a copy of the report.
 
         Args:
-            report: What a synthesis returned.
-            step: The number of the step, larger than that before. By default that before plus 1, or 0.
+            report: The report that a synthesis returned.
+            step: The step number. It must be larger than that of the last report. The default is the last
+                number plus 1, or 0 for the first report.
 
         Raises:
             TypeError, ValueError: If `report` is no report or has no statistics, or `step` does not increase.
@@ -114,8 +115,9 @@ class ConflictMonitor:
         The axis is needed because W&B drops values that are logged for an earlier step than the current one.
 
         Args:
-            run: What `wandb.init` returned.
+            run: The run that `wandb.init` returned.
         """
+        run.define_metric(f"{prefix}/step")
         run.define_metric(f"{prefix}/*", step_metric=f"{prefix}/step")
         for row in self.totals():
             run.log({f"{prefix}/{name}": value for name, value in row.items() if value == value})

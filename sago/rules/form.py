@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import dis
 import inspect
 import textwrap
-from types import FunctionType
+from functools import lru_cache
+from types import CodeType, FunctionType
 from typing import Any
 
 from sago.rules.language import sqrt, where
@@ -78,18 +80,38 @@ def fault(function: Any, exact: bool = False) -> str | None:
 def helpers(function: Any) -> Helpers:
     """The functions that a function calls by global names, directly or not: (caller, name, function).
 
-    Those that functions of this package call are left out.
+    Those that functions of this package call are left out. Functions that are read as attributes of modules
+    or objects are not found.
     """
     found: dict[FunctionType, list[tuple[FunctionType, str, FunctionType]]] = {}
     waiting = [function]
     while waiting:
         caller = waiting.pop()
         if isinstance(caller, FunctionType) and caller not in found:
-            named = ((name, caller.__globals__.get(name)) for name in caller.__code__.co_names)
+            named = ((name, caller.__globals__.get(name)) for name in _globals_of(caller.__code__))
             found[caller] = [(caller, name, f) for name, f in named if isinstance(f, FunctionType)]
             waiting += [f for _, _, f in found[caller]]
-    ours = __package__
-    return tuple(x for calls in found.values() for x in calls if not x[0].__module__.startswith(ours))
+    return tuple(x for calls in found.values() for x in calls if not _is_ours(x[0]))
+
+
+_known = lru_cache(maxsize=256)(helpers)
+
+
+def current_helpers(function: Any) -> Helpers:
+    """`helpers`, which are looked for again only if one of them was replaced."""
+    used = _known(function)
+    return used if replaced(used) is None else helpers(function)
+
+
+def _globals_of(code: CodeType) -> list[str]:
+    """The global names that a function reads, also in the functions inside it."""
+    names = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    inner = (c for c in code.co_consts if isinstance(c, CodeType))
+    return sorted(names.union(*map(_globals_of, inner)))
+
+
+def _is_ours(function: FunctionType) -> bool:
+    return f"{function.__module__ or ''}.".startswith(f"{__package__}.")
 
 
 def replaced(found: Helpers) -> str | None:

@@ -246,7 +246,13 @@ _alive: WeakValueDictionary[int, Rule] = WeakValueDictionary()
 
 def with_id(number: int) -> Rule:
     """The rule whose `id` is `number`."""
-    return _alive[number]
+    found = _alive.get(number)
+    if found is None:
+        raise RuntimeError(
+            "The rule of a graph with `sago::synthesize` should be alive. Found that it was deleted, or that "
+            "the graph was made in another process. Trace the function again."
+        )
+    return found
 
 
 class Coefficients(NamedTuple):

@@ -123,8 +123,9 @@ def test_scalars_for_tensorboard_leave_out_what_is_not_a_number(monitor):
 def test_metrics_of_wandb_have_an_axis_of_their_own(monitor):
     run = Recorder()
     monitor.to_wandb(run)
-    assert run.calls[0] == ("define_metric", ("sago/*",), {"step_metric": "sago/step"})
-    logged = [args[0] for name, args, options in run.calls[1:] if (name, options) == ("log", {})]
+    assert run.calls[0] == ("define_metric", ("sago/step",), {})
+    assert run.calls[1] == ("define_metric", ("sago/*",), {"step_metric": "sago/step"})
+    logged = [args[0] for name, args, options in run.calls[2:] if (name, options) == ("log", {})]
     assert logged == [{f"sago/{name}": value for name, value in row.items()} for row in monitor.totals()]
 
 

@@ -130,6 +130,7 @@ def test_opcheck(stats, missing):
     [
         ("Unsupported", "distributed over ranks", {"reduce_gram": lambda table: None}),
         ("Unsupported", "should be one of", {"rule": "unknown"}),
+        ("Unsupported", "should have the same shape", {"out": [torch.zeros(3, 50)]}),
         ("Unsupported", "should have 1 keys", {"groups": [1, 2]}),
         ("ValueError", "`eps` should be finite and not negative", {"eps": -1.0}),
         ("ValueError", "`gamma` should be a float or a 0-d tensor", {"gamma": torch.ones(1)}),

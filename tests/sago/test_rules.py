@@ -7,7 +7,7 @@ import torch
 
 import sago
 import sago.reference
-from sago.rules import REFERENCES, RULES, evaluate, ratio, scaled, where
+from sago.rules import REFERENCES, RULES, evaluate, form, ratio, scaled, where
 from tests.support import backends, inputs, oracle, properties
 
 DOUBLE = torch.float64
@@ -287,3 +287,17 @@ def test_gram_rules_of_float64_against_the_oracle(rule, family):
     properties.assert_as_oracle(
         backends.Backend("reference", "cpu"), forget, retain, rule, gamma=0.75, alpha=1.5
     )
+
+
+def test_helpers_of_a_function_are_those_that_it_calls_by_global_names():
+    code = """
+def half(x): return 0.5 * x
+def mul(x): return x
+def direct(ff, fr, rr, gamma, alpha): return gamma, half(alpha).mul(1.0)
+def inside(ff, fr, rr, gamma, alpha): return gamma, (lambda x: half(x))(alpha)
+"""
+    names = {}
+    exec(code, names)
+    assert "__name__" not in names  # so that the functions have no module
+    for name in ("direct", "inside"):
+        assert [found[1] for found in form.helpers(names[name])] == ["half"]

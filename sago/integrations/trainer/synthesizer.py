@@ -110,6 +110,12 @@ class Synthesizer:
             )
         self._step = step
         for name, p in self._frozen:
+            if p.requires_grad and self._engine is not None:
+                raise ValueError(
+                    f"Parameter `{name}` should stay frozen with DeepSpeed, whose engine chose the trained "
+                    "parameters when it was made. Found that it requires grad. Unfreeze it before the "
+                    "training, or start a new training."
+                )
             if p.requires_grad and self._weights is not None:
                 raise ValueError(
                     f"Parameter `{name}` should be unfrozen between two optimizer steps, because a window "
