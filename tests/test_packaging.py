@@ -54,7 +54,7 @@ def test_the_metadata_of_the_package_index(built):
     assert built["License-Expression"] == "MIT"
     assert built["Description-Content-Type"] == "text/markdown"
     assert set(built["Keywords"].split(",")) >= {"machine unlearning", "PCGrad", "SAGO"}
-    assert {"Typing :: Typed", "Development Status :: 4 - Beta"} <= set(built.get_all("Classifier"))
+    assert {"Typing :: Typed", "Development Status :: 3 - Alpha"} <= set(built.get_all("Classifier"))
     urls = dict(url.split(", ") for url in built.get_all("Project-URL"))
     assert urls.keys() == {"Repository", "Documentation", "Changelog", "Issues", "Paper"}
     assert urls.pop("Paper") == "https://arxiv.org/abs/2604.14808"

@@ -325,7 +325,7 @@ def check_kind(name: str, t: Tensor) -> None:
         )
     if t.is_meta:
         raise ValueError(f"Parameter `{name}` should hold data. Found a meta tensor.")
-    if is_lazy(t):
+    if not torch.compiler.is_compiling() and is_lazy(t):
         raise ValueError(
             f"Parameter `{name}` should hold data. Found {type(t).__name__}, which has no shape yet. Run a "
             "forward of the module first."

@@ -129,7 +129,7 @@ def test_files_that_are_wrong(wrong, tmp_path, capsys):
 
 def test_files_that_are_not_there_and_commands_that_do_not_exist(tmp_path, capsys):
     assert main(["analyze", str(tmp_path / "f"), str(tmp_path / "r")]) == 1
-    assert "No such file" in capsys.readouterr().err
+    assert "Found no such file" in capsys.readouterr().err
     (tmp_path / "f").write_text("\n")
     random_model().save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")

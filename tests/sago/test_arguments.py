@@ -792,8 +792,8 @@ def calls():
                 error, f"`groups.*{says}", partial(lambda x, world: world.report.regroup(x), value)
             )
             for error, value, says in (
-                (ValueError, ["a"], "2 keys.*group of the report.*Found 1"),
-                (TypeError, "ab", "str.*list"),
+                (ValueError, ["a"], "2 keys.*row of the report.*Found 1"),
+                (TypeError, "ab", r"str. Write `\[key\(name\)"),
                 (TypeError, None, "NoneType"),
                 (TypeError, [[1], [2]], "hashable"),
                 (TypeError, [torch.tensor(1)] * 2, "equal"),
