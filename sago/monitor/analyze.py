@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import pickle
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +98,11 @@ def of_files(forget: Path, retain: Path, **options: Any) -> SynthesisReport:
 def read(path: Path) -> dict[str, Tensor | None] | list[Tensor | None]:
     """The gradients of a file: by their names, or a list if they have no names."""
     if path.suffix == ".safetensors":
-        what = f"The file {path}"
-        load = _module("safetensors.torch", what, "safetensors").load_file
-        errors: Any = _module("safetensors", what, "safetensors").SafetensorError
+        with _installed("safetensors", f"The file {path}", "safetensors"):
+            from safetensors import SafetensorError
+            from safetensors.torch import load_file
+        load: Any = load_file
+        errors: Any = SafetensorError
     else:
         load = partial(torch.load, map_location="cpu", weights_only=True)
         errors = (RuntimeError, LookupError, EOFError, pickle.UnpicklingError)
@@ -129,11 +131,12 @@ def of_model(folder: Path, forget: Path, retain: Path, tokens: int, **options: A
 
     The losses are `-NLL` and `NLL`, where `NLL` is the mean of `model(ids, labels=ids).loss` over the texts.
     """
-    transformers = _module("transformers", "`--model`", "'sago-kernels[transformers]'")
+    with _installed("transformers", "`--model`", "'sago-kernels[transformers]'"):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
     if not folder.is_dir():
         raise ValueError(f"Parameter `--model` should be a folder with a model. Found no folder {folder}.")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).float().eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).float().eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     named = list(model.named_parameters())
     # Without groups, a rule of global scope has one row.
     buckets = GradientBuckets(named, groups=[name for name, _ in named])
@@ -170,8 +173,9 @@ def _print(report: SynthesisReport) -> None:
     print(report.table())
 
 
-def _module(name: str, what: str, package: str) -> Any:
+@contextmanager
+def _installed(name: str, what: str, package: str) -> Iterator[None]:
     try:
-        return import_module(name)
+        yield
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{what} needs {name}. Found none. Run `pip install {package}`.") from error
