@@ -34,7 +34,7 @@ class Fault(NamedTuple):
     new: str
 
 
-# A list at the addresses of an earlier one depends on the allocator, so tests/sago/test_seen.py has that fault.
+# Whether an address is used again depends on the allocator, so tests/sago/test_seen.py has that fault.
 FAULTS = {
     "a plan ignores a tensor beside a float": Fault(
         synthesis.Plan,
