@@ -78,13 +78,13 @@ def synthesize_(
 
     Source: arXiv 2604.14808 (SAGO and the retain-first use of PCGrad); rules in `sago.reference`.
     """
-    refuse_transforms()
     rule = resolve(rule)
     if torch.compiler.is_compiling():
         *_, report = _in_graph(
             forget, retain, rule, gamma, alpha, out, groups, eps, stats, reduce_gram, backend, retain_floor
         )
         return report
+    refuse_transforms()  # TorchDynamo cannot trace it
     check_backend(backend)
     pipeline, updates, lists = find(forget, retain, rule, out, groups, reduce_gram, backend, dtensor)
     devices = [there.device for there in pipeline.devices]
@@ -120,13 +120,13 @@ def synthesize(
         otherwise. An update has the dtype of retain, or of forget if retain is None. It is None if both are
         None.
     """
-    refuse_transforms()
     rule = resolve(rule)
     if torch.compiler.is_compiling():
         updates, report = _in_graph(
             forget, retain, rule, gamma, alpha, NEW, groups, eps, stats, reduce_gram, backend, retain_floor
         )
     else:
+        refuse_transforms()
         pairs = check_pairs(forget, retain, rule, NEW, groups, reduce_gram, backend, dtensor)
         devices = pairs.backends
         call = check_call(rule, gamma, alpha, eps, stats, reduce_gram, devices, retain_floor=retain_floor)

@@ -94,9 +94,16 @@ def _key(
     if not all(type(x) in _PLAIN for x in sides) or not (groups is None or type(groups) in _PLAIN):
         return [], None
     tensors = list(chain(*sides))
-    firsts = [next((t for t in side if t is not None), None) for side in sides]
-    first = next((t for t in firsts if t is not None), None)
-    if first is None or not all(t is None or type(t) in _KINDS for t in firsts):
+    first = None
+    for side in sides:
+        for t in side:  # up to the first tensor of the side
+            if t is None:
+                continue
+            if type(t) not in _KINDS:
+                return [], None
+            first = t if first is None else first
+            break
+    if first is None:
         return [], None
     addresses = _addresses(tensors)
     missing: tuple[int, ...] = ()

@@ -7,6 +7,7 @@ would be wrong.
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ _log = logging.getLogger("sago")
 
 
 def _private_names() -> tuple[Any, Any]:
-    """The functions that tell which transform and which level of forward-mode AD are active.
+    """The function that tells which transform is active, and the module with the level of forward-mode AD.
 
     They use private names of torch. Without these names, only the tensors of a transform are refused.
     """
@@ -24,7 +25,7 @@ def _private_names() -> tuple[Any, Any]:
         from torch._C._functorch import TransformType, peek_interpreter_stack
 
         if forward_ad._current_level < 0 and hasattr(TransformType, "Vmap"):
-            return peek_interpreter_stack, lambda: forward_ad._current_level
+            return peek_interpreter_stack, forward_ad
         reason = "its names have other values"
     except (ImportError, AttributeError, TypeError) as error:
         reason = repr(error)
@@ -34,16 +35,14 @@ def _private_names() -> tuple[Any, Any]:
         torch.__version__,
         reason,
     )
-    return lambda: None, lambda: -1
+    return lambda: None, SimpleNamespace(_current_level=-1)
 
 
-_innermost, _level = _private_names()
+_innermost, _levels = _private_names()
 
 
 def refuse_transforms() -> None:
     """Raises ValueError inside vmap, grad, jvp or functionalize, a dual level, or a trace."""
-    if torch.compiler.is_compiling():  # TorchDynamo cannot trace the private functions
-        return
     transform = _innermost()
     if transform is not None:
         name = f"torch.func.{transform.key().name.lower()}"
@@ -52,12 +51,12 @@ def refuse_transforms() -> None:
             f"writes to memory. Found a call inside {name}. Return both gradients from the transformed "
             "function, and synthesize them afterwards."
         )
-    if _level() >= 0:
+    if _levels._current_level >= 0:
         raise ValueError(
             "Gradients should be synthesized outside of forward-mode AD, which does not see writes to "
             "memory. Found a call inside torch.autograd.forward_ad.dual_level. Synthesize after the block."
         )
-    if torch.jit.is_tracing():
+    if torch._C._is_tracing():
         raise ValueError(
             "Gradients should be synthesized outside of a trace, which would keep sums of the example as "
             "constants. Found a call inside torch.jit.trace. Trace the model alone."

@@ -10,7 +10,8 @@ from tests.support.processes import need_stub_driver, python
 import_with_triton("triton")
 need_stub_driver()
 
-LIMITS = {"plan": 100, "list": 150, "buckets": 150}  # calls for an elementwise rule
+# Calls for an elementwise rule. Buckets also look for gradients that other code has moved.
+LIMITS = {"plan": 100, "list": 150, "buckets": 165}
 GRAM = 40  # more calls for the second launch
 
 
