@@ -293,8 +293,8 @@ def test_only_tested_versions_of_triton_are_launched_directly(version, directly,
 def test_the_transforms_of_this_torch_are_known():
     assert transforms._innermost is importlib.import_module("torch._C._functorch").peek_interpreter_stack
     with forward_ad.dual_level():
-        assert transforms._level() == 0
-    assert transforms._level() == -1
+        assert transforms._levels._current_level == 0
+    assert transforms._levels._current_level == -1
 
 
 @pytest.mark.parametrize(
@@ -309,12 +309,12 @@ def test_transforms_without_a_name(module, name, monkeypatch, caplog):
     """Their tensors are refused all the same."""
     monkeypatch.delattr(importlib.import_module(module), name)
     with caplog.at_level(logging.WARNING, "sago"):
-        innermost, level = transforms._private_names()
+        innermost, levels = transforms._private_names()
     assert "does not tell whether a transform" in caplog.text
     assert name in caplog.text
     monkeypatch.undo()
     monkeypatch.setattr(transforms, "_innermost", innermost)
-    monkeypatch.setattr(transforms, "_level", level)
+    monkeypatch.setattr(transforms, "_levels", levels)
     r = torch.ones(3)
 
     def transformed(t):
