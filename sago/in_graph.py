@@ -1,17 +1,18 @@
 """The operator `sago::synthesize`, which stands for a synthesis in a graph of torch.compile.
 
-It runs the eager synthesis on the tensors of the graph, so that an update has the same bits. It returns new
-tensors, and the graph copies them into the outputs. An operator that writes into its arguments would be
-unsafe, because a graph may pass it one tensor in the place of another that has equal values. So a synthesis
-in a graph needs memory for one more copy of the update. A graph does not check whether outputs overlap.
-Eager code does not use the operator, because the
-dispatcher would take more time than the rest of a call takes on the host.
+The operator runs the eager synthesis on the tensors of the graph, so that the update has the same bits. It
+returns new tensors, and the graph copies them into the outputs. It does not write into its arguments, because
+torch.compile may replace an argument by another tensor with the same values. Therefore, a synthesis in a
+graph needs memory for one more copy of the update. A graph does not check whether outputs overlap.
+
+Eager code does not use the operator. The dispatcher alone would take longer than an eager call takes on the
+host.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +26,29 @@ from sago.rules.rule import with_id
 
 Tensors = Sequence[Tensor | None]
 
-# `dtypes` has -1 for a pair without gradients. `weights` has a number where `on_device` has a tensor, too.
+
+class _Arguments(NamedTuple):
+    """The arguments of the operator, in the order of `_SCHEMA`.
+
+    Attributes:
+        dtypes: The positions in `DTYPES` of the outputs' dtypes. -1 for a pair without gradients.
+        rule: The `id` of the rule, because an operator does not take other objects.
+        weights: gamma and alpha as numbers. They are not used where `on_device` has a tensor.
+    """
+
+    forget: Tensors
+    retain: Tensors
+    dtypes: Sequence[int]
+    rule: int
+    weights: Sequence[float]
+    on_device: Tensors
+    groups: Sequence[int] | None
+    eps: float
+    stats: bool
+    backend: str | None
+    retain_floor: float
+
+
 _SCHEMA = (
     "(Tensor?[] forget, Tensor?[] retain, int[] dtypes, int rule, float[] weights, Tensor?[] on_device, "
     "int[]? groups, float eps, bool stats, str? backend, float retain_floor) -> Tensor[]"
@@ -100,61 +123,50 @@ class InGraph:
         columns = dict(zip(computed(rule, stats), table.unbind(0), strict=True))
         return outputs, SynthesisReport(rule.name, keys, numel, lambda: columns)
 
-    def _run(
-        self,
-        forget: Tensors,
-        retain: Tensors,
-        dtypes: Sequence[int],
-        rule: int,
-        weights: Sequence[float],
-        on_device: Tensors,
-        groups: Sequence[int] | None,
-        eps: float,
-        stats: bool,
-        backend: str | None,
-        retain_floor: float,
-    ) -> list[Tensor]:
+    def _run(self, *arguments: Any) -> list[Tensor]:
         """The updates of pairs with a gradient, and the columns of the report, fp64 `[columns, groups]`."""
-        out = _new(forget, retain, dtypes)
-        gamma, alpha = (w if t is None else t for w, t in zip(weights, on_device, strict=True))
-        # The function that is traced may call the operator while torch.compile looks at every call.
+        call = _Arguments(*arguments)
+        rule, out = with_id(call.rule), _new(call)
+        gamma, alpha = (w if t is None else t for w, t in zip(call.weights, call.on_device, strict=True))
+        # TorchDynamo would otherwise trace the functions that the operator calls.
         eager = torch.compiler.disable(self._eager)
         report = eager(
-            forget, retain, with_id(rule), gamma, alpha, out, groups, eps, stats, None, backend, retain_floor
+            call.forget,
+            call.retain,
+            rule,
+            gamma,
+            alpha,
+            out=out,
+            groups=call.groups,
+            eps=call.eps,
+            stats=call.stats,
+            backend=call.backend,
+            retain_floor=call.retain_floor,
         )
         updates = [o for o in out if o is not None]
         found = columns_of(report)
-        columns = [found[name] for name in computed(with_id(rule), stats)]
+        columns = [found[name] for name in computed(rule, call.stats)]
         return [*updates, torch.stack(columns) if columns else _table(updates, 0, len(report.groups))]
 
-    def _fake(
-        self,
-        forget: Tensors,
-        retain: Tensors,
-        dtypes: Sequence[int],
-        rule: int,
-        weights: Sequence[float],
-        on_device: Tensors,
-        groups: Sequence[int] | None,
-        eps: float,
-        stats: bool,
-        backend: str | None,
-        retain_floor: float,
-    ) -> list[Tensor]:
+    @staticmethod
+    def _fake(*arguments: Any) -> list[Tensor]:
         """Tensors of the shapes that `_run` returns."""
-        updates = [o for o in _new(forget, retain, dtypes) if o is not None]
-        _, keys = check_groups(groups, len(forget), with_id(rule))
-        return [*updates, _table(updates, len(computed(with_id(rule), stats)), len(keys))]
+        call = _Arguments(*arguments)
+        rule = with_id(call.rule)
+        updates = [o for o in _new(call) if o is not None]
+        _, keys = check_groups(call.groups, len(call.forget), rule)
+        return [*updates, _table(updates, len(computed(rule, call.stats)), len(keys))]
 
 
 def _detached(tensors: list[Any]) -> list[Any]:
     return [t.detach() if isinstance(t, Tensor) else t for t in tensors]
 
 
-def _new(forget: Tensors, retain: Tensors, dtypes: Sequence[int]) -> list[Tensor | None]:
-    like = (f if r is None else r for f, r in zip(forget, retain, strict=True))
+def _new(call: _Arguments) -> list[Tensor | None]:
+    like = (f if r is None else r for f, r in zip(call.forget, call.retain, strict=True))
     return [
-        None if t is None else torch.empty_like(t, dtype=DTYPES[d]) for t, d in zip(like, dtypes, strict=True)
+        None if t is None else torch.empty_like(t, dtype=DTYPES[d])
+        for t, d in zip(like, call.dtypes, strict=True)
     ]
 
 

@@ -163,7 +163,7 @@ class Rule:
         more += [(ones,) * len(self.state)] if self.state else []
         try:
             found = self.coefficients(ones, ones, ones, ones[0], ones[0], *more)
-        except Exception as error:
+        except Exception as error:  # code of the user may raise any class
             names = (", classes" if self.by_class else "") + (", state" if self.state else "")
             raise ValueError(
                 f"Parameter `coefficients` should take `(ff, fr, rr, gamma, alpha{names})` as tensors, with "
@@ -224,7 +224,7 @@ class Rule:
         f, r, *u = torch.cartesian_prod(numbers, numbers, *drawn).unbind(1)
         try:
             found = self.gate(f, r, *u)  # type: ignore[misc]
-        except Exception as error:
+        except Exception as error:  # code of the user may raise any class
             raise ValueError(
                 f"Parameter `gate` should take `(f, r{', u' if u else ''})` as tensors, with "
                 f"`sago.rules.where` instead of `if`. Found that it raises {error!r}."

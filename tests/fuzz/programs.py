@@ -75,7 +75,7 @@ def surroundings(remembered: int, compiles: bool) -> Iterator[None]:
 
 
 class Target(NamedTuple):
-    """Where programs run, and what they are made of.
+    """A backend, and the parts from which its programs are drawn.
 
     Attributes:
         backend: The argument of that name.
@@ -129,14 +129,14 @@ CHANGES = st.sampled_from([(), (True,), (True,), (False,), (True, True), (True, 
 
 
 class Independent(HypothesisProvider):
-    """Draws each program anew. By itself, hypothesis makes five of six by a change of an earlier one."""
+    """Draws each program independently. By default, five of six are changes of an earlier program."""
 
 
 AVAILABLE_PROVIDERS["independent"] = f"{__name__}.Independent"
 
 
 class Result(NamedTuple):
-    """What a chunk has run. `failure` is None, or a text with the smallest program that fails."""
+    """The counts of a chunk. `failure` is None, or a text with the smallest program that fails."""
 
     seed: int
     chunk: int
@@ -173,7 +173,7 @@ def run_chunk(number: int, chunk: int, target: str, cases: int, shrinks: bool = 
     try:
         with frozen_objects():
             check()
-    except Exception as error:  # of any kind: a fuzzer reports what the library raises
+    except Exception as error:  # the library may raise any class, and a failure includes all of them
         text = "".join(traceback.format_exception(error, limit=-12))
         failure = f"{text}\nrun({latest[0]!r}, {target!r})"
     return Result(number, chunk, target, *counts, round(time.perf_counter() - start, 3), failure)

@@ -94,7 +94,7 @@ def _function(name: str, arguments: str, returned: str) -> Callable[..., Any]:
 
 @lru_cache(maxsize=1024)
 def definition_of(name: Name) -> str | Definition | None:
-    """What the oracle takes; None for a random gate, of which only the bits are compared."""
+    """The argument `rule` of the oracle. None for a random gate, where only bits are compared."""
     if name in OF_THE_PAPER:
         return name
     rule = rule_of(name)

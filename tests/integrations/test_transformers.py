@@ -1476,6 +1476,13 @@ def test_groups_by_an_expression_that_matches_no_trained_parameter_are_refused(t
         trainer.train()
 
 
+def optimize_layers(trainer):
+    """Gives the trainer an optimizer that has only the parameters of the layers."""
+    of_layers = [p for n, p in trainer.model.named_parameters() if "layers" in n]
+    trainer.optimizer = torch.optim.SGD(of_layers, lr=1e-2)
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda _: 1.0)
+
+
 class Unfreezing(transformers.TrainerCallback):
     """Adds the head to the optimizer after the second step."""
 
@@ -1497,9 +1504,7 @@ def test_a_parameter_that_enters_the_optimizer_is_trained_from_the_next_window_o
         options = {"gradient_accumulation_steps": accumulation, "data": data, "max_grad_norm": 0.0}
         trainer = make(kind, tmp_path, callbacks=[Unfreezing()], **options)
         trainer.model.lm_head.weight.requires_grad_(not frozen)
-        of_layers = [p for n, p in trainer.model.named_parameters() if "layers" in n]
-        trainer.optimizer = torch.optim.SGD(of_layers, lr=1e-2)
-        trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda _: 1.0)
+        optimize_layers(trainer)
         head = trainer.model.lm_head.weight.detach().clone()
         trainer.train()
         assert not torch.equal(trainer.model.lm_head.weight, head)
@@ -1532,9 +1537,7 @@ def test_a_parameter_that_enters_the_optimizer_inside_a_window_waits_for_the_nex
     for callback in (UnfreezingInside(), UnfreezingLater()):
         options = {"gradient_accumulation_steps": 2, "data": Pairs(10), "max_grad_norm": 0.0}
         trainer = make(with_mixin(GradDiff, rule="sum"), tmp_path, callbacks=[callback], **options)
-        of_layers = [p for n, p in trainer.model.named_parameters() if "layers" in n]
-        trainer.optimizer = torch.optim.SGD(of_layers, lr=1e-2)
-        trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda _: 1.0)
+        optimize_layers(trainer)
         head = trainer.model.lm_head.weight.detach().clone()
         trainer.train()
         assert not torch.equal(trainer.model.lm_head.weight, head)
@@ -1622,9 +1625,7 @@ def test_the_logged_losses_go_back_to_the_last_log_where_a_parameter_enters_the_
 
     options = {"data": Pairs(4), "callbacks": [Unfreezing()], "logging_steps": 4}
     trainer = make(with_mixin(Recording), tmp_path, **options)
-    of_layers = [p for n, p in trainer.model.named_parameters() if "layers" in n]
-    trainer.optimizer = torch.optim.SGD(of_layers, lr=1e-2)
-    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda _: 1.0)
+    optimize_layers(trainer)
     trainer.train()
     (log,) = steps_of(trainer)
     found = torch.tensor([log["forget_loss"], log["retain_loss"]])

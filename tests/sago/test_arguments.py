@@ -990,7 +990,7 @@ def test_gradients_of_transforms_are_synthesized_after_them():
 @pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("rule", ["sum", "sago", "pcgrad", "cautious"])
 def test_a_weight_that_is_not_finite_is_seen_in_the_update(rule, on_device, weight):
-    """It is no error, because a weight in a tensor is not read."""
+    """No error is raised, because the host does not read the value of a weight in a tensor."""
     f = r = torch.tensor([1.0, -2.0, 3.0])
     gamma = torch.tensor(weight) if on_device else weight
     update, _ = sago.synthesize(f, 2 * r, rule, gamma=gamma)

@@ -36,5 +36,5 @@ def test_compiled(dtype, offset):
 
 
 def test_kernels(device):
-    """The tail of a tensor has up to 15 elements. All alignments are those of one variant of the kernels."""
+    """A tail has up to 15 elements. One variant of the kernels handles every unaligned address."""
     check(Backend("triton", device, 1), BF16, SMALL[:67] + AROUND_A_CHUNK[1:4])
