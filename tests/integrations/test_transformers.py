@@ -1513,6 +1513,26 @@ def test_a_parameter_that_enters_the_optimizer_is_trained_from_the_next_window_o
     torch.testing.assert_close(states[1], states[0], rtol=0, atol=DRIFT)
 
 
+def test_a_step_of_another_model_has_accumulators_of_its_own(tmp_path):
+    class Turning(with_mixin(GradDiff)):
+        other = None
+
+        def training_step(self, model, inputs, *arguments):
+            if self.other is not None:
+                super().training_step(self.other, inputs, *arguments)
+                assert any(p.grad is not None for p in self.other.parameters())
+                self.other.zero_grad()
+            return super().training_step(model, inputs, *arguments)
+
+    states = []
+    for other in (None, llama()):
+        trainer = make(Turning, tmp_path)
+        trainer.other = other
+        trainer.train()
+        states.append(weights(trainer.model))
+    torch.testing.assert_close(states[1], states[0], rtol=0, atol=0)
+
+
 class UnfreezingInside(Unfreezing):
     """Adds the head after the first micro-batch of the third window."""
 
