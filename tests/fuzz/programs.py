@@ -131,8 +131,20 @@ CHANGES = st.sampled_from([(), (True,), (True,), (False,), (True, True), (True, 
 class Independent(HypothesisProvider):
     """Draws each program independently. By default, five of six are changes of an earlier program."""
 
+    def _maybe_draw_constant(self, *_: Any, **__: Any) -> None:
+        """Never, because these are numbers in the sources of all modules that were imported until now."""
+
 
 AVAILABLE_PROVIDERS["independent"] = f"{__name__}.Independent"
+
+SETTINGS = settings(
+    backend="independent",
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    report_multiple_bugs=False,
+    print_blob=False,
+)
 
 
 class Result(NamedTuple):
@@ -152,16 +164,7 @@ def run_chunk(number: int, chunk: int, target: str, cases: int, shrinks: bool = 
     start, latest, counts = time.perf_counter(), [Program((), 1, ())], [0, 0]
 
     @seed(1_000_003 * number + chunk)
-    @settings(
-        max_examples=cases,
-        backend="independent",
-        database=None,
-        deadline=None,
-        phases=[Phase.generate, *([Phase.shrink] if shrinks else [])],
-        suppress_health_check=list(HealthCheck),
-        report_multiple_bugs=False,
-        print_blob=False,
-    )
+    @settings(SETTINGS, max_examples=cases, phases=[Phase.generate, *([Phase.shrink] if shrinks else [])])
     @given(programs(target))
     def check(program: Program) -> None:
         latest[0] = program
