@@ -66,9 +66,9 @@ test-ecosystem: .venv-ecosystem/ready
 test-large: .venv/ready
 	$(BIN)/python -m pytest -m large tests/test_large.py
 
-# 10,000 windows in each way in.
+# 10,000 windows in each way in, and ranks that fail on two and four ranks.
 test-long: .venv/ready
-	$(BIN)/python -m pytest -s -m long tests/test_long.py
+	$(BIN)/python -m pytest -s -m long tests/test_long.py tests/distributed/test_failures.py
 
 # The kernels in the layout of the Hugging Face hub, loaded with its package `kernels`.
 test-hub: .venv-hub/ready

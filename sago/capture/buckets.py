@@ -107,7 +107,9 @@ class GradientBuckets:
 
     On several ranks, DTensor parameters (FSDP2, HSDP, tensor parallel) are captured and synthesized shard by
     shard. If they are sharded, the ranks compare once a window which parameters were reached, and all ranks
-    raise if a parameter was reached on some ranks only. The host waits for that comparison.
+    raise if a parameter was reached on some ranks only. In the windows 1, 2, 4, 8 and so on, all ranks also
+    compare the rule, the weights and the other arguments, with DistributedDataParallel as well, and raise if
+    they differ. The host waits for these comparisons.
 
     The gradients of a DistributedDataParallel module are averaged over its ranks once a window, in the flat
     accumulators, at the start of `synthesize_` or `unscale_`. DDP's own reduction would miss the second of
@@ -225,6 +227,7 @@ class GradientBuckets:
         self._before = [0, *itertools.accumulate(sizes)]
         # The sizes of whole gradients, so that all ranks synthesize the same gradients together.
         self._sizes = [n * v.element_size() for n, v in zip(sizes, self._forget.views, strict=True)]
+        self._windows = 0  # windows whose arguments passed `_check_same`
         if self._ranks is not None:
             self._ranks.start()
 
@@ -267,9 +270,9 @@ class GradientBuckets:
     ) -> SynthesisReport:
         """Sets `p.grad` of every parameter to the update that `sago.synthesize_` gives, and ends the window.
 
-        Both gradients are used up. Nothing is read back from the device, except that the ranks of sharded
-        DTensors compare which parameters they reached, unless a CUDA graph is captured. Memory and layout
-        were checked when the buckets were made.
+        Both gradients are used up. On one rank nothing is read back from the device. Several ranks compare
+        what they reached and their arguments, unless a CUDA graph is captured. Memory and layout were checked
+        when the buckets were made.
 
         Args:
             rule, gamma, alpha, eps, stats, reduce_gram, retain_floor: As in `sago.synthesize_`.
@@ -315,6 +318,7 @@ class GradientBuckets:
             retain_floor,
         )
         self._check_unscaled(call)
+        self._check_same(call)
         self._meet()
         pipeline = self._pipeline(call)
         try:
@@ -416,6 +420,7 @@ class GradientBuckets:
             pipeline_of = partial(self._pipeline_of_buffer, call)
         sharded = retain.fresh and self._shards is not None
         check_exact(call, rows, keys, unit, list(self._backends), sharded)
+        self._check_same(call)
         if self._shards is not None:
             self._check_agreed(self._shards)
             if draw is not None and None in self._shards.offsets:
@@ -597,6 +602,22 @@ class GradientBuckets:
         if self._shards is not None and self._engine is None:
             self._check_agreed(self._shards)
         self._average()
+
+    def _check_same(self, call: Call) -> None:
+        """Raises on every rank if the ranks synthesize with different arguments.
+
+        The host waits for that comparison, so it is made in the windows 1, 2, 4, 8 and so on.
+        """
+        if self._shards is not None:
+            over = self._shards.over
+        elif self._ranks is not None:
+            over = SumOver(self._ranks.group)
+        else:
+            return
+        number = self._windows + 1
+        if number & (number - 1) == 0 and not is_capturing(self._backends):
+            over.check_equal(call.described(), self._retain.views[0].device)
+        self._windows = number
 
     def _check_agreed(self, spread: Shards) -> None:
         """Raises on every rank if a backward reached a parameter on some ranks only."""

@@ -15,6 +15,8 @@ from sago.rules import Rule
 
 Weight = float | Tensor
 
+_ON_EVERY_RANK = ("eps", "stats", "max_norm", "nonfinite", "retain_floor")
+
 
 class Over(Protocol):
     """Ranks that hold other shards of the same gradients, and that add up their tables of sums."""
@@ -137,6 +139,24 @@ class Call(NamedTuple):
     state: Tensor | None = None
     draw: Tensor | None = None
     retain_floor: float = 0.0
+
+    def described(self) -> dict[str, object]:
+        """The values that have to be the same on all ranks of one update, by the words that name them.
+
+        The numbers of a tensor are read back from the device.
+        """
+        rule = self.rule
+        weights = {f"Parameter `{name}`": float(getattr(self, name)) for name in ("gamma", "alpha")}
+        others = {f"Parameter `{name}`": getattr(self, name) for name in _ON_EVERY_RANK}
+        made = rule.scope, rule.classes, rule.state, rule.seed
+        factors = {"The factor 1 / captures of each side": self.scales}
+        return {
+            "Parameter `rule`": rule.name,
+            f"The rule {rule.name!r}": made,
+            **weights,
+            **others,
+            **factors,
+        }
 
     @property
     def sums(self) -> Sums:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -95,6 +95,20 @@ class SumOver:
             same &= found.sum(0).cpu() == 1
         return same.tolist()
 
+    def check_equal(self, values: Mapping[str, object], device: torch.device) -> None:
+        """Raises ValueError on every rank if a value differs between the ranks. The host waits.
+
+        The names of the values begin the error messages.
+        """
+        bits = [_digest(value) >> k & 1 == 1 for value in values.values() for k in range(_BITS)]
+        same = self.agree(bits, device)
+        for k, (name, value) in enumerate(values.items()):
+            if not all(same[k * _BITS : (k + 1) * _BITS]):
+                raise ValueError(
+                    f"{name} should be the same on every rank, because the ranks together make one update. "
+                    f"Found {value!r} on rank {dist.get_rank()}, and another value on another rank."
+                )
+
     def __repr__(self) -> str:
         sizes = ", ".join(f"{dist.get_world_size(group)} ranks" for group in self._groups)
         return f"SumOver({sizes})"
@@ -165,8 +179,7 @@ def _world() -> ProcessGroup:
 
 
 def _check_same(group: ProcessGroup, layout: Sequence[object], device: torch.device) -> None:
-    # `hash` would differ between processes.
-    digest = int.from_bytes(hashlib.blake2b(repr(layout).encode(), digest_size=7).digest(), "big")
+    digest = _digest(layout)
     same = _same.setdefault(group, set())
     if digest in same:
         return
@@ -188,6 +201,14 @@ def _check_same(group: ProcessGroup, layout: Sequence[object], device: torch.dev
 
 
 _same: WeakKeyDictionary[ProcessGroup, set[int]] = WeakKeyDictionary()
+
+
+def _digest(value: object) -> int:
+    """A hash of `repr(value)`. The function `hash` would differ between processes."""
+    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=_BITS // 8).digest(), "big")
+
+
+_BITS = 56
 
 
 def _nothing() -> None:

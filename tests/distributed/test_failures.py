@@ -1,8 +1,11 @@
 """What goes wrong between ranks is an error on all that it concerns, and no rank waits for ever."""
 
 import os
+import time
 from contextlib import suppress
 from datetime import timedelta
+from itertools import product
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,9 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sago
 from sago.distributed import SumOver
+from sago.rules import RULES
 from tests.support import inputs
 from tests.support.ranks import RankError, Ranks, error_of
 from tests.support.training import (
+    WEIGHTS,
     Run,
     assert_equal_results,
     batches,
@@ -29,15 +34,7 @@ from tests.support.training import (
 )
 from tests.support.windows import FP32, FP64
 
-LATE = 10.0  # seconds, beyond which a group does not wait; ranks of a busy machine need some
-
-
-@pytest.fixture(scope="module")
-def mortals():
-    """Two ranks that may die."""
-    ranks = Ranks(2, timeout=30.0)
-    yield ranks
-    ranks.stop()
+LATE = 10.0  # seconds, beyond which a group does not wait; ranks of a busy machine need some of them
 
 
 def shards_of(numel=9, dtype=FP64, seed=0):
@@ -45,32 +42,54 @@ def shards_of(numel=9, dtype=FP64, seed=0):
     return [distribute_tensor(t.to(dtype), mesh, [Shard(0)]) for t in inputs.pair(numel, seed)]
 
 
-def dies(kind):
-    """In the middle of a training, when everything before the second synthesis is done."""
+def fails(kind, how):
+    """The last rank dies, raises in a capture or is late, in the second window of a training."""
+    last = dist.get_rank() == dist.get_world_size() - 1
     model = transformer()
-    model = DistributedDataParallel(model) if kind == "ddp" else sharded(model, mesh_of(shard=2))
+    model = DistributedDataParallel(model) if kind == "ddp" else sharded(model, mesh_of(shard=share()[1]))
     buckets = sago.GradientBuckets(model)
     window(model, buckets, Run("pcgrad"), batches(0, 0, *share()))
     buckets.synthesize_("pcgrad").table()
     buckets.zero_()
+    if last and how == "raises":
+        with buckets.forget():
+            raise ZeroDivisionError
+    if last and how == "is late":
+        time.sleep(2 * LATE)
     window(model, buckets, Run("pcgrad"), batches(1, 0, *share()))
-    if dist.get_rank() == 1:
+    if last and how == "dies":
         os._exit(3)
     buckets.synthesize_("pcgrad").table()
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_a_rank_that_dies_is_an_error_on_the_others(mortals, kind):
-    mortals(int)
-    store = mortals._folder.name
-    with pytest.raises(RankError) as caught:
-        mortals(dies, kind)
-    on_first, on_second = caught.value.errors
-    assert on_second == "died, exit code 3"
-    assert "synthesize_" in on_first
-    assert on_first.splitlines()[-1].startswith("RuntimeError")
-    assert "timed out" not in on_first.lower()  # it was not waited for
-    assert not os.path.exists(store)
+IN_CI = [(2, "ddp", "dies"), (2, "fsdp", "dies")]
+FAILURES = [
+    pytest.param(*case, marks=[] if case in IN_CI else pytest.mark.long)
+    for case in product((2, 4), ("ddp", "fsdp"), ("dies", "raises", "is late"))
+]
+
+
+@pytest.mark.parametrize(("count", "kind", "how"), FAILURES)
+def test_a_rank_that_fails_is_an_error_on_the_others(count, kind, how):
+    ranks = Ranks(count, timeout=LATE)
+    try:
+        ranks(int)
+        store = ranks._folder.name
+        with pytest.raises(RankError) as caught:
+            ranks(fails, kind, how)
+        *others, last = caught.value.errors
+        for error in others:
+            assert error.splitlines()[-1].startswith("RuntimeError")
+            assert "synthesize_" in error or kind == "fsdp"  # whose forward and backward communicate, too
+        waited = ["timed out" in error.lower() for error in others]
+        # The neighbours of a dead rank notice it at once. Other ranks wait for these neighbours.
+        assert any(waited) if how != "dies" else not all(waited)
+        expected = {"dies": "died, exit code 3", "raises": "ZeroDivisionError", "is late": "RuntimeError"}
+        assert expected[how] in last
+        assert not os.path.exists(store)
+        assert ranks(int) == [0] * count  # a new group
+    finally:
+        ranks.stop()
 
 
 def is_late():
@@ -139,6 +158,70 @@ def test_buckets_with_other_groups_are_an_error_on_every_rank(ranks2):
     for error, text in ranks2(grouped_otherwise):
         assert error is ValueError
         assert "the same on every rank" in text
+
+
+# The arguments of the last rank that differ, by a part of the error.
+OTHER_ARGUMENTS = {
+    "Parameter `rule`": {"rule": "a_gem"},
+    "The rule 'pcgrad'": {"rule": sago.Rule("pcgrad", RULES["pcgrad"].coefficients, "global")},
+    "Parameter `gamma`": {"gamma": 0.75000001},
+    "Parameter `alpha`": {"alpha": torch.tensor(0.5)},
+    "Parameter `max_norm`": {"max_norm": 1e9},
+    "Parameter `nonfinite`": {"nonfinite": "zero_update"},
+    "Parameter `eps`": {"eps": 1e-10},
+    "Parameter `stats`": {"stats": False},
+}
+
+
+def synthesized_otherwise(kind):
+    """Errors of other arguments on the last rank, in two windows of a training that goes on after them."""
+    run, found, last = Run("pcgrad"), [], dist.get_rank() == dist.get_world_size() - 1
+    model = transformer()
+    if kind == "ddp":
+        model = DistributedDataParallel(model)
+    else:
+        model = sharded(model, mesh_of(replicate=2, shard=2) if kind == "hsdp" else mesh_of(shard=2))
+
+    def attempts(buckets):
+        if len(found) < 2:
+            given = {"rule": "pcgrad", **WEIGHTS}
+            texts = {
+                text: error_of(buckets.synthesize_, **(given | other if last else given))
+                for text, other in OTHER_ARGUMENTS.items()
+            }
+            found.append(texts)
+
+    return found, train(model, run, share(), look=attempts)
+
+
+@pytest.mark.parametrize(("count", "kind"), [(2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "hsdp")])
+def test_other_arguments_on_a_rank_are_an_error_on_every_rank(ranks2, ranks4, count, kind):
+    for rank, (windows, result) in enumerate((ranks2 if count == 2 else ranks4)(synthesized_otherwise, kind)):
+        assert len(windows) == 2
+        for found in windows:
+            for text, (error, message) in found.items():
+                assert error is ValueError, text
+                assert message.startswith(f"{text} should be the same on every rank"), message
+                assert f"on rank {rank}" in message
+        assert_equal_results(result, single(Run("pcgrad")))
+
+
+def compared(kind):
+    """The windows in which the ranks compare their arguments."""
+    model, found = transformer(), []
+    model = DistributedDataParallel(model) if kind == "ddp" else sharded(model, mesh_of(shard=2))
+    buckets = sago.GradientBuckets(model)
+    with patch.object(SumOver, "check_equal", lambda *_: found.append(buckets._windows + 1)):
+        for _ in range(17):
+            window(model, buckets, Run("sago"), batches(0, 0, *share()))
+            buckets.synthesize_("sago")
+            buckets.zero_()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_arguments_are_compared_less_and_less_often(ranks2, kind):
+    assert ranks2(compared, kind) == [[1, 2, 4, 8, 16]] * 2
 
 
 def misplaced():

@@ -1,0 +1,147 @@
+"""Changes one place of the library at a time and runs the nearest tests: `python -m tests.mutation`.
+
+The changes are drawn from all of `FOLDERS`. A change that no test notices is printed. Each result is appended
+to the record when it is known. A run that was interrupted leaves out the changes that the record has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+
+from tests.mutation.operators import Change, apply, changes
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("rules", "core", "capture", "ranks")
+LIMIT = 900  # seconds: a change may make a loop endless
+
+_LISTS = ("sago/test_synthesis.py", "sago/test_arguments.py", "sago/test_plan.py", "sago/test_report.py")
+_WINDOWS = (
+    "sago/test_window.py",
+    "sago/test_buckets.py",
+    "sago/test_stale_state.py",
+    "sago/test_arguments.py",
+)
+# The tests of each folder, the quickest ones first.
+NEAREST = {
+    "rules": (
+        *("sago/test_rules.py", "sago/test_gallery.py", "sago/test_reads.py", "sago/test_draws.py"),
+        *(
+            "sago/test_reference.py",
+            "sago/test_testing.py",
+            "sago/test_synthesis.py",
+            "kernels/test_formula.py",
+        ),
+    ),
+    "core": (
+        *_LISTS,
+        "sago/test_seen.py",
+        "sago/test_cache.py",
+        "sago/test_sizes.py",
+        "sago/test_buckets.py",
+    ),
+    "capture": (
+        *_WINDOWS,
+        *("sago/test_hooks.py", "sago/test_in_backward.py", "sago/test_running_mean.py"),
+        *("sago/test_surroundings.py", "sago/test_grad_scaler.py", "sago/test_extraction.py"),
+    ),
+    "ranks": ("distributed",),
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__)
+    parser.add_argument("--count", type=int, default=300, help="the number of changes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, help="the number of copies that are tested at a time")
+    parser.add_argument("--record", type=Path, default=ROOT / "build" / "mutation.jsonl")
+    given = parser.parse_args(arguments)
+    chosen = random.Random(given.seed).sample(every_change(), given.count)
+    given.record.parent.mkdir(parents=True, exist_ok=True)
+    given.record.touch()
+    known = [json.loads(line) for line in given.record.read_text().splitlines()]
+    noticed = {Change(*change): by for change, by in known}
+    print(f"seed {given.seed}, record {given.record}", flush=True)
+    with tempfile.TemporaryDirectory() as folder, given.record.open("a") as record:
+        copies: Queue[Path] = Queue()
+        for k in range(given.jobs):
+            copies.put(copy_of_project(Path(folder, str(k))))
+        for name in dict.fromkeys(change.path.split("/")[1] for change in chosen):
+            failed = first_failure(name, copies.queue[0])
+            if failed:
+                print(f"Without a change, a test of {name} fails: {failed}")
+                return 1
+
+        def run(change: Change) -> str | None:
+            copy = copies.get()
+            try:
+                return test(change, copy)
+            finally:
+                copies.put(copy)
+
+        with ThreadPoolExecutor(given.jobs) as pool:
+            left = [change for change in chosen if change not in noticed]
+            for change, by in zip(left, pool.map(run, left), strict=True):
+                noticed[change] = by
+                print(json.dumps([change, by]), file=record, flush=True)
+                print("noticed:" if by else "NOT noticed:", *change, by or "", flush=True)
+    for folder in FOLDERS:
+        found = Counter(noticed[c] is None for c in chosen if c.path.split("/")[1] == folder)
+        print(f"{folder}: {found.total()} changes, {found[False]} noticed, {found[True]} not noticed")
+    return 0
+
+
+def every_change() -> list[Change]:
+    paths = (path for folder in FOLDERS for path in sorted((ROOT / "sago" / folder).rglob("*.py")))
+    return [c for path in paths for c in changes(str(path.relative_to(ROOT)), path.read_text())]
+
+
+def copy_of_project(to: Path) -> Path:
+    """The files of the project, in which `sago.kernels` is imported from this copy."""
+    shutil.copytree(ROOT, to, ignore=shutil.ignore_patterns(".*", "build", "dist", "*.egg-info"))
+    if not (to / "sago" / "kernels").exists():
+        (to / "sago" / "kernels").symlink_to("../kernels/triton")
+    return to
+
+
+def test(change: Change, copy: Path) -> str | None:
+    """The first test that fails with this change. None if all tests pass."""
+    path = copy / change.path
+    source = path.read_text()
+    path.write_text(apply(change, source))
+    try:
+        return first_failure(change.path.split("/")[1], copy)
+    finally:
+        path.write_text(source)
+
+
+def first_failure(folder: str, copy: Path) -> str | None:
+    """The first of the nearest tests that fails in a copy of the project. None if all pass."""
+    files = [str(copy / "tests" / name) for name in NEAREST[folder]]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files]
+    environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = subprocess.run(
+            command, cwd=copy, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return "no end"
+    if done.returncode == 0:
+        return None
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return failed[0].split(" - ")[0] if failed else done.stdout[-200:] + done.stderr[-200:]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
