@@ -106,7 +106,8 @@ class SumOver:
             if not all(same[k * _BITS : (k + 1) * _BITS]):
                 raise ValueError(
                     f"{name} should be the same on every rank, because the ranks together make one update. "
-                    f"Found {value!r} on rank {dist.get_rank()}, and another value on another rank."
+                    f"Found {value!r} on rank {dist.get_rank()}, and another value on another rank. If it is "
+                    "computed from losses, average them over the ranks first."
                 )
 
     def __repr__(self) -> str:

@@ -140,11 +140,15 @@ def test_ddp_alone_does_not_reduce_the_second_of_two_gradients(ranks2):
                 assert_equal_results(result, single(run))
 
 
+# In the windows 1, 2, 4 and so on: two flags for each of the 56 bits of ten values that the ranks compare.
+ARGUMENTS = 2 * 56 * 10
+
+
 def counted(order, **options):
     """The all-reduces of a step, of its backwards and of its synthesis, and of reading the report."""
     ddp, run, found = replicated(), Run("pcgrad", accumulation=3, order=order), []
     buckets = buckets_of(ddp, run, **options)
-    for step in range(2):
+    for step in range(3):
         with Collectives() as backwards:
             for micro in range(run.accumulation):
                 window(ddp, buckets, run, batches(step, micro, *share()))
@@ -161,13 +165,15 @@ def counted(order, **options):
 def test_all_reduces_of_a_step_are_as_many_as_flat_buffers(ranks2, order):
     sizes = [p.numel() for p in transformer().parameters()]
     for rank in ranks2(counted, order):
-        for backwards, synthesis, reading in rank:
+        for step, (backwards, synthesis, reading) in enumerate(rank):
             assert backwards == reading == []
+            assert step == 2 or synthesis.pop(0) == ARGUMENTS
             assert len(synthesis) == 2  # forget and retain
             assert min(synthesis) >= sum(sizes)
     for rank in ranks2(counted, order, **ALONE):
-        for backwards, synthesis, reading in rank:
+        for step, (backwards, synthesis, reading) in enumerate(rank):
             assert backwards == reading == []
+            assert step == 2 or synthesis.pop(0) == ARGUMENTS
             assert len(synthesis) == 2 * len(sizes)
             assert sum(synthesis) >= 2 * sum(sizes)
 
@@ -188,7 +194,7 @@ def counted_with_unscale():
 def test_gradients_are_averaged_once(ranks2):
     for unscale, synthesis in ranks2(counted_with_unscale):
         assert len(unscale) == 2
-        assert synthesis == []
+        assert synthesis == [ARGUMENTS]
 
 
 GIVEN = (7, 1, 33)
