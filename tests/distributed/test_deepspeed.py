@@ -13,7 +13,7 @@ import torch.distributed as dist
 import sago
 from sago.integrations import deepspeed as integration
 from tests.support.oracle import PROMISED, rounding_error
-from tests.support.ranks import Ranks
+from tests.support.ranks import RankError, Ranks, error_of
 
 if importlib.util.find_spec("deepspeed") is None or importlib.util.find_spec("accelerate") is None:
     pytest.skip("needs deepspeed and accelerate", allow_module_level=True)
@@ -396,6 +396,29 @@ def after_a_failed_backward(stage):
         return report, whole(engine)
 
 
+def other_arguments(stage):
+    """The error of another weight on one rank, and the report of a synthesis of the same window after it."""
+    engine = start(stage)
+    with their_warnings():
+        buckets = sago.GradientBuckets(engine)
+        capture(buckets, engine, *batches(1)[0][0])
+        error = error_of(buckets.synthesize_, "pcgrad", gamma=0.7 + dist.get_rank(), alpha=1.3)
+        report = buckets.synthesize_("pcgrad", gamma=0.7, alpha=1.3).to_dict()
+        engine.step()
+        return error, report
+
+
+def dies(stage):
+    """The second rank ends before the synthesis."""
+    engine = start(stage)
+    with their_warnings():
+        buckets = sago.GradientBuckets(engine)
+        capture(buckets, engine, *batches(1)[0][0])
+        if dist.get_rank() == 1:
+            os._exit(3)
+        buckets.synthesize_("pcgrad")
+
+
 def windows(stage):
     """Sums of windows of other shapes than one backward a capture."""
     engine = start(stage)
@@ -737,6 +760,26 @@ def test_zero_after_a_failed_backward(two, stage):
     for report, _ in two(after_a_failed_backward, stage):
         assert report["ff"] == pytest.approx(expected["ff"], **SUMS)
         assert report["rr"] == pytest.approx(expected["rr"], **SUMS)
+
+
+@pytest.mark.parametrize("stage", [3, 0])
+def test_another_weight_on_a_rank_is_an_error_on_both(two, stage):
+    _, (expected, *_) = alone("pcgrad")
+    for (error, text), report in two(other_arguments, stage):
+        assert error is ValueError
+        assert "Parameter `gamma` should be the same on every rank" in text
+        for column in ("ff", "fr", "rr", "uu"):
+            assert report[column] == pytest.approx(expected[column], **SUMS), column
+
+
+@pytest.mark.parametrize("stage", [3, 0])
+def test_a_rank_that_dies_is_an_error_on_the_other(two, stage):
+    with pytest.raises(RankError) as caught:
+        two(dies, stage)
+    first, second = caught.value.errors
+    assert second == "died, exit code 3"
+    assert "synthesize_" in first
+    assert first.splitlines()[-1].startswith("RuntimeError")
 
 
 @pytest.mark.parametrize("stage", [3, 0])
