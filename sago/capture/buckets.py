@@ -318,8 +318,7 @@ class GradientBuckets:
             retain_floor,
         )
         self._check_unscaled(call)
-        self._check_same(call)
-        self._meet()
+        self._meet(call)
         pipeline = self._pipeline(call)
         try:
             found = pipeline.synthesize(call, self._window.begin)
@@ -592,13 +591,15 @@ class GradientBuckets:
             check_hooks(self._window.names, self._params)
         self._checked_at = count
 
-    def _meet(self) -> None:
+    def _meet(self, call: Call | None = None) -> None:
         """Compares and averages the gradients over the ranks, once a window, before the synthesis."""
         if self._retain.keeps and isinstance(self._retain, RunningMean):
             if self._shards is not None:
                 self._retain.check_same(self._shards.over)
             elif self._ranks is not None:
                 self._retain.check_same(SumOver(self._ranks.group))
+        if call is not None:
+            self._check_same(call)
         if self._shards is not None and self._engine is None:
             self._check_agreed(self._shards)
         self._average()
