@@ -125,8 +125,8 @@ class GradientBuckets:
     trainable parameter that was not given, the capture raises, because the gradient of that parameter would
     be the sum of both sides. Parameters that other buckets capture at the same time are exempt. All live
     modules are searched for such parameters before the first capture, and before a later one if a parameter,
-    or a module with parameters, was registered with any module since. A search takes 0.3 s for 400,000
-    objects. Parameters that belong to no module, or to one that `gc.freeze` hides, are not found.
+    or a module with parameters, was registered since with a module that still exists. A search takes 0.3 s
+    for 400,000 objects. Parameters that belong to no module, or to one that `gc.freeze` hides, are not found.
 
     If an optimizer that holds a captured parameter steps inside a capture, the step raises, because `p.grad`
     is the gradient of one side there. If the optimizer steps between a capture and `synthesize_`, it finds no
@@ -199,7 +199,7 @@ class GradientBuckets:
         self._registrations = others.registrations
         self._window = Window(chosen.names, self._params, others, opened.host, self._forget, self._retain)
         self._ranks, self._shards = opened.ranks, opened.shards
-        self._checked_at = -1  # the number of registrations at the last search of `_check_around`
+        self._checked_at = -1  # the number of the last registration before the last search of `_check_around`
         self._engine = engine
         if engine is not None:
             # The buckets may be dropped in the middle of a window.
@@ -419,8 +419,8 @@ class GradientBuckets:
             pipeline_of = partial(self._pipeline_of_buffer, call)
         sharded = retain.fresh and self._shards is not None
         check_exact(call, rows, keys, unit, list(self._backends), sharded)
-        self._check_same(call)
         if self._shards is not None:
+            self._check_same(call)
             self._check_agreed(self._shards)
             if draw is not None and None in self._shards.offsets:
                 raise ValueError(
@@ -582,22 +582,21 @@ class GradientBuckets:
         """Checks before a capture. Live objects are searched only if a module was registered meanwhile."""
         if self._ranks is not None:
             self._ranks.check_not_joined()
-        count = self._registrations.count
-        if self._engine is not None or self._checked_at == count:
+        latest = self._registrations.latest()
+        if self._engine is not None or self._checked_at >= latest:
             return
         if self._ranks is None:
             ddp.check_not_wrapped(self._params)
         if self._checked_at < 0:  # it warns once
             check_hooks(self._window.names, self._params)
-        self._checked_at = count
+        self._checked_at = latest
 
     def _meet(self, call: Call | None = None) -> None:
         """Compares and averages the gradients over the ranks, once a window, before the synthesis."""
+        if self._shards is None and self._ranks is None:
+            return
         if self._retain.keeps and isinstance(self._retain, RunningMean):
-            if self._shards is not None:
-                self._retain.check_same(self._shards.over)
-            elif self._ranks is not None:
-                self._retain.check_same(SumOver(self._ranks.group))
+            self._retain.check_same(self._all_ranks())
         if call is not None:
             self._check_same(call)
         if self._shards is not None and self._engine is None:
@@ -609,16 +608,16 @@ class GradientBuckets:
 
         The host waits for that comparison, so it is made in the windows 1, 2, 4, 8 and so on.
         """
-        if self._shards is not None:
-            over = self._shards.over
-        elif self._ranks is not None:
-            over = SumOver(self._ranks.group)
-        else:
-            return
         number = self._windows + 1
         if number & (number - 1) == 0 and not is_capturing(self._backends):
-            over.check_equal(call.described(), self._retain.views[0].device)
+            self._all_ranks().check_equal(call.described(), self._retain.views[0].device)
         self._windows = number
+
+    def _all_ranks(self) -> SumOver:
+        if self._shards is not None:
+            return self._shards.over
+        assert self._ranks is not None
+        return SumOver(self._ranks.group)
 
     def _check_agreed(self, spread: Shards) -> None:
         """Raises on every rank if a backward reached a parameter on some ranks only."""

@@ -25,33 +25,32 @@ class Others:
     During a capture, the gradients of those that require grad are set to None. If a backward gives one of
     them a gradient, this is noticed and the gradient is dropped. The live modules are searched before the
     first capture, and again before a later one if a parameter, or a module with parameters, was registered
-    with any module meanwhile.
+    meanwhile with a module that still exists.
 
     Args:
         params: The captured parameters.
         sharded: The FSDP2 modules that hold the parameters.
 
     Attributes:
-        registrations: Counts the registrations as long as this object lives.
+        registrations: Numbers the registrations as long as this object lives.
     """
 
     def __init__(self, params: Sequence[Tensor], sharded: Sequence[torch.nn.Module]) -> None:
         self._params, self._sharded = params, sharded
         self._may_be_beside = any(isinstance(p, torch.nn.Parameter) for p in params)
         self.registrations = Registrations()
-        for handle in self.registrations.watch():
-            weakref.finalize(self, handle.remove)
-        self._searched_at = -1  # the number of registrations at the last search
+        weakref.finalize(self, self.registrations.end)
+        self._searched_at = -1  # the number of the last registration before the last search
         self._named: list[tuple[str, Any]] = []
         self._aside: list[tuple[str, Any, Tensor | None]] = []
 
     def put_aside(self, captured: Sequence[Tensor]) -> None:
         """Begins a capture of these parameters."""
         _capturing[self] = {id(p) for p in captured}
-        count = self.registrations.count  # later registrations are searched by the next capture
-        if self._may_be_beside and self._searched_at != count:
+        latest = self.registrations.latest()  # later ones are searched by the next capture
+        if self._may_be_beside and self._searched_at < latest:
             self._named = _beside(self._params, self._sharded)
-            self._searched_at = count  # a search that was interrupted is repeated
+            self._searched_at = latest  # a search that was interrupted is repeated
         elsewhere = set().union(*_capturing.values())  # other buckets capture these right now
         for name, ref in self._named:
             p = ref()
@@ -72,36 +71,61 @@ class Others:
 
 
 class Registrations:
-    """Counts how often a parameter, or a module with parameters, was registered with any module.
+    """Numbers the registrations of a parameter, or of a module with parameters, with any module.
 
-    Attributes:
-        count: The number of registrations since `watch` was called.
+    torch calls two hooks of this object for all modules of the process.
     """
 
     def __init__(self) -> None:
-        self.count = 0
-
-    def watch(self) -> list[RemovableHandle]:
-        """Registers hooks, which torch calls for all modules of the process until they are removed."""
-        return [
+        while _unused:
+            _unused.pop().remove()
+        self._handles = [
             register_module_parameter_registration_hook(self._add_parameter),
             register_module_module_registration_hook(self._add_module),
         ]
+        self._watches = True
+        self._count = 0
+        # The last registration of each living module, by its id, the newest one last. A slice of a ModuleList
+        # is a new module, which many models make and drop in each forward.
+        self._of: dict[int, tuple[weakref.ref[torch.nn.Module], int]] = {}
 
-    # A compiled forward must not read the count, because it would be compiled again for each registration.
+    def latest(self) -> int:
+        """The number of the last registration with a module that still exists. 0 if there is none."""
+        return next(reversed(self._of.values()))[1] if self._of else 0
+
+    def end(self) -> None:
+        """Ends the numbering. The next `Registrations` remove the hooks.
+
+        Garbage collection may call this while torch iterates over its hooks, and none can be removed then.
+        """
+        self._watches = False
+        _unused.extend(self._handles)
+
+    # A compiled forward must not read the numbers, because it would be compiled again for each registration.
 
     def _add_parameter(self, module: torch.nn.Module, name: str, p: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not self._watches:
             return
         # FSDP2 replaces a sharded parameter by its unsharded form and back. It registers them if the class of
         # the layer has its own `__setattr__`.
         before = module._parameters.get(name)
         if before is None or is_dtensor(before) == is_dtensor(p):
-            self.count += 1
+            self._add(module)
 
     def _add_module(self, module: torch.nn.Module, name: str, added: torch.nn.Module | None) -> None:
-        if not torch.compiler.is_compiling() and added is not None and _may_have_parameters(added):
-            self.count += 1
+        if torch.compiler.is_compiling() or not self._watches:
+            return
+        if added is not None and _may_have_parameters(added):
+            self._add(module)
+
+    def _add(self, module: torch.nn.Module) -> None:
+        self._count += 1
+        key, known = id(module), self._of
+        known.pop(key, None)
+        known[key] = weakref.ref(module, lambda _: known.pop(key, None)), self._count
+
+
+_unused: list[RemovableHandle] = []
 
 
 def _may_have_parameters(module: torch.nn.Module) -> bool:

@@ -44,7 +44,7 @@ GRID = Grid(
     rates=(3e-3,),
     gammas=(1.0, 3.0),
     seeds=(1,),
-    measured=(2, 4),
+    measured=(3,),
     batch_size=8,
 )
 

@@ -47,9 +47,15 @@ def test_the_world_is_known(world):
     assert all(seen["answers"] >= 0.9 for seen in known.values())
 
 
-@pytest.mark.parametrize("objective", FORGET)
-@pytest.mark.parametrize("rule", ["sum", "sago", "pcgrad", "pcgrad_global"])
-def test_every_way_forgets(world, objective, rule):
+WAYS = [("GradDiff", "sago"), ("NPO", "sum"), ("NPO", "pcgrad"), ("SimNPO", "pcgrad_global")]
+
+
+def test_the_ways_have_every_loss():
+    assert {objective for objective, _ in WAYS} == set(FORGET)
+
+
+@pytest.mark.parametrize(("objective", "rule"), WAYS)
+def test_every_loss_and_every_rule_forgets(world, objective, rule):
     before = world.known(world.model)
     model, seen = unlearned(world, OfAnswers(objective), rule)
     after = world.known(model)

@@ -244,18 +244,19 @@ def test_a_parameter_that_is_added_after_the_first_capture_is_noticed(added, ins
 
 
 def test_live_modules_are_searched_again_only_after_something_was_added(monkeypatch):
-    head, x = Head(), torch.ones(1, 4)
-    buckets = sago.GradientBuckets(head.parameters())
+    """Decoders of transformers slice their list of layers in each forward, which makes a module."""
+    layers, x = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3)), torch.ones(1, 4)
+    buckets = sago.GradientBuckets(layers.parameters())
     searches = []
     monkeypatch.setattr(others, "_beside", lambda *args: searches.append(args) or [])
-    counts = []
+    counts, added = [], []
     for step in range(6):
         if step in (2, 5):
-            torch.nn.Sequential(torch.nn.Linear(1, 1))  # it does not matter where
-        torch.nn.Sequential(torch.nn.ReLU())  # no parameters
+            added.append(torch.nn.Sequential(torch.nn.Linear(1, 1)))  # it does not matter where
+        added.append(torch.nn.Sequential(torch.nn.ReLU()))  # no parameters
         for side in (buckets.forget, buckets.retain):
             with side():
-                head(x).sum().backward()
+                torch.nn.Sequential(*layers[:3])(x).sum().backward()
         buckets.synthesize_()
         buckets.zero_()
         counts.append(len(searches))
@@ -271,9 +272,10 @@ def test_a_search_that_was_interrupted_or_missed_something_is_repeated(search, i
     def first(*args):
         if interrupted:
             raise KeyboardInterrupt
-        torch.nn.Linear(1, 1)  # another thread registers parameters during the search
+        added.append(torch.nn.Linear(1, 1))  # another thread registers parameters during the search
         return []
 
+    added = []
     with mock.patch(search, side_effect=first) as searched:
         with suppress(KeyboardInterrupt), buckets.forget():
             p.sum().backward()
@@ -305,17 +307,35 @@ def test_a_compiled_forward_that_registers_a_module_is_compiled_once():
     assert counter.frame_count == 1
 
 
-def test_the_hooks_on_registrations_live_as_long_as_buckets():
+def test_the_hooks_on_registrations_live_until_the_next_buckets():
     hooks = modules._global_parameter_registration_hooks, modules._global_module_registration_hooks
     gc.collect()
-    before, params = [len(x) for x in hooks], leaves(3)
+    params = leaves(3)
     buckets = sago.GradientBuckets(params)
     with buckets.forget():
         backward(params, [torch.ones(3)])
-    assert [len(x) for x in hooks] == [n + 1 for n in before]
+    before = [len(x) for x in hooks]
+    numbers = buckets._registrations
     del buckets
     gc.collect()
+    torch.nn.Sequential(torch.nn.Linear(1, 1))
+    assert numbers._count == 0
+    sago.GradientBuckets(leaves(3))
     assert [len(x) for x in hooks] == before
+
+
+def test_buckets_may_be_collected_while_a_module_is_registered():
+    """torch iterates over the hooks then."""
+    cycle = [sago.GradientBuckets(leaves(3))]
+    cycle.append(cycle)
+    del cycle
+    found = [lambda *_: gc.collect() and None, lambda *_: None]
+    handles = [modules.register_module_module_registration_hook(hook) for hook in found]
+    try:
+        torch.nn.Sequential(torch.nn.Linear(1, 1))
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def test_modules_whose_init_has_not_run_are_passed_over():
