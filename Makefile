@@ -5,6 +5,7 @@ BIN = .venv/bin
 MATRIX = 4.45.2 4.51.3 5.24.0
 DEEPSPEED = 0.19.8
 KERNELS = 0.17.2
+COSMIC_RAY = 8.7.0
 ECOSYSTEM = bitsandbytes==0.50.2 torchao==0.18.0 trl==1.16.0 datasets==5.2.0
 
 # The tests that `make dist` runs in the unpacked sdist: rules, kernels, metadata, and tests that read files of
@@ -17,10 +18,13 @@ CASES = 10000
 SEED = 0
 JOBS = 2
 
+# The changes of `make mutation`: how many.
+COUNT = 300
+
 # `make test-torch` tests with this version of torch, or with the newest.
 TORCH = newest
 
-.PHONY: demo experiment docs test fuzz test-torch test-matrix test-deepspeed test-ecosystem test-hub test-large \
+.PHONY: demo experiment docs test fuzz mutation test-torch test-matrix test-deepspeed test-ecosystem test-hub test-large \
 	test-long lint bench dist hub clean
 
 demo: .venv/ready
@@ -39,6 +43,10 @@ test: lint
 # A run that was interrupted continues, and a program that fails is reduced and printed.
 fuzz: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --cases $(CASES) --seed $(SEED) --jobs $(JOBS)
+
+# Changes of one place of the library each, which the nearest tests should notice.
+mutation: .venv-mutation/ready
+	OMP_NUM_THREADS=1 .venv-mutation/bin/python -m tests.mutation --count $(COUNT) --seed $(SEED) --jobs $(JOBS)
 
 test-matrix: $(MATRIX:%=.venv-transformers-%/ready)
 	@for version in $(MATRIX); do \
@@ -152,6 +160,12 @@ hub:
 .venv-dist/ready:
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade pip build twine 'readme_renderer[md]'
+	touch $@
+
+.venv-mutation/ready: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]' cosmic-ray==$(COSMIC_RAY)
 	touch $@
 
 .venv-docs/ready: pyproject.toml setup.py constraints.txt

@@ -56,7 +56,10 @@ NEAREST = {
         *("sago/test_hooks.py", "sago/test_in_backward.py", "sago/test_running_mean.py"),
         *("sago/test_surroundings.py", "sago/test_grad_scaler.py", "sago/test_extraction.py"),
     ),
-    "ranks": ("distributed",),
+    "ranks": (
+        *("distributed/test_reduce_gram.py", "distributed/test_failures.py", "distributed/test_ddp.py"),
+        *("distributed/test_fsdp.py", "distributed/test_rules.py"),
+    ),
 }
 
 
@@ -67,12 +70,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="the number of copies that are tested at a time")
     parser.add_argument("--record", type=Path, default=ROOT / "build" / "mutation.jsonl")
     given = parser.parse_args(arguments)
-    chosen = random.Random(given.seed).sample(every_change(), given.count)
+    every = every_change()
+    random.Random(given.seed).shuffle(every)
+    chosen = every[: given.count]
+    print(f"seed {given.seed}, {given.count} of {len(every)} changes, record {given.record}", flush=True)
     given.record.parent.mkdir(parents=True, exist_ok=True)
     given.record.touch()
     known = [json.loads(line) for line in given.record.read_text().splitlines()]
     noticed = {Change(*change): by for change, by in known}
-    print(f"seed {given.seed}, record {given.record}", flush=True)
     with tempfile.TemporaryDirectory() as folder, given.record.open("a") as record:
         copies: Queue[Path] = Queue()
         for k in range(given.jobs):
