@@ -90,39 +90,97 @@ def resident():
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def calls_of(window, i):
-    count = 0
+class Calls:
+    """Counts the function calls in a block."""
 
-    def profile(frame, event, argument):
-        nonlocal count
-        count += event in ("call", "c_call")
+    def __enter__(self):
+        self.count = 0
+        sys.setprofile(self._profile)
+        return self
 
-    sys.setprofile(profile)
-    try:
-        window(i)
-    finally:
+    def __exit__(self, *_):
         sys.setprofile(None)
-    return count
+
+    def _profile(self, frame, event, argument):
+        self.count += event in ("call", "c_call")
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads resident memory from /proc")
+def state():
+    gc.collect()
+    return len(gc.get_objects()), resident(), time.perf_counter()
+
+
+def check_flat(name, calls, before, after):
+    """`calls` of an early and of the last window, and the `state` before them."""
+    objects, memory = after[0] - before[0], after[1] - before[1]
+    milliseconds = (after[2] - before[2]) / (WINDOWS - EARLY) * 1e3
+    print(
+        f"\n{name}: {calls[1]} calls a window (window {EARLY}: {calls[0]}), {objects:+} objects, "
+        f"{memory / 1024:+.0f} KiB, {milliseconds:.2f} ms a window"
+    )
+    assert calls[0] == calls[1]
+    assert abs(objects) < 100
+    assert memory < GROWTH
+
+
+needs_memory = pytest.mark.skipif(
+    not os.path.exists("/proc/self/statm"), reason="reads resident memory from /proc"
+)
+
+
+@needs_memory
 @pytest.mark.parametrize("make", [lists, plan, buckets, one_copy], ids=lambda make: make.__name__)
 def test_windows_cost_the_same_at_the_end(make):
-    window, found = make(), {}
+    window, calls, found = make(), [], []
     for i in range(WINDOWS + 1):
         if i in (EARLY, WINDOWS):
-            gc.collect()
-            found[i] = (calls_of(window, i - i % 6), len(gc.get_objects()), resident(), time.perf_counter())
+            with Calls() as seen:
+                window(i - i % 6)
+            calls.append(seen.count)
+            found.append(state())
         report = window(i)
         if i % 100 == 0:
             assert report.ff.isfinite().all()
-    (calls, objects, memory, start), (*last, end) = found[EARLY], found[WINDOWS]
-    milliseconds = (end - start) / (WINDOWS - EARLY) * 1e3
-    print(
-        f"\n{make.__name__}: {last[0]} calls a window (window {EARLY}: {calls}), "
-        f"{last[1] - objects:+} objects, "
-        f"{(last[2] - memory) / 1024:+.0f} KiB, {milliseconds:.2f} ms a window"
+    check_flat(make.__name__, calls, *found)
+
+
+@needs_memory
+def test_steps_of_a_trainer_cost_the_same_at_the_end(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from sago.integrations.transformers import GradientSynthesisMixin
+    from tests.support import trainers
+
+    class Synthesized(GradientSynthesisMixin, trainers.GradDiff):
+        pass
+
+    class Watch(transformers.TrainerCallback):
+        def __init__(self):
+            self.calls, self.found, self.counting = [], [], None
+
+        def on_step_begin(self, args, state_, control, **_):
+            if state_.global_step in (EARLY, WINDOWS):
+                self.found.append(state())
+                self.counting = Calls().__enter__()
+
+        def on_step_end(self, args, state_, control, **_):
+            if self.counting is not None:
+                self.counting.__exit__()
+                self.calls.append(self.counting.count)
+                self.counting = None
+
+    def collate(items):
+        return {
+            side: {k: torch.stack([item[side][k] for item in items]) for k in items[0][side]}
+            for side in ("forget", "retain")
+        }
+
+    watch = Watch()
+    trainer = Synthesized(
+        model=trainers.llama(),
+        args=trainers.arguments(tmp_path, max_steps=WINDOWS + 1, logging_strategy="no", learning_rate=1e-5),
+        train_dataset=trainers.Pairs(1009),  # no epoch ends in a window that is measured
+        data_collator=collate,
+        callbacks=[watch],
     )
-    assert last[0] == calls
-    assert abs(last[1] - objects) < 100
-    assert last[2] - memory < GROWTH
+    trainer.train()
+    check_flat("trainer", watch.calls, *watch.found)
