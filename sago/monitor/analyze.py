@@ -37,7 +37,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("retain", type=Path, help="the same for retain")
     parser.add_argument("--model", type=Path, help="a folder of a causal language model of transformers")
-    parser.add_argument("--tokens", type=int, default=256, help="the most tokens of a text (default: 256)")
+    parser.add_argument(
+        "--tokens", type=int, default=256, help="the most tokens of a text, at least 2 (default: 256)"
+    )
     parser.add_argument("--rule", default="sago", choices=list_rules(), help="default: sago")
     parser.add_argument("--gamma", type=float, default=1.0, help="the weight of forget (default: 1)")
     parser.add_argument("--alpha", type=float, default=1.0, help="the weight of retain (default: 1)")
