@@ -19,6 +19,7 @@ import sago.__main__
 ROOT = Path(__file__).parent.parent
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 REPOSITORY = re.search('^Repository = "(.*)"$', PYPROJECT, re.MULTILINE)[1]
+SITE = re.sub(r"https://github\.com/([\w-]+)/([\w-]+)", r"https://\1.github.io/\2/", REPOSITORY)
 WITHOUT_TRITON = "import sys; sys.modules['triton'] = None\n"  # `import triton` is an ImportError then
 
 
@@ -55,9 +56,12 @@ def test_the_metadata_of_the_package_index(built):
     assert built["Description-Content-Type"] == "text/markdown"
     assert set(built["Keywords"].split(",")) >= {"machine unlearning", "PCGrad", "SAGO"}
     assert {"Typing :: Typed", "Development Status :: 3 - Alpha"} <= set(built.get_all("Classifier"))
+    # pip 23.0, which Python 3.11 brings, installs nothing for an extra with an underscore.
+    assert [one for one in built.get_all("Requires-Dist") if re.search(r"\[[\w-]*_", one)] == []
     urls = dict(url.split(", ") for url in built.get_all("Project-URL"))
     assert urls.keys() == {"Repository", "Documentation", "Changelog", "Issues", "Paper"}
     assert urls.pop("Paper") == "https://arxiv.org/abs/2604.14808"
+    assert urls.pop("Documentation") == SITE
     assert all(url.startswith(REPOSITORY) for url in urls.values())
 
 
@@ -101,18 +105,22 @@ def test_how_links_are_made_absolute(text, expected, monkeypatch):
     assert found.replace(REPOSITORY, "URL").replace(sago.__version__, "N") == expected
 
 
-def test_all_files_name_the_same_repository():
-    """The address is planned (CONTRIBUTING.md, "Release"). This test names the places to change with it."""
+def test_all_files_name_the_same_repository_and_its_site():
+    """Both addresses are planned (CONTRIBUTING.md, "Release"). This test names the places to change."""
     folders = ("", ".github", ".github/ISSUE_TEMPLATE", ".github/workflows", "docs", "sago", "tools")
     files = [file for folder in folders for file in (ROOT / folder).glob("*.*") if file.is_file()]
     found = {
         (file.relative_to(ROOT).as_posix(), address)
         for file in files
         if file.suffix in {".md", ".yml", ".cff", ".toml", ".py"}
-        for address in re.findall(r"https://github\.com/[\w-]+/sago[\w-]*", file.read_text(encoding="utf-8"))
+        for address in re.findall(
+            r"https://github\.com/[\w-]+/sago[\w-]*|https://[\w-]+\.github\.io/[\w-]*/?",
+            file.read_text(encoding="utf-8"),
+        )
     }
     assert {"pyproject.toml", "CITATION.cff", "SECURITY.md", "README.md"} <= {file for file, _ in found}
-    assert [(file, address) for file, address in found if address != REPOSITORY] == []
+    assert {"pyproject.toml", "README.md"} <= {file for file, address in found if address == SITE}
+    assert [(file, address) for file, address in found if address not in (REPOSITORY, SITE)] == []
 
 
 def test_the_citation_file():
@@ -147,6 +155,30 @@ def test_the_changelog_has_the_version_or_unreleased_changes():
     assert set(re.findall(r"^### (.*)$", text, re.MULTILINE)) <= kinds
     for heading in headings:
         assert f"\n[{heading.partition('[')[2].partition(']')[0]}]: {REPOSITORY}/" in text
+
+
+def test_a_release_leaves_no_sentence_about_its_absence():
+    """CONTRIBUTING.md lists these sentences ("Release"). There is a release if a section has a date."""
+    row = re.compile(r"^ *\| `([\w./]+\.md)` \| (.*) \|$", re.MULTILINE)
+    listed = row.findall((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    texts = {
+        file.relative_to(ROOT).as_posix(): " ".join(row.sub("", file.read_text(encoding="utf-8")).split())
+        for file in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+    }
+    released = re.search(r"## \[[\d.]+\] - \d", texts["CHANGELOG.md"])
+    assert [(file, text) for file, text in listed if text in texts[file]] == ([] if released else listed)
+    for file, sentence in listed:
+        texts[file] = texts[file].replace(sentence, "")
+    marks = r"package index yet|public yet|(?:distribution|version) is published|planned"
+    assert [(file, mark) for file, text in texts.items() for mark in re.findall(marks, text)] == []
+
+
+def test_the_page_says_which_python_the_extra_docs_needs():
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    oldest = re.search(r'^sphinx==.*; python_version >= "(.*)"$', constraints, re.MULTILINE)[1]
+    install = (ROOT / "docs/install.md").read_text(encoding="utf-8")
+    (row,) = re.findall(r"^\| `docs` \|.*$", install, re.MULTILINE)
+    assert f"Python {oldest} or newer" in row
 
 
 def test_the_public_names_exist():

@@ -19,9 +19,11 @@ PAGES = sorted(
     str(p.relative_to(SITE)) for p in SITE.glob("**/*.html") if "_static" not in p.relative_to(SITE).parts
 )
 LOOKED_AT = (
+    "index.html",
     "quickstart.html",
     "rules.html",
     "math.html",
+    "monitoring.html",
     "experiment.html",
     "how-it-works.html",
     "api/buckets.html",
@@ -136,7 +138,7 @@ def test_text_can_be_read(browser, tab, scheme, width, page):
     opened(tab, page)
     background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (background == "rgb(255, 255, 255)") == (scheme == "light")
-    texts = tab.evaluate(LOOK, "article h1, article h2, article p")
+    texts = tab.evaluate(LOOK, "article h1, article h2, article p:not(:empty)")
     assert len(texts) > 5
     for text in texts:
         assert text["width"] > 0, text
@@ -171,7 +173,7 @@ def test_formulas_are_drawn(browser, tab, scheme, width, page):
     )
 
 
-@pytest.mark.parametrize("page", ["experiment.html", "how-it-works.html"])
+@pytest.mark.parametrize("page", ["index.html", "monitoring.html", "experiment.html", "how-it-works.html"])
 def test_pictures_are_loaded(browser, tab, scheme, width, page):
     opened(tab, page)
     found = tab.locator("article img, article figure svg")

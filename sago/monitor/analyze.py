@@ -37,12 +37,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("retain", type=Path, help="the same for retain")
     parser.add_argument("--model", type=Path, help="a folder of a causal language model of transformers")
-    parser.add_argument("--tokens", type=int, default=256, help="the most tokens of a text (default: 256)")
+    parser.add_argument(
+        "--tokens", type=int, default=256, help="the most tokens of a text, at least 2 (default: 256)"
+    )
     parser.add_argument("--rule", default="sago", choices=list_rules(), help="default: sago")
     parser.add_argument("--gamma", type=float, default=1.0, help="the weight of forget (default: 1)")
     parser.add_argument("--alpha", type=float, default=1.0, help="the weight of retain (default: 1)")
     parser.add_argument("--out", type=Path, default=Path(), help="the folder of the two files (default: .)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.tokens < 2:
+        parser.error(
+            "argument --tokens: should be at least 2, because the loss is that of the next token. Found "
+            f"{args.tokens}."
+        )
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -152,7 +160,15 @@ def of_model(folder: Path, forget: Path, retain: Path, tokens: int, **options: A
                         "A text should have at least two tokens, because the loss is that of the next token. "
                         f"Found {text!r} in {path}."
                     )
-                (sign / len(texts) * model(input_ids=ids, labels=ids).loss).backward()
+                try:
+                    loss = model(input_ids=ids, labels=ids).loss
+                except IndexError as error:  # an embedding has no row for a position or for a token
+                    raise ValueError(
+                        f"The model should accept {ids.shape[1]} tokens, each from 0 to {int(ids.max())}, "
+                        f"for a text of {path}. Found an IndexError: {error}. Choose a smaller `--tokens`, "
+                        "or a folder in which model and tokenizer belong together."
+                    ) from error
+                (sign / len(texts) * loss).backward()
     return buckets.synthesize_(**options)
 
 

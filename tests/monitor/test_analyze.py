@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 import sago
 from examples.corpus import byte_tokenizer, random_model
@@ -132,11 +133,13 @@ def test_files_that_are_not_there_and_commands_that_do_not_exist(tmp_path, capsy
     assert "Found no such file" in capsys.readouterr().err
     (tmp_path / "f").write_text("\n")
     random_model().save_pretrained(tmp_path / "model")
-    byte_tokenizer().save_pretrained(tmp_path / "model")
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A")  # without a first token
+    tokenizer.save_pretrained(tmp_path / "model")
     assert main(["analyze", *[str(tmp_path / "f")] * 2, f"--model={tmp_path / 'model'}"]) == 1
     assert "should have a text on each line" in capsys.readouterr().err
     (tmp_path / "f").write_text("A\n")
-    assert main(["analyze", *[str(tmp_path / "f")] * 2, f"--model={tmp_path / 'model'}", "--tokens=1"]) == 1
+    assert main(["analyze", *[str(tmp_path / "f")] * 2, f"--model={tmp_path / 'model'}"]) == 1
     assert "should have at least two tokens" in capsys.readouterr().err
     assert main(["analyze", *[str(tmp_path / "f")] * 2, f"--model={tmp_path / 'none'}"]) == 1
     assert "`--model` should be a folder with a model" in capsys.readouterr().err
@@ -147,3 +150,21 @@ def test_files_that_are_not_there_and_commands_that_do_not_exist(tmp_path, capsy
     assert "should have gradients, written by torch.save" in capsys.readouterr().err
     assert main(["analyse"]) == 2
     assert "Usage: python -m sago [analyze ...]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tokens", [-1, 1])
+def test_too_few_tokens(tokens, capsys):
+    with pytest.raises(SystemExit) as raised:
+        main(["analyze", "f", "r", "--model=model", f"--tokens={tokens}"])
+    assert raised.value.code == 2
+    assert re.search(f"--tokens: should be at least 2, because .* Found {tokens}", capsys.readouterr().err)
+
+
+def test_tokens_that_the_model_does_not_accept(tmp_path, capsys):
+    """A model with learned positions raises the same error if a text has too many tokens."""
+    for part in (random_model(vocabulary=10), byte_tokenizer()):
+        part.save_pretrained(tmp_path / "model")
+    (tmp_path / "f").write_text("Oslo\n")
+    assert main(["analyze", *[str(tmp_path / "f")] * 2, f"--model={tmp_path / 'model'}"]) == 1
+    message = r"should accept 5 tokens, each from 0 to \d+, for a text of .*f\. Found.*smaller `--tokens`"
+    assert re.search(message, capsys.readouterr().err)
