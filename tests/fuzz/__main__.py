@@ -29,8 +29,8 @@ from tests.fuzz.programs import Result, run_chunk
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = 250  # programs of a chunk
-# The targets of the chunks in turn. Interpreted programs take ten to fifty times as long as compiled ones.
-_MOST = ("compiled", "reference", "compiled", "large", "compiled", "compiled", "reference", "compiled")
+# The targets of 100 chunks in turn. Interpreted programs take ten to fifty times as long as compiled ones.
+_MOST = ("compiled", "reference", "compiled", "large", "compiled", "compiled", "reference", "compiled") * 3
 TURNS = (*_MOST, "triton", *_MOST, "compiled code", *_MOST, "triton", *_MOST, "triton windows")
 
 
