@@ -16,7 +16,8 @@ from torch import nn
 import sago
 
 WINDOWS, EARLY = 10_000, 1_000
-GROWTH = 2 * 2**20  # bytes of resident memory, a fiftieth of what 10 KiB a window would take
+# Bytes of resident memory. The allocator takes some MiB at once, and 1 KiB a window would take 9 MiB.
+GROWTH = 8 * 2**20
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("one_thread")]
 
