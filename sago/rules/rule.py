@@ -279,11 +279,12 @@ def evaluate(
     """The coefficients of `rule`.
 
     `gram` is fp64 `[rows, >= 3]` with `ff, fr, rr` first, followed by `n, ff, fr, rr` of each class for a
-    rule with `by_class`. None is one row of zeros. `state` has the numbers that the rule kept, fp64
+    rule with `by_class`. None is one row of NaN, which shows if a rule reads a sum that it did not read when
+    it was made. `state` has the numbers that the rule kept, fp64
     `[rows, n]`.
     """
     zero = torch.zeros(1 if state is None else len(state), dtype=torch.float64, device=device)
-    ff, fr, rr = (zero, zero, zero) if gram is None else gram.unbind(1)[:3]
+    ff, fr, rr = (torch.full_like(zero, torch.nan),) * 3 if gram is None else gram.unbind(1)[:3]
     weights = [_as_double(w, device).view(()) for w in (gamma, alpha)]
     products = dict(zip(PRODUCTS, (ff + eps, fr, rr + eps), strict=True))
     more: list[Any] = []
