@@ -89,7 +89,8 @@ class GradientBuckets:
             instead of autograd. A bf16 parameter then costs 4 + 4 + 2 bytes per element, for the accumulators
             and the update, instead of 2 + 2.
         accumulation: "sum" or "mean": whether the captures of a side are added up or averaged. The division
-            is part of the coefficients, so it costs no pass.
+            is part of the coefficients, so it costs no pass. With "mean", every rank needs the same number of
+            captures of each side.
         retain_decay: Between 0 and 1. The retain gradient is then a running mean over windows, in which the
             window `k` steps ago weighs `retain_decay ** k`. GRU and MUDMAN work on such a mean. It is divided
             by the sum of the weights, like the first moment of Adam. The mean lives in the retain
@@ -418,6 +419,7 @@ class GradientBuckets:
         check_exact(call, rows, keys, unit, list(self._backends), sharded)
         if self._shards is not None:
             self._check_agreed(self._shards)
+            self._check_counts(retain.captures + 1)
             if draw is not None and None in self._shards.offsets:
                 raise ValueError(
                     "Parameters should be sharded along their first dimension for a rule with a random gate, "
@@ -596,7 +598,25 @@ class GradientBuckets:
                 self._retain.check_same(SumOver(self._ranks.group))
         if self._shards is not None and self._engine is None:
             self._check_agreed(self._shards)
+        self._check_counts(self._retain.captures)
         self._average()
+
+    def _check_counts(self, retain_captures: int) -> None:
+        """Raises on every rank if the ranks would divide their gradients by different numbers of captures."""
+        over = self._shards.over if self._shards is not None else self._ranks and SumOver(self._ranks.group)
+        if over is None or not self._forget.mean or not self._window.allows(Action.REDUCE):
+            return
+        if is_capturing(self._backends):
+            return
+        counts = self._forget.captures, retain_captures
+        flags = [bool(count >> i & 1) for count in counts for i in range(32)]
+        if not all(over.agree(flags, self._forget.views[0].device)):
+            raise ValueError(
+                "The ranks should have the same number of captures of each side with accumulation='mean', "
+                f"because each divides by its own number. Found {counts[0]} of forget and {counts[1]} of "
+                "retain on this rank, and others elsewhere. Give every rank the same number, or divide the "
+                "losses yourself with accumulation='sum'."
+            )
 
     def _check_agreed(self, spread: Shards) -> None:
         """Raises on every rank if a backward reached a parameter on some ranks only."""

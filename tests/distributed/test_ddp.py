@@ -383,3 +383,27 @@ def test_what_ddp_would_reduce_in_another_way_is_refused(ranks2):
         for (error, text), expected in zip(found, says, strict=True):
             assert error is ValueError
             assert expected in text
+
+
+def captured_unevenly(retain_decay, at):
+    """The last rank has one capture more of the side `at`, and the same gradient otherwise."""
+    ddp = replicated()
+    buckets, found = sago.GradientBuckets(ddp, accumulation="mean", retain_decay=retain_decay), []
+    parameters = list(ddp.parameters())
+    for uneven in (False, True):
+        for side in ("forget", "retain"):
+            for _ in range(1 + (uneven and side == at and dist.get_rank() == 1)):
+                with getattr(buckets, side)():
+                    backward(parameters, [torch.ones_like(p) for p in parameters])
+        found.append(error_of(buckets.synthesize_, "sago"))
+        if not uneven:
+            buckets.zero_()
+    return found
+
+
+@pytest.mark.parametrize(("retain_decay", "at"), [(None, "forget"), (0.5, "retain")])
+def test_a_mean_of_unequal_numbers_of_captures_is_an_error_on_every_rank(ranks2, retain_decay, at):
+    for first, (error, text) in ranks2(captured_unevenly, retain_decay, at):
+        assert first is None
+        assert error is ValueError
+        assert "should have the same number of captures" in text
