@@ -24,6 +24,7 @@ from sago.capture.opening import Engine, find_engine, open_host
 from sago.capture.others import Others
 from sago.capture.parameters import choose
 from sago.capture.side import Side
+from sago.capture.steps import watch_reduction
 from sago.capture.streamed import InBackward, check_exact
 from sago.capture.window import Action, Window
 from sago.core.checks import (
@@ -228,6 +229,7 @@ class GradientBuckets:
         self._sizes = [n * v.element_size() for n, v in zip(sizes, self._forget.views, strict=True)]
         if self._ranks is not None:
             self._ranks.start()
+            watch_reduction(self._window, self._ranks.modules)
 
     def forget(self) -> AbstractContextManager[None]:
         """Backwards inside `with buckets.forget():` accumulate the forget gradient, as minimised."""
@@ -603,7 +605,9 @@ class GradientBuckets:
 
     def _check_counts(self, retain_captures: int) -> None:
         """Raises on every rank if the ranks would divide their gradients by different numbers of captures."""
-        over = self._shards.over if self._shards is not None else self._ranks and SumOver(self._ranks.group)
+        over = None if self._shards is None else self._shards.over
+        if self._ranks is not None:
+            over = SumOver(self._ranks.group)
         if over is None or not self._forget.mean or not self._window.allows(Action.REDUCE):
             return
         if is_capturing(self._backends):

@@ -407,3 +407,35 @@ def test_a_mean_of_unequal_numbers_of_captures_is_an_error_on_every_rank(ranks2,
         assert first is None
         assert error is ValueError
         assert "should have the same number of captures" in text
+
+
+def stepped_outside():
+    """Steps with one loss outside of captures: with buckets, with DDP's own reduction, without buckets."""
+    ddp = replicated()
+    buckets, found = sago.GradientBuckets(ddp), []
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+    window(ddp, buckets, Run("sago"), batches(0, 0))
+    buckets.synthesize_("sago")
+    found.append(error_of(optimizer.step))
+    buckets.zero_()
+    for reduced in (False, True, False):
+        ddp.require_backward_grad_sync = reduced
+        loss, *_ = losses_of(ddp, Run("sago"), batches(0, 0, *share()))
+        loss().backward()
+        sums = [p.grad.sum().item() for p in ddp.parameters()]
+        found.append(error_of(optimizer.step))
+        optimizer.zero_grad()
+        if reduced:
+            averaged = sums
+            del buckets
+    return [*found, averaged]
+
+
+def test_a_step_with_gradients_that_nothing_averages_warns(ranks2):
+    results = ranks2(stepped_outside)
+    assert results[0][-1] == results[1][-1]
+    for in_window, outside, reduced, without_buckets, _ in results:
+        assert in_window is reduced is None
+        for error, text in (outside, without_buckets):
+            assert error is RuntimeWarning
+            assert "a backward outside of captures, which nothing averages" in text
