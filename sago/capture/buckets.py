@@ -24,6 +24,7 @@ from sago.capture.opening import Engine, find_engine, open_host
 from sago.capture.others import Others
 from sago.capture.parameters import choose
 from sago.capture.side import Side
+from sago.capture.steps import watch_reduction
 from sago.capture.streamed import InBackward, check_exact
 from sago.capture.window import Action, Window
 from sago.core.checks import (
@@ -89,7 +90,8 @@ class GradientBuckets:
             instead of autograd. A bf16 parameter then costs 4 + 4 + 2 bytes per element, for the accumulators
             and the update, instead of 2 + 2.
         accumulation: "sum" or "mean": whether the captures of a side are added up or averaged. The division
-            is part of the coefficients, so it costs no pass.
+            is part of the coefficients, so it costs no pass. With "mean", every rank needs the same number of
+            captures of each side.
         retain_decay: Between 0 and 1. The retain gradient is then a running mean over windows, in which the
             window `k` steps ago weighs `retain_decay ** k`. GRU and MUDMAN work on such a mean. It is divided
             by the sum of the weights, like the first moment of Adam. The mean lives in the retain
@@ -230,6 +232,7 @@ class GradientBuckets:
         self._windows = 0  # windows whose arguments passed `_check_same`
         if self._ranks is not None:
             self._ranks.start()
+            watch_reduction(self._window, self._ranks.modules)
 
     def forget(self) -> AbstractContextManager[None]:
         """Backwards inside `with buckets.forget():` accumulate the forget gradient, as minimised."""
@@ -422,6 +425,7 @@ class GradientBuckets:
         if self._shards is not None:
             self._check_same(call)
             self._check_agreed(self._shards)
+            self._check_counts(retain.captures + 1)
             if draw is not None and None in self._shards.offsets:
                 raise ValueError(
                     "Parameters should be sharded along their first dimension for a rule with a random gate, "
@@ -601,6 +605,7 @@ class GradientBuckets:
             self._check_same(call)
         if self._shards is not None and self._engine is None:
             self._check_agreed(self._shards)
+        self._check_counts(self._retain.captures)
         self._average()
 
     def _check_same(self, call: Call) -> None:
@@ -610,8 +615,18 @@ class GradientBuckets:
         """
         number = self._windows + 1
         if number & (number - 1) == 0 and not is_capturing(self._backends):
-            self._all_ranks().check_equal(call.described(), self._retain.views[0].device)
+            advice = "If it is computed from losses, average them over the ranks first."
+            self._all_ranks().check_equal(call.described(), self._retain.views[0].device, advice)
         self._windows = number
+
+    def _check_counts(self, retain_captures: int) -> None:
+        """Raises on every rank if the ranks would divide their gradients by different numbers of captures."""
+        if not (self._forget.mean and self._window.allows(Action.REDUCE)) or is_capturing(self._backends):
+            return
+        counts = {"forget": self._forget.captures, "retain": retain_captures}
+        named = {f"The number of {side} captures with accumulation='mean'": n for side, n in counts.items()}
+        advice = "Give every rank as many, or divide the losses yourself with accumulation='sum'."
+        self._all_ranks().check_equal(named, self._retain.views[0].device, advice)
 
     def _all_ranks(self) -> SumOver:
         if self._shards is not None:

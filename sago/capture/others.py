@@ -13,8 +13,8 @@ from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
-from torch.utils.hooks import RemovableHandle
 
+from sago.capture.global_hooks import end_with
 from sago.ranks import fsdp
 from sago.ranks.dtensor import is_dtensor
 
@@ -38,8 +38,7 @@ class Others:
     def __init__(self, params: Sequence[Tensor], sharded: Sequence[torch.nn.Module]) -> None:
         self._params, self._sharded = params, sharded
         self._may_be_beside = any(isinstance(p, torch.nn.Parameter) for p in params)
-        self.registrations = Registrations()
-        weakref.finalize(self, self.registrations.end)
+        self.registrations = Registrations(self)
         self._searched_at = -1  # the number of the last registration before the last search
         self._named: list[tuple[str, Any]] = []
         self._aside: list[tuple[str, Any, Tensor | None]] = []
@@ -73,17 +72,16 @@ class Others:
 class Registrations:
     """Numbers the registrations of a parameter, or of a module with parameters, with any module.
 
-    torch calls two hooks of this object for all modules of the process.
+    torch calls two hooks of this object for all modules of the process, as long as `owner` lives.
     """
 
-    def __init__(self) -> None:
-        while _unused:
-            _unused.pop().remove()
-        self._handles = [
+    def __init__(self, owner: object) -> None:
+        end_with(
+            owner,
             register_module_parameter_registration_hook(self._add_parameter),
             register_module_module_registration_hook(self._add_module),
-        ]
-        self._watches = True
+        )
+        self._owner = weakref.ref(owner)
         self._count = 0
         # The last registration of each living module, by its id, the newest one last. A slice of a ModuleList
         # is a new module, which many models make and drop in each forward.
@@ -93,18 +91,10 @@ class Registrations:
         """The number of the last registration with a module that still exists. 0 if there is none."""
         return next(reversed(self._of.values()))[1] if self._of else 0
 
-    def end(self) -> None:
-        """Ends the numbering. The next `Registrations` remove the hooks.
-
-        Garbage collection may call this while torch iterates over its hooks, and none can be removed then.
-        """
-        self._watches = False
-        _unused.extend(self._handles)
-
     # A compiled forward must not read the numbers, because it would be compiled again for each registration.
 
     def _add_parameter(self, module: torch.nn.Module, name: str, p: Any) -> None:
-        if torch.compiler.is_compiling() or not self._watches:
+        if torch.compiler.is_compiling() or self._owner() is None:
             return
         # FSDP2 replaces a sharded parameter by its unsharded form and back. It registers them if the class of
         # the layer has its own `__setattr__`.
@@ -113,7 +103,7 @@ class Registrations:
             self._add(module)
 
     def _add_module(self, module: torch.nn.Module, name: str, added: torch.nn.Module | None) -> None:
-        if torch.compiler.is_compiling() or not self._watches:
+        if torch.compiler.is_compiling() or self._owner() is None:
             return
         if added is not None and _may_have_parameters(added):
             self._add(module)
@@ -123,9 +113,6 @@ class Registrations:
         key, known = id(module), self._of
         known.pop(key, None)
         known[key] = weakref.ref(module, lambda _: known.pop(key, None)), self._count
-
-
-_unused: list[RemovableHandle] = []
 
 
 def _may_have_parameters(module: torch.nn.Module) -> bool:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
+from sago.capture.global_hooks import end_with
 from sago.capture.side import Capture, Side
 
 
@@ -24,6 +27,10 @@ class WatchedWindow(Protocol):
     @property
     def current(self) -> Capture | None:
         """The innermost open capture."""
+
+    @property
+    def empty(self) -> bool:
+        """Whether no gradient was captured and no update is published."""
 
 
 class StepWatch:
@@ -40,20 +47,21 @@ class StepWatch:
     def __init__(self, window: WatchedWindow, params: Sequence[Tensor]) -> None:
         self._window = weakref.ref(window)
         self._params = params
-        self._remove: Callable[[], object] | None = None
+        self._handle: RemovableHandle | None = None
         self._warned = False
 
     def start(self) -> None:
         window = self._window()
-        if self._remove is None and window is not None:
-            # The hook is global, so it must go if the buckets are dropped in the middle of a window.
-            handle = register_optimizer_step_pre_hook(self._check)
-            self._remove = weakref.finalize(window, handle.remove)
+        if self._handle is None and window is not None:
+            self._handle = register_optimizer_step_pre_hook(self._check)
+            # The buckets may be dropped in the middle of a window.
+            self._end = end_with(window, self._handle)
 
     def stop(self) -> None:
-        if self._remove is not None:
-            self._remove()
-            self._remove = None
+        if self._handle is not None:
+            self._end.detach()
+            self._handle.remove()
+            self._handle = None
 
     def _check(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         window = self._window()
@@ -87,6 +95,45 @@ class StepWatch:
         warnings.warn(
             "optimizer.step() should come after synthesize_. Found one between a capture and synthesize_: "
             "`p.grad` of the captured parameters is None there, so that the step does not change them.",
+            RuntimeWarning,
+            stacklevel=3,  # this hook, torch's wrapper of step, and the caller of step
+        )
+
+
+_windows: weakref.WeakKeyDictionary[Any, weakref.WeakSet[WatchedWindow]] = weakref.WeakKeyDictionary()
+
+
+def watch_reduction(window: WatchedWindow, modules: Iterable[Any]) -> None:
+    """Warns if an optimizer steps with gradients of these DDP modules that nothing averaged.
+
+    The buckets have switched the reduction of the modules off, and it stays off without the buckets. A
+    backward outside of captures then leaves each rank with its own gradient.
+    """
+    for module in modules:
+        if module not in _windows:
+            _windows[module] = weakref.WeakSet()
+            hook = partial(_check_reduced, weakref.ref(module), _windows[module])
+            end_with(module, register_optimizer_step_pre_hook(hook))
+        _windows[module].add(window)
+
+
+def _check_reduced(
+    module: weakref.ref[Any],
+    windows: weakref.WeakSet[WatchedWindow],
+    optimizer: torch.optim.Optimizer,
+    *_: object,
+) -> None:
+    ddp = module()
+    if ddp is None or ddp.require_backward_grad_sync or not all(window.empty for window in windows):
+        return
+    own = {id(p) for p in ddp.parameters()}
+    params = (p for group in optimizer.param_groups for p in group["params"])
+    if any(p.grad is not None and id(p) in own for p in params):
+        warnings.warn(
+            "Gradients of DistributedDataParallel should be averaged over the ranks before optimizer.step(). "
+            "Found gradients of a backward outside of captures, which nothing averages, because "
+            "GradientBuckets have switched DDP's own reduction off. Set `require_backward_grad_sync = True` "
+            "on the DDP module before the forward of such a step, and False before the forward of a capture.",
             RuntimeWarning,
             stacklevel=3,  # this hook, torch's wrapper of step, and the caller of step
         )

@@ -144,6 +144,10 @@ class Window:
         return self._state
 
     @property
+    def empty(self) -> bool:
+        return self._state is State.EMPTY
+
+    @property
     def agreed(self) -> bool:
         """Whether the ranks have compared which parameters were reached."""
         return self._agreed

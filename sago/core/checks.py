@@ -201,7 +201,12 @@ def _checked(reduce_gram: ReduceGram) -> Callable[[Tensor], Tensor]:
                 f"Parameter `reduce_gram` should return None or a tensor of shape {tuple(table.shape)}. "
                 f"Found {found}."
             )
-        return reduced.to(table).contiguous()
+        if reduced.dtype != table.dtype:
+            raise ValueError(
+                f"Parameter `reduce_gram` should return {table.dtype}, because coefficients and counts need "
+                f"its precision. Found {reduced.dtype}."
+            )
+        return reduced.to(table.device).contiguous()
 
     return reduce
 

@@ -149,14 +149,7 @@ class Call(NamedTuple):
         weights = {f"Parameter `{name}`": float(getattr(self, name)) for name in ("gamma", "alpha")}
         others = {f"Parameter `{name}`": getattr(self, name) for name in _ON_EVERY_RANK}
         made = rule.scope, rule.classes, rule.state, rule.seed
-        factors = {"The factor 1 / captures of each side": self.scales}
-        return {
-            "Parameter `rule`": rule.name,
-            f"The rule {rule.name!r}": made,
-            **weights,
-            **others,
-            **factors,
-        }
+        return {"Parameter `rule`": rule.name, f"The rule {rule.name!r}": made, **weights, **others}
 
     @property
     def sums(self) -> Sums:

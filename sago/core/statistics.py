@@ -47,10 +47,13 @@ def report(
     # A weight on the device may change before the report is read.
     gamma, alpha = (w.clone() if isinstance(w, Tensor) else w for w in (call.gamma, call.alpha))
     then = call._replace(gamma=gamma, alpha=alpha)
+    # The function of a user may read variables that change before the report is read.
+    at_once = not call.rule.ours and _derives(call.rule, taken.table)
+    values = _values(then, taken.table) if at_once else None
 
     def columns() -> dict[str, Tensor]:
         taken.wait()
-        return _columns(then, taken.table)
+        return _columns(then, taken.table, values)
 
     return SynthesisReport(call.rule.name, keys, taken.elements, columns)
 
@@ -66,14 +69,23 @@ def computed(rule: Rule, stats: bool) -> list[str]:
     return names
 
 
-def _columns(call: Call, table: Tensor) -> dict[str, Tensor]:
+def _derives(rule: Rule, table: Tensor) -> bool:
+    """Whether the sums over the update follow from the table."""
+    return len(sums.by_class(table)) >= rule.classes
+
+
+def _values(call: Call, table: Tensor) -> Tensor:
+    """The coefficients of every row. Only rules that read no sums may be called before `Statistics.wait`."""
+    read = gram(call.rule, table)
+    return evaluate(call.rule, read, call.gamma, call.alpha, call.eps, table.device, call.state).values
+
+
+def _columns(call: Call, table: Tensor, values: Tensor | None) -> dict[str, Tensor]:
     columns = dict(zip(_PRODUCTS, sums.products(table).unbind(1), strict=True))
     counts = sums.counts(table)
     if counts is not None:
         columns.update(zip(sums.COUNTS, counts.unbind(1), strict=True))
-    if len(sums.by_class(table)) >= call.rule.classes:
-        rule = call.rule
-        read = gram(rule, table)
-        values = evaluate(rule, read, call.gamma, call.alpha, call.eps, table.device, call.state).values
+    if _derives(call.rule, table):
+        values = _values(call, table) if values is None else values
         columns.update(zip(_OF_UPDATE, of_update(call.nonfinite, table, values), strict=True))
     return columns

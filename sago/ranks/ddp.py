@@ -43,16 +43,16 @@ class DataParallel:
     """
 
     def __init__(self, group: ProcessGroup, partial: bool, modules: Sequence[Any] = ()) -> None:
-        self.group, self._partial, self._modules = group, partial, modules
+        self.group, self._partial, self.modules = group, partial, modules
 
     def start(self) -> None:
         """Switches the modules' own reduction off."""
-        for ddp in self._modules:
+        for ddp in self.modules:
             reduce_in_backward(ddp, False)
 
     def check_not_joined(self) -> None:
         """Raises if `ddp.join()` was called and not ended."""
-        for ddp in self._modules:
+        for ddp in self.modules:
             if ddp._join_config.enable:
                 raise ValueError(
                     "join() of DistributedDataParallel should not be active, because it relies on DDP's own "

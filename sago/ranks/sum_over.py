@@ -95,10 +95,10 @@ class SumOver:
             same &= found.sum(0).cpu() == 1
         return same.tolist()
 
-    def check_equal(self, values: Mapping[str, object], device: torch.device) -> None:
+    def check_equal(self, values: Mapping[str, object], device: torch.device, advice: str) -> None:
         """Raises ValueError on every rank if a value differs between the ranks. The host waits.
 
-        The names of the values begin the error messages.
+        The error begins with the name of the value, and ends with `advice`.
         """
         bits = [_digest(value) >> k & 1 == 1 for value in values.values() for k in range(_BITS)]
         same = self.agree(bits, device)
@@ -106,8 +106,7 @@ class SumOver:
             if not all(same[k * _BITS : (k + 1) * _BITS]):
                 raise ValueError(
                     f"{name} should be the same on every rank, because the ranks together make one update. "
-                    f"Found {value!r} on rank {dist.get_rank()}, and another value on another rank. If it is "
-                    "computed from losses, average them over the ranks first."
+                    f"Found {value!r} on rank {dist.get_rank()}, and another value on another rank. {advice}"
                 )
 
     def __repr__(self) -> str:

@@ -91,7 +91,7 @@ def helpers(function: Any) -> Helpers:
             named = ((name, caller.__globals__.get(name)) for name in _globals_of(caller.__code__))
             found[caller] = [(caller, name, f) for name, f in named if isinstance(f, FunctionType)]
             waiting += [f for _, _, f in found[caller]]
-    return tuple(x for calls in found.values() for x in calls if not _is_ours(x[0]))
+    return tuple(x for calls in found.values() for x in calls if not is_ours(x[0]))
 
 
 _known = lru_cache(maxsize=256)(helpers)
@@ -110,8 +110,11 @@ def _globals_of(code: CodeType) -> list[str]:
     return sorted(names.union(*map(_globals_of, inner)))
 
 
-def _is_ours(function: FunctionType) -> bool:
-    return f"{function.__module__ or ''}.".startswith(f"{__package__}.")
+def is_ours(function: Any) -> bool:
+    """Whether this package defines the function, so that its result depends on nothing but its arguments."""
+    return isinstance(function, FunctionType) and f"{function.__module__ or ''}.".startswith(
+        f"{__package__}."
+    )
 
 
 def replaced(found: Helpers) -> str | None:

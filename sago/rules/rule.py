@@ -27,7 +27,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from sago.rules.form import Helpers, check_gate, helpers, replaced
+from sago.rules.form import Helpers, check_gate, helpers, is_ours, replaced
 from sago.rules.reads import CASES, PRODUCTS, Names, Reads, reads
 
 Scope = Literal["element", "tensor", "global"]
@@ -127,6 +127,7 @@ class Rule:
     classes: int = field(init=False, repr=False, compare=False)
     by_sign: bool = field(init=False, repr=False, compare=False)
     helpers: Helpers = field(init=False, repr=False, compare=False)
+    ours: bool = field(init=False, repr=False, compare=False)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Rule:
         made = super().__new__(cls)
@@ -150,6 +151,7 @@ class Rule:
         object.__setattr__(self, "classes", classes)
         object.__setattr__(self, "by_sign", by_sign)
         object.__setattr__(self, "helpers", helpers(self.coefficients) + helpers(self.gate))
+        object.__setattr__(self, "ours", is_ours(self.coefficients))
         if self.by_class and self.gate is None:
             raise ValueError("Parameter `by_class` should be False for a rule without a `gate`. Found True.")
         if self.seed is not None and not (isinstance(self.seed, int) and -(2**63) <= self.seed < 2**63):
@@ -279,11 +281,12 @@ def evaluate(
     """The coefficients of `rule`.
 
     `gram` is fp64 `[rows, >= 3]` with `ff, fr, rr` first, followed by `n, ff, fr, rr` of each class for a
-    rule with `by_class`. None is one row of zeros. `state` has the numbers that the rule kept, fp64
+    rule with `by_class`. None is one row of NaN, which shows if a rule reads a sum that it did not read when
+    it was made. `state` has the numbers that the rule kept, fp64
     `[rows, n]`.
     """
     zero = torch.zeros(1 if state is None else len(state), dtype=torch.float64, device=device)
-    ff, fr, rr = (zero, zero, zero) if gram is None else gram.unbind(1)[:3]
+    ff, fr, rr = (torch.full_like(zero, torch.nan),) * 3 if gram is None else gram.unbind(1)[:3]
     weights = [_as_double(w, device).view(()) for w in (gamma, alpha)]
     products = dict(zip(PRODUCTS, (ff + eps, fr, rr + eps), strict=True))
     more: list[Any] = []

@@ -140,8 +140,8 @@ def test_ddp_alone_does_not_reduce_the_second_of_two_gradients(ranks2):
                 assert_equal_results(result, single(run))
 
 
-# In the windows 1, 2, 4 and so on: two flags for each of the 56 bits of ten values that the ranks compare.
-ARGUMENTS = 2 * 56 * 10
+# In the windows 1, 2, 4 and so on: two flags for each of the 56 bits of nine values that the ranks compare.
+ARGUMENTS = 2 * 56 * 9
 
 
 def counted(order, **options):
@@ -389,3 +389,59 @@ def test_what_ddp_would_reduce_in_another_way_is_refused(ranks2):
         for (error, text), expected in zip(found, says, strict=True):
             assert error is ValueError
             assert expected in text
+
+
+def captured_unevenly(retain_decay, at):
+    """The last rank has one capture more of the side `at`, and the same gradient otherwise."""
+    ddp = replicated()
+    buckets, found = sago.GradientBuckets(ddp, accumulation="mean", retain_decay=retain_decay), []
+    parameters = list(ddp.parameters())
+    for uneven in (False, True):
+        for side in ("forget", "retain"):
+            for _ in range(1 + (uneven and side == at and dist.get_rank() == 1)):
+                with getattr(buckets, side)():
+                    backward(parameters, [torch.ones_like(p) for p in parameters])
+        found.append(error_of(buckets.synthesize_, "sago"))
+        if not uneven:
+            buckets.zero_()
+    return found
+
+
+@pytest.mark.parametrize(("retain_decay", "at"), [(None, "forget"), (0.5, "retain")])
+def test_a_mean_of_unequal_numbers_of_captures_is_an_error_on_every_rank(ranks2, retain_decay, at):
+    for first, (error, text) in ranks2(captured_unevenly, retain_decay, at):
+        assert first is None
+        assert error is ValueError
+        assert text.startswith(f"The number of {at} captures with accumulation='mean' should be the same")
+
+
+def stepped_outside():
+    """Steps with one loss outside of captures: with buckets, with DDP's own reduction, without buckets."""
+    ddp = replicated()
+    buckets, found = sago.GradientBuckets(ddp), []
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+    window(ddp, buckets, Run("sago"), batches(0, 0))
+    buckets.synthesize_("sago")
+    found.append(error_of(optimizer.step))
+    buckets.zero_()
+    for reduced in (False, True, False):
+        ddp.require_backward_grad_sync = reduced
+        loss, *_ = losses_of(ddp, Run("sago"), batches(0, 0, *share()))
+        loss().backward()
+        sums = [p.grad.sum().item() for p in ddp.parameters()]
+        found.append(error_of(optimizer.step))
+        optimizer.zero_grad()
+        if reduced:
+            averaged = sums
+            del buckets
+    return [*found, averaged]
+
+
+def test_a_step_with_gradients_that_nothing_averages_warns(ranks2):
+    results = ranks2(stepped_outside)
+    assert results[0][-1] == results[1][-1]
+    for in_window, outside, reduced, without_buckets, _ in results:
+        assert in_window is reduced is None
+        for error, text in (outside, without_buckets):
+            assert error is RuntimeWarning
+            assert "a backward outside of captures, which nothing averages" in text

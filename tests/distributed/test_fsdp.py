@@ -346,7 +346,7 @@ def test_one_all_reduce_of_a_small_table_a_synthesis_or_none(ranks_of, layout, w
     rows = len(list(transformer().parameters()))
     for found in ranks_of(world)(counted, layout):
         for number, sizes in enumerate(found, start=2):
-            assert number not in (2, 4, 8) or sizes.pop(0) == 2 * 56 * 10  # two flags a bit of ten arguments
+            assert number not in (2, 4, 8) or sizes.pop(0) == 2 * 56 * 9  # two flags a bit of nine values
         assert all(sizes.pop(0) == 4 * rows for sizes in found)  # which parameters each rank reached
         assert [len(sizes) for sizes in found] == [1, 1, 1, 1, 1, 1, 0, 0]
         assert all(size <= 9 * rows for sizes in found for size in sizes)

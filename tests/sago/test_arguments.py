@@ -852,7 +852,7 @@ def test_how_many_there_are():
 
 
 @pytest.mark.parametrize("backend", ["reference", "compiled"])
-@pytest.mark.parametrize("wrong", [3, torch.zeros(1, 2, dtype=torch.float64)])
+@pytest.mark.parametrize("wrong", [3, torch.zeros(1, 2, dtype=torch.float64), torch.zeros(1, 7)])
 def test_reduce_gram_gives_something_else(backend, wrong):
     retain = -ones(3)
     with pytest.raises(ValueError, match=r"`reduce_gram`.*Found"):

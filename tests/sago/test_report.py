@@ -299,3 +299,15 @@ def test_a_copy_waits_for_sums_and_shares_no_memory(copied):
     assert found.to_dict()["norm_forget"] == [5.0**0.5] * 2
     assert found.numel.tolist() == [3, 4]
     assert len(waited) == 1
+
+
+@pytest.mark.parametrize("scope", ["element", "tensor"])
+@pytest.mark.parametrize("stats", [True, False])
+def test_a_variable_that_a_rule_reads_may_change_before_the_report_is_read(scope, stats):
+    factor = [1.0]
+    rule = sago.Rule("scheduled", lambda ff, fr, rr, gamma, alpha: (factor[0] * gamma, alpha), scope)
+    forget, retain = tensor(1.0, 2.0), tensor(3.0, -4.0)
+    report = sago.synthesize(forget, retain, rule, stats=stats)[1]
+    factor[0] = 100.0
+    if stats or scope == "tensor":
+        assert report.uu.tolist() == [(forget + retain).square().sum().item()]

@@ -301,3 +301,12 @@ def inside(ff, fr, rr, gamma, alpha): return gamma, (lambda x: half(x))(alpha)
     assert "__name__" not in names  # so that the functions have no module
     for name in ("direct", "inside"):
         assert [found[1] for found in form.helpers(names[name])] == ["half"]
+
+
+def test_a_sum_that_a_rule_began_to_read_later_is_nan(backend):
+    """Rules of scope "element" get no sums, and zeros in their place would hide the mistake."""
+    late = []
+    rule = sago.Rule("late", lambda ff, fr, rr, gamma, alpha: (gamma, fr if late else alpha), "element")
+    late.append(True)
+    (update,), _ = backend(tensors([1.0, 2.0]), tensors([3.0, 4.0]), rule)
+    assert update.isnan().all()

@@ -13,6 +13,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch.nn.modules import module as modules
 from torch.optim import optimizer as optimizers
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import sago
 from sago.backends import compiled, packs
@@ -324,8 +325,25 @@ def test_the_hooks_on_registrations_live_until_the_next_buckets():
     assert [len(x) for x in hooks] == before
 
 
-def test_buckets_may_be_collected_while_a_module_is_registered():
+def test_buckets_may_be_collected_while_an_optimizer_steps():
     """torch iterates over the hooks then."""
+    params = leaves(3)
+    buckets = sago.GradientBuckets(params)
+    with buckets.forget():
+        backward(params, [torch.ones(3)])
+    cycle = [buckets]
+    cycle.append(cycle)
+    del buckets, cycle
+    found = [lambda *_: gc.collect() and None, lambda *_: None]
+    handles = [register_optimizer_step_pre_hook(hook) for hook in found]
+    try:
+        torch.optim.SGD(leaves(2), lr=0.1).step()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_buckets_may_be_collected_while_a_module_is_registered():
     cycle = [sago.GradientBuckets(leaves(3))]
     cycle.append(cycle)
     del cycle
@@ -493,4 +511,8 @@ def test_the_hook_on_optimizers_is_there_in_windows_only_and_keeps_nothing_alive
     del buckets
     gc.collect()
     assert ref() is None
+    buckets = sago.GradientBuckets(params)
+    window(buckets, params, gradients, gradients)  # which removes the hook of the deleted buckets
+    assert len(hooks) == before + 1
+    buckets.zero_()
     assert len(hooks) == before
