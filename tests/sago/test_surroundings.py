@@ -43,14 +43,14 @@ def test_accumulators_in_another_dtype_are_refused_where_an_unknown_engine_may_r
 
 def test_parameters_of_one_name_are_groups_of_their_own():
     """RMU trains the same matrix of several layers."""
-    layers = [torch.nn.Linear(2, 1, bias=False) for _ in range(3)]
+    layers = [torch.nn.Linear(2, 1, bias=False) for _ in range(2)]
     named = [pair for layer in layers for pair in layer.named_parameters()]
-    forget = [torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 1.0]]), torch.tensor([[0.5, 1.0]])]
-    retain = [torch.tensor([[-1.0, 1.0]]), torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, -1.0]])]
+    forget = [torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 1.0]])]
+    retain = [torch.tensor([[-1.0, 1.0]]), torch.tensor([[1.0, -1.0]])]
     buckets = sago.GradientBuckets([("head", torch.nn.Parameter(torch.ones(1))), *named])
     window(buckets, [p for _, p in named], forget, retain)
     report = buckets.synthesize_("pcgrad")
-    assert report.groups == ("head", "weight (1)", "weight (2)", "weight (3)")
+    assert report.groups == ("head", "weight (1)", "weight (2)")
     expected, _ = sago.reference.synthesize(forget, retain, "pcgrad")
     assert_equal_bits([p.grad for _, p in named], expected)  # k is -1/2 and -1/4
 
