@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sago.capture.global_hooks import end_with
 from sago.capture.side import Capture, Side
+from sago.ranks.ddp import reduces_in_backward
 
 
 class WatchedWindow(Protocol):
@@ -124,7 +125,7 @@ def _check_reduced(
     *_: object,
 ) -> None:
     ddp = module()
-    if ddp is None or ddp.require_backward_grad_sync or not all(window.empty for window in windows):
+    if ddp is None or reduces_in_backward(ddp) or not all(window.empty for window in windows):
         return
     own = {id(p) for p in ddp.parameters()}
     params = (p for group in optimizer.param_groups for p in group["params"])

@@ -103,6 +103,12 @@ def reduce_in_backward(ddp: Any, on: bool) -> None:
     ddp.require_backward_grad_sync = on
 
 
+def reduces_in_backward(ddp: Any) -> bool:
+    """Whether the module reduces gradients in a backward."""
+    reduces: bool = ddp.require_backward_grad_sync
+    return reduces
+
+
 def take_over(source: Any, params: Sequence[Tensor], names: Sequence[str]) -> DataParallel | None:
     """Replaces the reduction of the DistributedDataParallel module that has these parameters.
 

@@ -133,7 +133,7 @@ def test(change: Change, copy: Path) -> str | None:
 
 def first_failure(folder: str, copy: Path) -> str | None:
     """The first of the nearest tests that fails in a copy of the project. None if all pass."""
-    files = [str(copy / "tests" / name) for name in NEAREST[folder]]
+    files = [str(copy / "tests" / name) for name in (*NEAREST[folder], "test_private.py")]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files]
     environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
