@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -51,12 +52,13 @@ class DeleteStatement(Operator):
 
 
 class Change(NamedTuple):
-    """One change: the n-th place of an operator in a file, and its line."""
+    """One change: the n-th place of an operator in a file, its line, and a hash of the file."""
 
     path: str
     line: int
     operator: str
     occurrence: int
+    source: str
 
 
 def _operator(name: str) -> Any:
@@ -66,12 +68,13 @@ def _operator(name: str) -> Any:
 def changes(path: str, source: str) -> Iterator[Change]:
     """All changes of a file, except in annotations, and of `strict=` where both lengths are always equal."""
     nodes, skipped = list(ast_nodes(get_ast(source))), list(_skipped(source))
+    digest = hashlib.sha256(source.encode()).hexdigest()[:12]
     for name in (*_NAMES, DeleteStatement.__name__):
         operator = _operator(name)
         positions = (position for node in nodes for position in operator.mutation_positions(node))
         for k, (start, _) in enumerate(positions):
             if not any(first <= start < last for first, last in skipped):
-                yield Change(path, start[0], name, k)
+                yield Change(path, start[0], name, k, digest)
 
 
 def apply(change: Change, source: str) -> str:
