@@ -31,16 +31,21 @@ def coefficients(ff, fr, rr, gamma, alpha):
 def projected(x: float, y: float, ff: float, fr: float, rr: float) -> tuple[float, float]:
     """The coefficients of the vector nearest to `x*f + y*r` that opposes neither gradient.
 
-    By duality it is the shortest `a*f + b*r` with `a >= x` and `b >= y`. The candidates have none, one or
-    both of the bounds active.
+    It is `a*f + b*r` with `a >= x` and `b >= y`, and it is orthogonal to the gradient whose coefficient is
+    above its bound (the conditions of Karush, Kuhn and Tucker). If no such vector opposes neither gradient,
+    both coefficients are above their bounds, and the vector is 0.
     """
-    candidates = [(x, y), (0.0, 0.0)]
+    candidates = [(x, y)]
     if ff > 0:
         candidates.append((-y * fr / ff, y))
     if rr > 0:
         candidates.append((x, -x * fr / rr))
-    feasible = [(a, b) for a, b in candidates if a >= x and b >= y]
-    return min(feasible, key=lambda v: v[0] * v[0] * ff + 2 * v[0] * v[1] * fr + v[1] * v[1] * rr)
+    for a, b in candidates:
+        with_forget = 0.0 if a > x else a * ff + b * fr
+        with_retain = 0.0 if b > y else a * fr + b * rr
+        if a >= x and b >= y and with_forget >= 0 and with_retain >= 0:
+            return a, b
+    return 0.0, 0.0
 
 
 def reference(ff: float, fr: float, rr: float, gamma: float, alpha: float) -> tuple[float, ...]:

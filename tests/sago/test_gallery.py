@@ -321,6 +321,16 @@ def test_coefficients_against_the_reference(name, gamma, alpha):
     np.testing.assert_allclose(four(RULES[name], gram, gamma, alpha), expected, rtol=3e-8, atol=1e-14)
 
 
+@pytest.mark.parametrize(("gamma", "alpha"), [(1e-3, 1.0), (1.0, 1e-3), (1.0, 1.0)])
+@pytest.mark.parametrize("name", ["dualproj", "upgrad"])
+@pytest.mark.parametrize("scales", [(1.0, 1.0, 2.0**114), (2.0**114, 1.0, 1.0)])
+def test_projections_against_the_reference_where_one_square_absorbs_the_other(name, scales, gamma, alpha):
+    """The tolerance is that of `test_coefficients_against_the_reference`."""
+    gram = random_gram() * np.array(scales)
+    expected = np.array([REFERENCES[name](*row, gamma, alpha) for row in gram.tolist()])
+    np.testing.assert_allclose(four(RULES[name], gram, gamma, alpha), expected, rtol=3e-8, atol=0)
+
+
 @pytest.mark.parametrize("parameter", [0.0, 0.1, 0.5, 0.9])
 def test_parameters_against_the_reference(parameter):
     gram = random_gram()  # the tolerance is that of the test above
