@@ -1,8 +1,8 @@
 """Changes one place of the library at a time and runs the nearest tests: `python -m tests.mutation`.
 
-The changes are drawn from all of `FOLDERS`. A change that no test notices is printed. The results are appended
-to the record in the order of the changes. A later run leaves out the changes that a test has noticed. It tests
-the others again, because a test may have been added for them.
+The changes are drawn from all of `FOLDERS`. A change that no test notices is printed. The results are
+appended to the record in the order of the changes. A later run leaves out the changes that a test has
+noticed. It tests the others again, because a test may have been added for them.
 """
 
 from __future__ import annotations
