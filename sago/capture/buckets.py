@@ -128,7 +128,8 @@ class GradientBuckets:
     be the sum of both sides. Parameters that other buckets capture at the same time are exempt. All live
     modules are searched for such parameters before the first capture, and before a later one if a parameter,
     or a module with parameters, was registered since with a module that still exists. A search takes 0.3 s
-    for 400,000 objects. Parameters that belong to no module, or to one that `gc.freeze` hides, are not found.
+    for 400,000 objects. Parameters that have no module in common with a given one, or only one that
+    `gc.freeze` hides, are not found.
 
     If an optimizer that holds a captured parameter steps inside a capture, the step raises, because `p.grad`
     is the gradient of one side there. If the optimizer steps between a capture and `synthesize_`, it finds no

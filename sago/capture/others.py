@@ -83,13 +83,14 @@ class Registrations:
         )
         self._owner = weakref.ref(owner)
         self._count = 0
-        # The last registration of each living module, by its id, the newest one last. A slice of a ModuleList
-        # is a new module, which many models make and drop in each forward.
+        # The last registration of each living module, by its id. A slice of a ModuleList is a new module,
+        # which many models make and drop in each forward.
         self._of: dict[int, tuple[weakref.ref[torch.nn.Module], int]] = {}
 
     def latest(self) -> int:
         """The number of the last registration with a module that still exists. 0 if there is none."""
-        return next(reversed(self._of.values()))[1] if self._of else 0
+        # Garbage collection and other threads may change the dict meanwhile, so a copy is searched.
+        return max((number for _, number in list(self._of.values())), default=0)
 
     # A compiled forward must not read the numbers, because it would be compiled again for each registration.
 
@@ -111,7 +112,6 @@ class Registrations:
     def _add(self, module: torch.nn.Module) -> None:
         self._count += 1
         key, known = id(module), self._of
-        known.pop(key, None)
         known[key] = weakref.ref(module, lambda _: known.pop(key, None)), self._count
 
 

@@ -21,6 +21,7 @@ from sago.ranks.ddp import reduces_in_backward
 class WatchedWindow(Protocol):
     """The attributes of a window that `StepWatch` reads."""
 
+    params: Sequence[Tensor]
     forget: Side
     retain: Side
     lent: Tensor | None
@@ -41,13 +42,11 @@ class StepWatch:
     gradient of one side. Between a capture and the synthesis, the hook warns once, because `p.grad` is None.
 
     Args:
-        window: The window. It is not kept alive.
-        params: The captured parameters.
+        window: The window. Neither it nor its parameters are kept alive.
     """
 
-    def __init__(self, window: WatchedWindow, params: Sequence[Tensor]) -> None:
+    def __init__(self, window: WatchedWindow) -> None:
         self._window = weakref.ref(window)
-        self._params = params
         self._handle: RemovableHandle | None = None
         self._warned = False
 
@@ -69,7 +68,7 @@ class StepWatch:
         if window is None:
             return
         params = [p for g in optimizer.param_groups for p in g["params"]]
-        captured = {id(p) for p in self._params}
+        captured = {id(p) for p in window.params}
         params = [p for p in params if id(p) in captured]
         if not params:
             return

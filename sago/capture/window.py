@@ -136,7 +136,7 @@ class Window:
         self._open: list[Capture] = []
         self._reason = ""  # why the gradients are not complete, in UPDATING and BROKEN
         self._incomplete: set[Side] = set()
-        self._steps = StepWatch(self, params)
+        self._steps = StepWatch(self)
 
     @property
     def state(self) -> State:

@@ -1,7 +1,8 @@
 """Changes one place of the library at a time and runs the nearest tests: `python -m tests.mutation`.
 
-The changes are drawn from all of `FOLDERS`. A change that no test notices is printed. Each result is appended
-to the record when it is known. A run that was interrupted leaves out the changes that the record has.
+The changes are drawn from all of `FOLDERS`. A change that no test notices is printed. The results are
+appended to the record in the order of the changes. A later run leaves out the changes that a test has
+noticed. It tests the others again, because a test may have been added for them.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def main(arguments: Sequence[str]) -> int:
     given.record.parent.mkdir(parents=True, exist_ok=True)
     given.record.touch()
     known = [json.loads(line) for line in given.record.read_text().splitlines()]
-    noticed = {Change(*change): by for change, by in known}
+    noticed = {Change(*change): by for change, by in known if by}
     with tempfile.TemporaryDirectory() as folder, given.record.open("a") as record:
         copies: Queue[Path] = Queue()
         for k in range(given.jobs):

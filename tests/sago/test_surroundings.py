@@ -356,6 +356,21 @@ def test_buckets_may_be_collected_while_a_module_is_registered():
             handle.remove()
 
 
+def test_modules_may_be_collected_while_the_last_registration_is_looked_up():
+    buckets, thresholds = sago.GradientBuckets(leaves(3)), gc.get_threshold()
+    gc.disable()
+    added = torch.nn.Linear(1, 1)
+    added.cycle = [added]
+    del added
+    try:
+        gc.set_threshold(1)
+        gc.enable()
+        buckets._registrations.latest()
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.enable()
+
+
 def test_modules_whose_init_has_not_run_are_passed_over():
     model, raw = body_and_head().requires_grad_(False), torch.nn.Linear.__new__(torch.nn.Linear)
     buckets = sago.GradientBuckets(list(model["head"].requires_grad_().parameters()))
@@ -507,10 +522,11 @@ def test_the_hook_on_optimizers_is_there_in_windows_only_and_keeps_nothing_alive
         assert len(hooks) == before
         buckets.zero_()
     window(buckets, params, gradients, gradients)
-    ref = weakref.ref(buckets)
-    del buckets
+    refs = [weakref.ref(buckets), *map(weakref.ref, params)]
+    del buckets, params
     gc.collect()
-    assert ref() is None
+    assert [ref() for ref in refs] == [None, None]
+    params = leaves(3)
     buckets = sago.GradientBuckets(params)
     window(buckets, params, gradients, gradients)  # which removes the hook of the deleted buckets
     assert len(hooks) == before + 1
