@@ -82,7 +82,7 @@ def gradvac(target: float | Tensor = 0.0, decay: float | None = None) -> Rule:
 def reference(
     ff: float, fr: float, rr: float, gamma: float, alpha: float, target: float = 0.0
 ) -> tuple[float, ...]:
-    """By the law of sines in the triangle of `f`, `p*r` and their sum"""
+    """Adds to each gradient what its component along the other one lacks for the target."""
     if gamma == 0 and alpha == 0:
         return (0.0,) * 4
     if not (math.isfinite(ff) and math.isfinite(fr) and math.isfinite(rr)):
@@ -90,9 +90,12 @@ def reference(
     f, r = math.sqrt(ff), math.sqrt(rr)
     if f == 0 or r == 0:
         return gamma, alpha, gamma, alpha
-    angle, largest = math.acos(max(-1.0, min(1.0, fr / f / r))), math.acos(target)
-    share = math.sin(max(0.0, angle - largest)) / math.sin(largest)
-    a, b = gamma + alpha * share * r / f, alpha + gamma * share * f / r
+    # In units of the norm of the gradient: its component along the other one, and across it.
+    along = max(-1.0, min(1.0, fr / f / r))
+    across = math.sqrt((1.0 - along) * (1.0 + along))
+    wanted = across * target / math.sqrt((1.0 - target) * (1.0 + target))
+    lacks = wanted - along if along < target else 0.0
+    a, b = gamma + alpha * lacks * r / f, alpha + gamma * lacks * f / r
     return a, b, a, b
 
 

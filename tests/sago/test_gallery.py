@@ -331,6 +331,18 @@ def test_projections_against_the_reference_where_one_square_absorbs_the_other(na
     np.testing.assert_allclose(four(RULES[name], gram, gamma, alpha), expected, rtol=3e-8, atol=0)
 
 
+@pytest.mark.parametrize("target", [0.0, 0.3])
+def test_gradvac_against_the_reference_where_the_cosine_is_near_the_target(target):
+    """What is added cancels to 1e-4 of a term, which magnifies the 20 roundings of both sides."""
+    f, r = 1e-3, 3.0
+    cosines = target - np.array([1e-2, 1e-3, 1e-4])
+    gram = np.stack([np.full(3, f * f), cosines * f * r, np.full(3, r * r)], axis=1)
+    expected = np.array([gradvac_reference(*row, 1.0, 1.0, target) for row in gram.tolist()])
+    np.testing.assert_allclose(four(gradvac(target), gram, 1.0, 1.0), expected, rtol=20 * 1.1e-16 * 1e4)
+    if target == 0.0:
+        np.testing.assert_allclose(expected[:, 0], 1.0 - gram[:, 1] / gram[:, 0], rtol=1e-15)
+
+
 @pytest.mark.parametrize("parameter", [0.0, 0.1, 0.5, 0.9])
 def test_parameters_against_the_reference(parameter):
     gram = random_gram()  # the tolerance is that of the test above
