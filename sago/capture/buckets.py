@@ -110,8 +110,8 @@ class GradientBuckets:
     On several ranks, DTensor parameters (FSDP2, HSDP, tensor parallel) are captured and synthesized shard by
     shard. If they are sharded, the ranks compare once a window which parameters were reached, and all ranks
     raise if a parameter was reached on some ranks only. In the windows 1, 2, 4, 8 and so on, all ranks also
-    compare the rule, the weights and the other arguments, with DistributedDataParallel as well, and raise if
-    they differ. The host waits for these comparisons.
+    compare the arguments, with DistributedDataParallel as well, and raise if they differ. Of a rule, they
+    compare the coefficients for an example. The host waits for these comparisons.
 
     The gradients of a DistributedDataParallel module are averaged over its ranks once a window, in the flat
     accumulators, at the start of `synthesize_` or `unscale_`. DDP's own reduction would miss the second of
@@ -616,7 +616,7 @@ class GradientBuckets:
         """
         number = self._windows + 1
         if number & (number - 1) == 0 and not is_capturing(self._backends):
-            advice = "If it is computed from losses, average them over the ranks first."
+            advice = "Pass the same value on every rank. Average what a weight is computed from first."
             self._all_ranks().check_equal(call.described(), self._retain.views[0].device, advice)
         self._windows = number
 
@@ -626,7 +626,7 @@ class GradientBuckets:
             return
         counts = {"forget": self._forget.captures, "retain": retain_captures}
         named = {f"The number of {side} captures with accumulation='mean'": n for side, n in counts.items()}
-        advice = "Give every rank as many, or divide the losses yourself with accumulation='sum'."
+        advice = "Make equally many on every rank, or divide the losses yourself with accumulation='sum'."
         self._all_ranks().check_equal(named, self._retain.views[0].device, advice)
 
     def _all_ranks(self) -> SumOver:

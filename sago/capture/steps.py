@@ -131,9 +131,9 @@ def _check_reduced(
     if any(p.grad is not None and id(p) in own for p in params):
         warnings.warn(
             "Gradients of DistributedDataParallel should be averaged over the ranks before optimizer.step(). "
-            "Found gradients of a backward outside of captures, which nothing averages, because "
-            "GradientBuckets have switched DDP's own reduction off. Set `require_backward_grad_sync = True` "
-            "on the DDP module before the forward of such a step, and False before the forward of a capture.",
+            "Found gradients of a backward outside of captures. Only your own code can have averaged them, "
+            "because GradientBuckets have switched DDP's own reduction off. Set `require_backward_grad_sync` "
+            "of the DDP module to True before the forward of such a step, and to False before that of a capture.",
             RuntimeWarning,
             stacklevel=3,  # this hook, torch's wrapper of step, and the caller of step
         )

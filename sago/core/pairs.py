@@ -148,7 +148,13 @@ class Call(NamedTuple):
         rule = self.rule
         weights = {f"Parameter `{name}`": float(getattr(self, name)) for name in ("gamma", "alpha")}
         others = {f"Parameter `{name}`": getattr(self, name) for name in _ON_EVERY_RANK}
-        made = rule.scope, rule.classes, rule.state, rule.seed
+        made = {
+            "scope": rule.scope,
+            "classes": rule.classes,
+            "state": rule.state,
+            "seed and step": None if self.draw is None else self.draw.tolist(),
+            "coefficients of an example": [float(f"{x:.9g}") for x in rule.sample()],
+        }
         return {"Parameter `rule`": rule.name, f"The rule {rule.name!r}": made, **weights, **others}
 
     @property

@@ -48,7 +48,7 @@ def report(
     gamma, alpha = (w.clone() if isinstance(w, Tensor) else w for w in (call.gamma, call.alpha))
     then = call._replace(gamma=gamma, alpha=alpha)
     # The function of a user may read variables that change before the report is read.
-    at_once = not call.rule.ours and _derives(call.rule, taken.table)
+    at_once = not call.rule.built_in and _derives(call.rule, taken.table)
     values = _values(then, taken.table) if at_once else None
 
     def columns() -> dict[str, Tensor]:

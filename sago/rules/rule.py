@@ -127,7 +127,7 @@ class Rule:
     classes: int = field(init=False, repr=False, compare=False)
     by_sign: bool = field(init=False, repr=False, compare=False)
     helpers: Helpers = field(init=False, repr=False, compare=False)
-    ours: bool = field(init=False, repr=False, compare=False)
+    built_in: bool = field(init=False, repr=False, compare=False)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Rule:
         made = super().__new__(cls)
@@ -151,7 +151,7 @@ class Rule:
         object.__setattr__(self, "classes", classes)
         object.__setattr__(self, "by_sign", by_sign)
         object.__setattr__(self, "helpers", helpers(self.coefficients) + helpers(self.gate))
-        object.__setattr__(self, "ours", is_ours(self.coefficients))
+        object.__setattr__(self, "built_in", is_ours(self.coefficients))
         if self.by_class and self.gate is None:
             raise ValueError("Parameter `by_class` should be False for a rule without a `gate`. Found True.")
         if self.seed is not None and not (isinstance(self.seed, int) and -(2**63) <= self.seed < 2**63):
@@ -198,6 +198,15 @@ class Rule:
                 f"products. Found 'element' for the rule {self.name!r}, which reads "
                 f"{', '.join(f'`{name}`' for name in read)}."
             )
+
+    def sample(self) -> list[float]:
+        """The coefficients for two fixed rows of inner products. Rules of one name may differ in them."""
+        products = torch.tensor([[2.0, -0.5, 3.0], [1.5, 0.25, 0.5]], dtype=torch.float64, device="cpu")
+        more: list[Any] = [[(2.0 * products[:, 0], *products.T)] * self.classes] if self.by_class else []
+        more += [tuple(torch.full((2,), x, dtype=torch.float64) for x in self.state)] if self.state else []
+        weights = torch.tensor([0.75, 1.25], dtype=torch.float64, device="cpu").unbind()
+        found = self.coefficients(*products.unbind(1), *weights, *more)
+        return [float(x) for value in found for x in torch.as_tensor(value).cpu().flatten()]
 
     def check_helpers(self) -> None:
         """Raises ValueError if a function that the rule calls was replaced after the rule was made.

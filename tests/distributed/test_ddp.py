@@ -444,4 +444,4 @@ def test_a_step_with_gradients_that_nothing_averages_warns(ranks2):
         assert in_window is reduced is None
         for error, text in (outside, without_buckets):
             assert error is RuntimeWarning
-            assert "a backward outside of captures, which nothing averages" in text
+            assert "a backward outside of captures. Only your own code" in text

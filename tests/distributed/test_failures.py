@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sago
 from sago.distributed import SumOver
-from sago.rules import RULES
+from sago.rules import RULES, ratio, where
 from tests.support import inputs
 from tests.support.ranks import RankError, Ranks, error_of
 from tests.support.training import (
@@ -160,17 +160,23 @@ def test_buckets_with_other_groups_are_an_error_on_every_rank(ranks2):
         assert "the same on every rank" in text
 
 
-# The arguments of the last rank that differ, by a part of the error.
-OTHER_ARGUMENTS = {
-    "Parameter `rule`": {"rule": "a_gem"},
-    "The rule 'pcgrad'": {"rule": sago.Rule("pcgrad", RULES["pcgrad"].coefficients, "global")},
-    "Parameter `gamma`": {"gamma": 0.75000001},
-    "Parameter `alpha`": {"alpha": torch.tensor(0.5)},
-    "Parameter `max_norm`": {"max_norm": 1e9},
-    "Parameter `nonfinite`": {"nonfinite": "zero_update"},
-    "Parameter `eps`": {"eps": 1e-10},
-    "Parameter `stats`": {"stats": False},
-}
+def steeper(ff, fr, rr, gamma, alpha):
+    """Twice the projection of `pcgrad`."""
+    return gamma, alpha - 2.0 * gamma * where(fr < 0.0, ratio(fr, rr), 0.0)
+
+
+# The beginning of the error, and the arguments of the last rank.
+OTHER_ARGUMENTS = [
+    ("Parameter `rule`", {"rule": "a_gem"}),
+    ("The rule 'pcgrad'", {"rule": sago.Rule("pcgrad", RULES["pcgrad"].coefficients, "global")}),
+    ("The rule 'pcgrad'", {"rule": sago.Rule("pcgrad", steeper, "tensor")}),
+    ("Parameter `gamma`", {"gamma": 0.75000001}),
+    ("Parameter `alpha`", {"alpha": torch.tensor(0.5)}),
+    ("Parameter `max_norm`", {"max_norm": 1e9}),
+    ("Parameter `nonfinite`", {"nonfinite": "zero_update"}),
+    ("Parameter `eps`", {"eps": 1e-10}),
+    ("Parameter `stats`", {"stats": False}),
+]
 
 
 def synthesized_otherwise(kind):
@@ -185,11 +191,8 @@ def synthesized_otherwise(kind):
     def attempts(buckets):
         if len(found) < 2:
             given = {"rule": "pcgrad", **WEIGHTS}
-            texts = {
-                text: error_of(buckets.synthesize_, **(given | other if last else given))
-                for text, other in OTHER_ARGUMENTS.items()
-            }
-            found.append(texts)
+            attempts = [given | other if last else given for _, other in OTHER_ARGUMENTS]
+            found.append([error_of(buckets.synthesize_, **attempt) for attempt in attempts])
 
     return found, train(model, run, share(), look=attempts)
 
@@ -199,7 +202,7 @@ def test_other_arguments_on_a_rank_are_an_error_on_every_rank(ranks2, ranks4, co
     for rank, (windows, result) in enumerate((ranks2 if count == 2 else ranks4)(synthesized_otherwise, kind)):
         assert len(windows) == 2
         for found in windows:
-            for text, (error, message) in found.items():
+            for (text, _), (error, message) in zip(OTHER_ARGUMENTS, found, strict=True):
                 assert error is ValueError, text
                 assert message.startswith(f"{text} should be the same on every rank"), message
                 assert f"on rank {rank}" in message

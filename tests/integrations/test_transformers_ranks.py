@@ -236,7 +236,7 @@ class OwnWeightLater(OwnWeight):
 
 def refusal_of_own_weights(folder):
     """In the first window, and when the weight of a later one is logged."""
-    with pytest.raises(ValueError, match=r"Parameter `gamma` should be the same on every rank.*average"):
+    with pytest.raises(ValueError, match=r"Parameter `gamma` should be the same on every rank.*Average"):
         train(folder, OwnWeight, "ddp", {}, {})
     with pytest.raises(ValueError, match=r"`self.gamma` should be the same on every rank.*Average") as error:
         train(folder, OwnWeightLater, "ddp", {}, {})

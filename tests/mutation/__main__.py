@@ -145,6 +145,8 @@ def first_failure(folder: str, copy: Path) -> str | None:
         return "no end"
     if done.returncode == 0:
         return None
+    if done.returncode not in (1, 2):  # a test failed, or the changed module cannot be imported
+        raise RuntimeError(f"pytest ended with {done.returncode}: {done.stdout[-500:]}{done.stderr[-500:]}")
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     return failed[0].split(" - ")[0] if failed else done.stdout[-200:] + done.stderr[-200:]
 
