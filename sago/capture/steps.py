@@ -133,7 +133,7 @@ def _check_reduced(
             "Gradients of DistributedDataParallel should be averaged over the ranks before optimizer.step(). "
             "Found gradients of a backward outside of captures. Only your own code can have averaged them, "
             "because GradientBuckets have switched DDP's own reduction off. Set `require_backward_grad_sync` "
-            "of the DDP module to True before the forward of such a step, and to False before that of a capture.",
+            "of the DDP module to True before the forward of such a step, and to False for the next capture.",
             RuntimeWarning,
             stacklevel=3,  # this hook, torch's wrapper of step, and the caller of step
         )
