@@ -15,7 +15,7 @@ the formula. The published algorithm leaves eigenvalues of 0 out, and its update
 Source: Algorithm 1 of Senushkin et al. 2023, Independent Component Alignment for Multi-Task Learning (CVPR).
 """
 
-from math import atan2, cos, hypot, isfinite, nan, sin
+from math import hypot, isfinite, nan
 from math import sqrt as root
 
 from sago.rules.language import maximum, ratio, sqrt
@@ -39,8 +39,10 @@ def reference(ff: float, fr: float, rr: float, gamma: float, alpha: float) -> tu
     largest = (ff + rr) / 2 + hypot((ff - rr) / 2, fr)
     if largest == 0:
         return (0.0,) * 4
-    angle = atan2(2 * fr, ff - rr) / 2
-    x, y = cos(angle), sin(angle)  # the eigenvector of the larger eigenvalue; the other one is (-y, x)
+    # The eigenvector of the larger eigenvalue. The other one is (-y, x).
+    x, y = (fr, largest - ff) if rr > ff else (largest - rr, fr)
+    length = hypot(x, y)
+    x, y = (x / length, y / length) if length > 0 else (1.0, 0.0)
     shrunk = root(max(0.0, (ff / largest) * (rr / largest) - (fr / largest) ** 2))
     along, across = shrunk * (gamma * x + alpha * y), alpha * x - gamma * y
     a, b = along * x - across * y, along * y + across * x

@@ -331,6 +331,14 @@ def test_projections_against_the_reference_where_one_square_absorbs_the_other(na
     np.testing.assert_allclose(four(RULES[name], gram, gamma, alpha), expected, rtol=3e-8, atol=0)
 
 
+@pytest.mark.parametrize(("gamma", "alpha"), [(0.0, 1.0), (1.0, 0.0)])
+@pytest.mark.parametrize("row", [(1e-5, 4e-7, 2.0), (2.0, -4e-7, 1e-5)])
+def test_aligned_mtl_against_the_reference_where_one_gradient_is_much_longer(row, gamma, alpha):
+    """Both sides are well conditioned there, and have about 30 roundings."""
+    found, expected = four(RULES["aligned_mtl"], np.array([row]), gamma, alpha), REFERENCES["aligned_mtl"]
+    np.testing.assert_allclose(found, [expected(*row, gamma, alpha)], rtol=30 * 1.1e-16, atol=0)
+
+
 @pytest.mark.parametrize("target", [0.0, 0.3])
 def test_gradvac_against_the_reference_where_the_cosine_is_near_the_target(target):
     """What is added cancels to 1e-4 of a term, which magnifies the 20 roundings of both sides."""
