@@ -325,30 +325,34 @@ def test_coefficients_against_the_reference(name, gamma, alpha):
 @pytest.mark.parametrize("name", ["dualproj", "upgrad"])
 @pytest.mark.parametrize("scales", [(1.0, 1.0, 2.0**114), (2.0**114, 1.0, 1.0)])
 def test_projections_against_the_reference_where_one_square_absorbs_the_other(name, scales, gamma, alpha):
-    """The tolerance is that of `test_coefficients_against_the_reference`."""
+    """Nothing cancels: each side has at most 5 roundings, of products, quotients and sums of one sign."""
     gram = random_gram() * np.array(scales)
     expected = np.array([REFERENCES[name](*row, gamma, alpha) for row in gram.tolist()])
-    np.testing.assert_allclose(four(RULES[name], gram, gamma, alpha), expected, rtol=3e-8, atol=0)
+    np.testing.assert_allclose(four(RULES[name], gram, gamma, alpha), expected, rtol=10 * 1.1e-16, atol=0)
 
 
 @pytest.mark.parametrize(("gamma", "alpha"), [(0.0, 1.0), (1.0, 0.0)])
 @pytest.mark.parametrize("row", [(1e-5, 4e-7, 2.0), (2.0, -4e-7, 1e-5)])
 def test_aligned_mtl_against_the_reference_where_one_gradient_is_much_longer(row, gamma, alpha):
-    """Both sides are well conditioned there, and have about 30 roundings."""
+    """No terms of similar size cancel. Each side has at most 15 roundings, those of square roots included."""
     found, expected = four(RULES["aligned_mtl"], np.array([row]), gamma, alpha), REFERENCES["aligned_mtl"]
     np.testing.assert_allclose(found, [expected(*row, gamma, alpha)], rtol=30 * 1.1e-16, atol=0)
 
 
 @pytest.mark.parametrize("target", [0.0, 0.3])
 def test_gradvac_against_the_reference_where_the_cosine_is_near_the_target(target):
-    """What is added cancels to 1e-4 of a term, which magnifies the 20 roundings of both sides."""
+    """The coefficients contain a difference of two terms that is 1e-4 of each term.
+
+    The two sides have at most 20 roundings of these terms, and the difference has 1e4 times their relative
+    error. With a target of 0 nothing cancels, and `1 - fr/ff` differs by at most 10 roundings.
+    """
     f, r = 1e-3, 3.0
     cosines = target - np.array([1e-2, 1e-3, 1e-4])
     gram = np.stack([np.full(3, f * f), cosines * f * r, np.full(3, r * r)], axis=1)
     expected = np.array([gradvac_reference(*row, 1.0, 1.0, target) for row in gram.tolist()])
     np.testing.assert_allclose(four(gradvac(target), gram, 1.0, 1.0), expected, rtol=20 * 1.1e-16 * 1e4)
     if target == 0.0:
-        np.testing.assert_allclose(expected[:, 0], 1.0 - gram[:, 1] / gram[:, 0], rtol=1e-15)
+        np.testing.assert_allclose(expected[:, 0], 1.0 - gram[:, 1] / gram[:, 0], rtol=10 * 1.1e-16)
 
 
 @pytest.mark.parametrize("parameter", [0.0, 0.1, 0.5, 0.9])
