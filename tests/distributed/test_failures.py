@@ -209,6 +209,25 @@ def test_other_arguments_on_a_rank_are_an_error_on_every_rank(ranks2, ranks4, co
         assert_equal_results(result, single(Run("pcgrad")))
 
 
+def drawn_at_another_step():
+    """The second rank has loaded another step of the random gate."""
+    buckets = sago.GradientBuckets(model := DistributedDataParallel(transformer()))
+    window(model, buckets, Run("graddrop"), batches(0, 0, *share()))
+    buckets.synthesize_("graddrop")
+    buckets.zero_()
+    state = buckets.state_dict()
+    step = torch.tensor([0, dist.get_rank()])
+    buckets.load_state_dict({**state, "draws": {name: t + step for name, t in state["draws"].items()}})
+    window(model, buckets, Run("graddrop"), batches(1, 0, *share()))
+    return error_of(buckets.synthesize_, "graddrop")
+
+
+def test_another_step_of_a_random_gate_is_an_error_on_every_rank(ranks2):
+    for error, text in ranks2(drawn_at_another_step):
+        assert error is ValueError
+        assert text.startswith("The rule 'graddrop' should be the same on every rank")
+
+
 def compared(kind):
     """The windows in which the ranks compare their arguments."""
     model, found = transformer(), []
