@@ -100,7 +100,8 @@ class SumOver:
 
         The error begins with the name of the value, and ends with `advice`.
         """
-        bits = [_digest(value) >> k & 1 == 1 for value in values.values() for k in range(_BITS)]
+        digests = [_digest(value) for value in values.values()]
+        bits = [digest >> k & 1 == 1 for digest in digests for k in range(_BITS)]
         same = self.agree(bits, device)
         for k, (name, value) in enumerate(values.items()):
             if not all(same[k * _BITS : (k + 1) * _BITS]):
