@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sago.backends.choose import check_backend, choose_backend
-from sago.backends.streams import Cache, is_capturing
+from sago.backends.streams import is_capturing
 from sago.capture.exposed import Exposed
 from sago.capture.flat import flatten
 from sago.capture.fresh import FreshGradients
@@ -23,30 +22,28 @@ from sago.capture.memory import RuleMemory, check_memory
 from sago.capture.opening import Engine, find_engine, open_host
 from sago.capture.others import Others
 from sago.capture.parameters import choose
+from sago.capture.pipelines import Pipelines
+from sago.capture.reduction import Reduction
 from sago.capture.side import Side
 from sago.capture.steps import watch_reduction
 from sago.capture.streamed import InBackward, check_exact
-from sago.capture.window import Action, Window
+from sago.capture.window import Window
 from sago.core.checks import (
     ReduceGram,
     check_accumulate_dtype,
     check_bool,
     check_call,
-    check_groups,
     non_negative,
 )
-from sago.core.pairs import Call, Pairs, Weight
-from sago.core.pipeline import Pipeline, count_versions
+from sago.core.pairs import Call, Weight
+from sago.core.pipeline import count_versions
 from sago.core.report import SynthesisReport
 from sago.core.transforms import refuse_transforms
 from sago.private import require
 from sago.ranks import ddp, dtensor, fsdp
-from sago.ranks.dtensor import Shards
-from sago.ranks.sum_over import SumOver
 from sago.rules import Rule, resolve
 
 _WAITING = 32 * 2**20  # bytes of complete gradients that may wait for others, with `one_copy`
-_PATTERNS = 8  # pipelines that are kept: one for each set of parameters without a gradient
 
 
 class GradientBuckets:
@@ -186,8 +183,7 @@ class GradientBuckets:
         chosen = choose(source, groups, None if engine is None else engine.wanted)
         capacity = bucket_cap_mb * 2**20
         opened = open_host(engine, source, chosen, accumulate_dtype, capacity, one_copy)
-        self._params, self._keys = chosen.tensors, chosen.keys
-        self._grouped = groups is not None
+        self._params, self._grouped = chosen.tensors, groups is not None
         self._forget, self._retain = opened.forget, opened.retain
         if retain_decay is not None:
             if engine is not None and engine.scaled:
@@ -201,15 +197,15 @@ class GradientBuckets:
         others = Others((), ()) if engine is not None else Others(self._params, opened.sharded)
         self._registrations = others.registrations
         self._window = Window(chosen.names, self._params, others, opened.host, self._forget, self._retain)
-        self._ranks, self._shards = opened.ranks, opened.shards
+        self._averaged, self._shards = opened.averaged, opened.shards
         self._checked_at = -1  # the number of the last registration before the last search of `_check_around`
         self._engine = engine
         if engine is not None:
             # The buckets may be dropped in the middle of a window.
             weakref.finalize(self._window, _release, weakref.ref(engine))
         # A running mean is kept, and fresh gradients are not. The update is written over forget then.
-        self._written = self._forget if self._retain.keeps or self._retain.fresh else self._retain
-        self._updates = list(self._written.views)
+        written = self._forget if self._retain.keeps or self._retain.fresh else self._retain
+        self._updates = list(written.views)
         self._backends = {v.device: choose_backend(backend, v.device) for v in self._retain.views}
         apart = [i for i, v in enumerate(self._retain.views) if v.dtype != opened.dtypes[i]]
         like = [self._retain.views[i] for i in apart]
@@ -217,23 +213,33 @@ class GradientBuckets:
         for i, view in zip(apart, updates.views, strict=True):
             self._updates[i] = view
         self._published = Exposed(self._updates, self._params)
-        self._in_place = not apart and not opened.padded
         buffers = [*self._forget.buffers, *self._retain.buffers, *updates.buffers]
         self.dtypes = frozenset(v.dtype for v in self._forget.views)
         self.nbytes: int = sum(buffer.nbytes for buffer in buffers)
-        everything: list[int | None] = [None, *range(len(self._forget.buffers))]
-        owner = self._forget.owner
-        self._positions = {b: [i for i, o in enumerate(owner) if b is None or o == b] for b in everything}
-        self._pipelines = {b: Cache(_PATTERNS) for b in everything}
         self._memory = RuleMemory(next(iter(self._backends)))
         sizes = [p.numel() for p in self._params] if self._shards is None else self._shards.numel
-        self._before = [0, *itertools.accumulate(sizes)]
+        self._pipelines = Pipelines(
+            chosen.keys,
+            self._grouped,
+            self._forget,
+            self._retain,
+            self._updates,
+            written if not apart and not opened.padded else None,
+            sizes,
+            self._shards,
+            self._backends,
+        )
         # The sizes of whole gradients, so that all ranks synthesize the same gradients together.
         self._sizes = [n * v.element_size() for n, v in zip(sizes, self._forget.views, strict=True)]
-        self._windows = 0  # windows whose arguments passed `_check_same`
-        if self._ranks is not None:
-            self._ranks.start()
-            watch_reduction(self._window, self._ranks.modules)
+        self._reduction: Reduction | None = None
+        if opened.averaged is not None or opened.shards is not None:
+            by_engine = engine is not None
+            self._reduction = Reduction(
+                self._window, opened.averaged, opened.shards, by_engine, self._backends
+            )
+        if self._averaged is not None:
+            self._averaged.start()
+            watch_reduction(self._window, self._averaged.modules)
 
     def forget(self) -> AbstractContextManager[None]:
         """Backwards inside `with buckets.forget():` accumulate the forget gradient, as minimised."""
@@ -322,8 +328,9 @@ class GradientBuckets:
             retain_floor,
         )
         self._check_unscaled(call)
-        self._meet(call)
-        pipeline = self._pipeline(call)
+        if self._reduction is not None:
+            self._reduction.reduce(call)
+        pipeline = self._pipelines.of(call)
         try:
             found = pipeline.synthesize(call, self._window.begin)
             if call.draw is not None:
@@ -404,7 +411,7 @@ class GradientBuckets:
             draw=draw,
             retain_floor=retain_floor,
         )
-        rows, keys = of_rows = self._rows(call.rule)
+        rows, keys = of_rows = self._pipelines.rows(call.rule)
         expected = [p.requires_grad for p in self._params]
         members: dict[int, list[int]] = {}
         if isinstance(retain, FreshGradients):
@@ -416,30 +423,30 @@ class GradientBuckets:
             # all gradients.
             limit = min(max(max(self._sizes) // 16, sum(self._sizes) // 100), _WAITING)
             forget = self._forget.present(self._forget.views)
-            pipeline_of = partial(self._fresh_pipeline, of_rows, forget, retain, members)
+            pipeline_of = partial(self._pipelines.of_fresh, of_rows, forget, retain, members)
         else:
             unit, sizes, limit = retain.owner, dict.fromkeys(retain.owner, 0), 0
-            members = {b: found for b, found in self._positions.items() if b is not None}
-            pipeline_of = partial(self._pipeline_of_buffer, call)
+            members = {b: found for b, found in self._pipelines.positions.items() if b is not None}
+            pipeline_of = partial(self._pipelines.of_buffer, call)
         sharded = retain.fresh and self._shards is not None
         check_exact(call, rows, keys, unit, list(self._backends), sharded)
-        if self._shards is not None:
-            self._check_same(call)
-            self._check_agreed(self._shards)
-            self._check_counts(retain.captures + 1)
-            if draw is not None and None in self._shards.offsets:
-                raise ValueError(
-                    "Parameters should be sharded along their first dimension for a rule with a random gate, "
-                    f"whose numbers depend on the positions of elements. Found {rule.name!r}."
-                )
+        if self._reduction is not None:
+            self._reduction.check_call(call)
+            self._reduction.check_reached()
+            self._reduction.check_captures(retain.captures + 1)
+        if self._shards is not None and draw is not None and None in self._shards.offsets:
+            raise ValueError(
+                "Parameters should be sharded along their first dimension for a rule with a random gate, "
+                f"whose numbers depend on the positions of elements. Found {rule.name!r}."
+            )
         written = partial(self._lend, on_update, members)
         arguments = unit, expected, sizes, limit, pipeline_of, window.begin, written
         step = InBackward(call, keys, window.names, *arguments)
         with window.updating():
             with window.capture(retain, step.arrived):
                 yield step
-            if self._shards is not None:
-                self._check_agreed(self._shards)
+            if self._reduction is not None:
+                self._reduction.check_reached()
             step.finish()
             if call.draw is not None:
                 call.draw[1] += 1
@@ -486,7 +493,8 @@ class GradientBuckets:
         index = {id(p): i for i, p in enumerate(self._params)}
         given = (id(p) for group in optimizer.param_groups for p in group["params"])
         self._window.check_scaled(index[key] for key in given if key in index)
-        self._meet()
+        if self._reduction is not None:
+            self._reduction.reduce(None)
         forget, retain = (side.present(side.grads) for side in (self._forget, self._retain))
         found: list[int] = []
         gradients: list[Tensor | None] = []
@@ -585,84 +593,16 @@ class GradientBuckets:
 
     def _check_around(self) -> None:
         """Checks before a capture. Live objects are searched only if a module was registered meanwhile."""
-        if self._ranks is not None:
-            self._ranks.check_not_joined()
+        if self._averaged is not None:
+            self._averaged.check_not_joined()
         latest = self._registrations.latest()
         if self._engine is not None or self._checked_at >= latest:
             return
-        if self._ranks is None:
+        if self._averaged is None:
             ddp.check_not_wrapped(self._params)
         if self._checked_at < 0:  # it warns once
             check_hooks(self._window.names, self._params)
         self._checked_at = latest
-
-    def _meet(self, call: Call | None = None) -> None:
-        """Compares and averages the gradients over the ranks, once a window, before the synthesis."""
-        if self._shards is None and self._ranks is None:
-            return
-        if self._retain.keeps and isinstance(self._retain, RunningMean):
-            self._retain.check_same(self._all_ranks())
-        if call is not None:
-            self._check_same(call)
-        if self._shards is not None and self._engine is None:
-            self._check_agreed(self._shards)
-        self._check_counts(self._retain.captures)
-        self._average()
-
-    def _check_same(self, call: Call) -> None:
-        """Raises on every rank if the ranks synthesize with different arguments.
-
-        The host waits for that comparison, so it is made in the windows 1, 2, 4, 8 and so on.
-        """
-        number = self._windows + 1
-        if number & (number - 1) == 0 and not is_capturing(self._backends):
-            advice = "Pass the same value on every rank. Average what a weight is computed from first."
-            self._all_ranks().check_equal(call.described(), self._retain.views[0].device, advice)
-        self._windows = number
-
-    def _check_counts(self, retain_captures: int) -> None:
-        """Raises on every rank if the ranks would divide their gradients by different numbers of captures."""
-        if not (self._forget.mean and self._window.allows(Action.REDUCE)) or is_capturing(self._backends):
-            return
-        counts = {"forget": self._forget.captures, "retain": retain_captures}
-        named = {f"The number of {side} captures with accumulation='mean'": n for side, n in counts.items()}
-        advice = "Make equally many on every rank, or divide the losses yourself with accumulation='sum'."
-        self._all_ranks().check_equal(named, self._retain.views[0].device, advice)
-
-    def _all_ranks(self) -> SumOver:
-        if self._shards is not None:
-            return self._shards.over
-        assert self._ranks is not None
-        return SumOver(self._ranks.group)
-
-    def _check_agreed(self, spread: Shards) -> None:
-        """Raises on every rank if a backward reached a parameter on some ranks only."""
-        device = self._retain.views[0].device
-        if self._window.agreed or is_capturing(self._backends):
-            return
-        spread.over.check_same(spread.layout, device)
-        sides = self._forget, self._retain
-        same = spread.over.agree([t for side in sides for t in side.touched], device)
-        if not all(same):
-            side, i = divmod(same.index(False), len(self._params))
-            name, found = sides[side].name, self._window.names[i]
-            self._window.fail(f"{name} backwards reached `{found}` on some ranks only")
-            raise ValueError(
-                f"Parameter `{found}` should be reached by {name} backwards on every rank or on none, as "
-                "the ranks reduce their gradients together. Found that some ranks only reached it, so that "
-                "gradients may be mixed. On the other ranks, add 0 times its output to the loss."
-            )
-        self._window.agree()
-
-    def _average(self) -> None:
-        """Averages the gradients over the ranks of DistributedDataParallel."""
-        if self._ranks is None or not self._window.allows(Action.REDUCE):
-            return
-        sides = self._forget, self._retain
-        trained = [p.requires_grad for p in self._params]
-        self._ranks.check_reached(sides, self._window.names, trained)
-        with self._window.reducing():
-            self._ranks.average(sides, trained)
 
     def _scales(self, retain_captures: int) -> tuple[float, float]:
         if not self._forget.mean and not self._retain.keeps:
@@ -685,96 +625,7 @@ class GradientBuckets:
 
     def _remembered(self, rule: Rule) -> tuple[Tensor | None, Tensor | None]:
         """The numbers that the rule keeps, and the seed and the step of its random gate."""
-        return self._memory.state(rule, self._rows(rule)[1]), self._memory.draw(rule)
-
-    def _rows(self, rule: Rule) -> tuple[list[int], list[Hashable]]:
-        grouped = self._grouped or rule.scope != "global"
-        return check_groups(self._keys if grouped else None, len(self._keys), rule)
-
-    def _pipeline(self, call: Call, bucket: int | None = None) -> Pipeline:
-        """The pipeline of one buffer or of all, for the gradients that are present in this window."""
-        positions = self._positions[bucket]
-        forget = self._forget.touched
-        retain = self._retain.reached if self._retain.keeps else self._retain.touched
-        if bucket is not None:
-            forget, retain = [forget[i] for i in positions], [retain[i] for i in positions]
-        one_row = call.rule.scope == "global" and not self._grouped
-        no_rows = call.rule.scope == "element" and call.sums == 0 and not call.by_row
-        # If parameters need no rows of their own, their whole buffer is synthesized as one tensor.
-        whole = (one_row or no_rows) and self._in_place and all(forget) and all(retain)
-        # The zeros between parameters would count as elements, and shift the positions of the others.
-        whole = whole and not call.rule.by_class and call.draw is None
-        whole = whole and (one_row or call.state is None)
-        if self._shards is not None and not no_rows:
-            whole = whole and all(self._shards.counted)
-        key = one_row, whole, tuple(forget), tuple(retain)
-        return self._pipelines[bucket].get(
-            key, self._backends, lambda: self._new_pipeline(call.rule, positions, whole)
-        )
-
-    def _pipeline_of_buffer(self, call: Call, buffers: Sequence[int]) -> Pipeline:
-        (bucket,) = buffers
-        return self._pipeline(call, bucket)
-
-    def _fresh_pipeline(
-        self,
-        of_rows: tuple[list[int], list[Hashable]],
-        views: Sequence[Tensor | None],
-        retain: FreshGradients,
-        members: Mapping[int, list[int]],
-        units: Sequence[int],
-    ) -> Pipeline:
-        """The pipeline of the gradients that a backward has just made. `views` are the forget gradients."""
-        positions = [i for u in units for i in members[u]]
-        rows, keys = of_rows
-        own = {row: k for k, row in enumerate(dict.fromkeys(rows[i] for i in positions))}
-        forget, fresh = [views[i] for i in positions], retain.take(positions)
-        neither = [f is None and r is None for f, r in zip(forget, fresh, strict=True)]
-        updates = [None if n else self._updates[i] for i, n in zip(positions, neither, strict=True)]
-        spread = self._shards
-        pairs = Pairs(
-            forget,
-            fresh,
-            updates,
-            updates,
-            rows=[own[rows[i]] for i in positions],
-            keys=[keys[row] for row in own],
-            backends=self._backends,
-            spread=None if spread is None else spread.of(positions),
-            before=[self._before[i] for i in positions],
-        )
-        return Pipeline(pairs, pairs.numel(), pairs.numel(everywhere=False))
-
-    def _new_pipeline(self, rule: Rule, positions: Sequence[int], whole: bool) -> Pipeline:
-        rows, keys = self._rows(rule)
-        forget, retain = (
-            [side.present(side.views)[i] for i in positions] for side in (self._forget, self._retain)
-        )
-        neither = [f is None and r is None for f, r in zip(forget, retain, strict=True)]
-        updates = [None if n else self._updates[i] for i, n in zip(positions, neither, strict=True)]
-        devices = {self._retain.views[i].device for i in positions}
-        pairs = Pairs(
-            forget,
-            retain,
-            updates,
-            updates,
-            rows=[rows[i] for i in positions],
-            keys=keys,
-            backends={d: b for d, b in self._backends.items() if d in devices},
-            spread=self._shards,
-            before=[self._before[i] for i in positions],
-        )
-        numel, own = pairs.numel(), pairs.numel(everywhere=False)
-        if whole:
-            owners = list(dict.fromkeys(self._retain.owner[i] for i in positions))
-            pairs.forget = [self._forget.buffers[b] for b in owners]
-            pairs.retain = [self._retain.buffers[b] for b in owners]
-            pairs.out, pairs.rows = [self._written.buffers[b] for b in owners], [0] * len(owners)
-            pairs.before = [0] * len(owners)
-            if self._shards is not None:
-                counted, offsets = [True] * len(owners), [0] * len(owners)
-                pairs.spread = self._shards._replace(counted=counted, offsets=offsets)
-        return Pipeline(pairs, numel, own)
+        return self._memory.state(rule, self._pipelines.rows(rule)[1]), self._memory.draw(rule)
 
     def _check_unscaled(self, call: Call) -> None:
         """Raises if a sum would mix scaled and unscaled gradients, or if eps is added to scaled ones."""

@@ -30,7 +30,7 @@ class Opened(NamedTuple):
 
     Attributes:
         host, forget, retain: See `sago.capture.host` and `sago.capture.side`.
-        ranks: Averages the gradients over ranks. None if there is one rank, or if the engine does this.
+        averaged: Averages the gradients over ranks. None if there is one rank, or if the engine does this.
         shards: How the gradients are sharded over ranks. None if they are not sharded.
         sharded: The FSDP2 modules that hold the parameters.
         dtypes: The dtype of each update.
@@ -40,7 +40,7 @@ class Opened(NamedTuple):
     host: Host
     forget: Side
     retain: Side
-    ranks: DataParallel | None
+    averaged: DataParallel | None
     shards: Shards | None
     sharded: Sequence[torch.nn.Module]
     dtypes: Sequence[torch.dtype]

@@ -9,7 +9,8 @@ the update is the mean. The paper uses a radius below 1. The rule promises nothi
 than retain and nearly antiparallel to it, `<u,r>` is negative.
 
 The update is `(1 + radius)*m` for parallel and equal gradients, 0 for `f' = -r'`, and half of the weighted
-other gradient if one of them is 0, because no step serves a task without a gradient.
+other gradient if one of them is 0, because no step serves a task without a gradient. With a radius above 1,
+the coefficients have a relative error of about `1e-16 * max(|f'|/|r'|, |r'|/|f'|)`.
 
 Source: Algorithm 1 of CAGrad, Liu et al. 2021, arXiv 2110.14048. For two gradients `x` has a closed form.
 """
@@ -17,9 +18,9 @@ Source: Algorithm 1 of CAGrad, Liu et al. 2021, arXiv 2110.14048. For two gradie
 import math
 from numbers import Real
 
-from sago.rules.language import maximum, ratio, scaled, sqrt, where
+from sago.rules.language import maximum, minimum, ratio, scaled, sqrt, where
 from sago.rules.rule import Rule
-from sago.rules.shared import clipped, weighted
+from sago.rules.shared import weighted
 
 
 def cagrad(radius: float = 0.5) -> Rule:
@@ -38,7 +39,7 @@ def cagrad(radius: float = 0.5) -> Rule:
         det = maximum(0.0, ff * rr - fr * fr)
         inside = k * k * spread - slope * slope
         x = ratio(rr - fr - slope * sqrt(ratio(det, maximum(0.0, inside))), spread)
-        x = where(inside > 0.0, clipped(x), where(slope > 0.0, 0.0, 1.0))
+        x = where(inside > 0.0, minimum(1.0, maximum(0.0, x)), where(slope > 0.0, 0.0, 1.0))
         square = x * x * ff + 2.0 * x * (1.0 - x) * fr + (1.0 - x) * (1.0 - x) * rr
         step = ratio(k, sqrt(maximum(0.0, square)))
         return scaled(gamma, 0.5 + step * x), scaled(alpha, 0.5 + step * (1.0 - x))

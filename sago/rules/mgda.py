@@ -15,16 +15,19 @@ Source: Desideri 2012; for two gradients Algorithm 1 of Sener and Koltun 2018, a
 
 from math import isfinite, nan
 
-from sago.rules.language import maximum, ratio, scaled
+from sago.rules.language import maximum, ratio, scaled, where
 from sago.rules.rule import Guarantees, Rule
-from sago.rules.shared import clipped, weighted
+from sago.rules.shared import weighted
 
 
 def coefficients(ff, fr, rr, gamma, alpha):
     ff, fr, rr = weighted(ff, fr, rr, gamma, alpha)
-    # Rounding can make the square of a difference negative.
-    x = clipped(ratio(rr - fr, maximum(0.0, ff + rr - 2.0 * fr)))
-    return scaled(gamma, x), scaled(alpha, 1.0 - x)
+    # The share of each gradient is a quotient of its own: 1 - x loses the share of a much longer gradient.
+    along_f, along_r = maximum(0.0, rr - fr), maximum(0.0, ff - fr)
+    square = along_f + along_r
+    return scaled(gamma, ratio(along_f, square)), scaled(
+        alpha, where(square > 0.0, ratio(along_r, square), 1.0)
+    )
 
 
 def reference(ff: float, fr: float, rr: float, gamma: float, alpha: float) -> tuple[float, ...]:
@@ -35,12 +38,13 @@ def reference(ff: float, fr: float, rr: float, gamma: float, alpha: float) -> tu
     if not (isfinite(ff) and isfinite(fr) and isfinite(rr)):
         return (nan,) * 4
     if fr >= rr:  # the angle at the end of r' is obtuse
-        x = 0.0
+        x, y = 0.0, 1.0
     elif fr >= ff:
-        x = 1.0
+        x, y = 1.0, 0.0
     else:
-        x = (rr - fr) / ((ff - fr) + (rr - fr))
-    return gamma * x, alpha * (1 - x), gamma * x, alpha * (1 - x)
+        square = (ff - fr) + (rr - fr)
+        x, y = (rr - fr) / square, (ff - fr) / square
+    return gamma * x, alpha * y, gamma * x, alpha * y
 
 
 RULE = Rule(

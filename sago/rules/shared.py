@@ -8,11 +8,6 @@ def cosine(ff, fr, rr):
     return minimum(1.0, maximum(-1.0, ratio(fr, sqrt(ff) * sqrt(rr))))
 
 
-def clipped(x):
-    """`x`, but at least 0 and at most 1; NaN if it is NaN."""
-    return minimum(1.0, maximum(0.0, x))
-
-
 def weighted(ff, fr, rr, gamma, alpha):
     """The inner products of `gamma*f` and `alpha*r`."""
     return scaled(gamma * gamma, ff), scaled(gamma * alpha, fr), scaled(alpha * alpha, rr)

@@ -233,7 +233,7 @@ def compared(kind):
     model, found = transformer(), []
     model = DistributedDataParallel(model) if kind == "ddp" else sharded(model, mesh_of(shard=2))
     buckets = sago.GradientBuckets(model)
-    with patch.object(SumOver, "check_equal", lambda *_: found.append(buckets._windows + 1)):
+    with patch.object(SumOver, "check_equal", lambda *_: found.append(buckets._reduction.windows + 1)):
         for _ in range(17):
             window(model, buckets, Run("sago"), batches(0, 0, *share()))
             buckets.synthesize_("sago")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import Phase, given, seed, settings
 
 from sago import synthesis
-from sago.capture import buckets, streamed, window
+from sago.capture import pipelines, streamed, window
 from sago.core import overlap
 from tests.fuzz import __main__ as command
 from tests.fuzz import programs
@@ -46,7 +46,7 @@ FAULTS = {
         'alpha=check_weight("alpha", 1.0 if type(gamma) is float is not type(alpha) else alpha, devices)',
     ),
     "the key of a pipeline counts the parameters that retain reaches": Fault(
-        buckets.GradientBuckets, "_pipeline", "tuple(forget), tuple(retain)", "tuple(forget), sum(retain)"
+        pipelines.Pipelines, "of", "tuple(forget), tuple(retain)", "tuple(forget), sum(retain)"
     ),
     "the elements of a group are those of its largest buffer": Fault(
         streamed.InBackward, "finish", "numel[row] += n", "numel[row] = max(numel[row], n)"

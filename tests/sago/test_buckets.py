@@ -415,7 +415,7 @@ def plans(monkeypatch):
             super().__init__(*arguments)
             made.append(weakref.ref(self))
 
-    monkeypatch.setattr("sago.capture.buckets.Pipeline", Counted)
+    monkeypatch.setattr("sago.capture.pipelines.Pipeline", Counted)
     return made
 
 

@@ -1,5 +1,6 @@
 """The gallery: each rule by what defines it, against its reference and TorchJD, and on every backend."""
 
+from fractions import Fraction
 from importlib.util import find_spec
 from math import nan
 
@@ -337,6 +338,26 @@ def test_aligned_mtl_against_the_reference_where_one_gradient_is_much_longer(row
     """No terms of similar size cancel. Each side has at most 15 roundings, those of square roots included."""
     found, expected = four(RULES["aligned_mtl"], np.array([row]), gamma, alpha), REFERENCES["aligned_mtl"]
     np.testing.assert_allclose(found, [expected(*row, gamma, alpha)], rtol=30 * 1.1e-16, atol=0)
+
+
+@pytest.mark.parametrize("length", [1e4, 1e8, 1e12])
+def test_mgda_gives_a_much_longer_gradient_its_share(length):
+    """A share has at most 5 roundings. The difference `1 - x` would have an error of 1e-16 instead.
+
+    The longer gradient multiplies that error by its length.
+    """
+    for ff, rr in ((1.0, length * length), (length * length, 1.0)):
+        fr = -0.5 * length
+        square = Fraction(ff) + Fraction(rr) - 2 * Fraction(fr)
+        expected = [
+            float((Fraction(rr) - Fraction(fr)) / square),
+            float((Fraction(ff) - Fraction(fr)) / square),
+        ]
+        for found in (
+            four(RULES["mgda"], np.array([[ff, fr, rr]]))[0],
+            REFERENCES["mgda"](ff, fr, rr, 1.0, 1.0),
+        ):
+            np.testing.assert_allclose(found, 2 * expected, rtol=6 * 1.1e-16, atol=0)
 
 
 @pytest.mark.parametrize("target", [0.0, 0.3])

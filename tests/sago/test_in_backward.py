@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sago
 from sago.capture import buckets as capture_buckets
+from sago.capture import pipelines
 from sago.core import pipeline
 from tests.support import inputs, properties
 from tests.support.backends import ELEMENTWISE
@@ -283,7 +284,7 @@ def test_one_copy_of_many_equal_gradients_makes_few_pipelines(cap, monkeypatch):
             made.append(sum(t.nbytes for t in pairs.out))
             super().__init__(pairs, *args)
 
-    monkeypatch.setattr(capture_buckets, "Pipeline", Counted)
+    monkeypatch.setattr(pipelines, "Pipeline", Counted)
     if cap is not None:
         monkeypatch.setattr(capture_buckets, "_WAITING", cap)
     count, size = 1000, 40

@@ -1,0 +1,112 @@
+"""Compares and averages the gradients of a window over the ranks, before its synthesis."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+
+from sago.backends.streams import is_capturing
+from sago.capture.mean import RunningMean
+from sago.capture.window import Action, Window
+from sago.core.pairs import Call
+from sago.ranks.ddp import DataParallel
+from sago.ranks.dtensor import Shards
+from sago.ranks.sum_over import SumOver
+
+
+class Reduction:
+    """Makes sure that all ranks synthesize the same gradients with the same arguments.
+
+    Every comparison waits for the other ranks, and raises on all of them. While a CUDA graph is captured,
+    nothing is compared, because the host cannot wait.
+
+    Args:
+        window: The window, with the gradients of this rank.
+        averaged: Averages the gradients over ranks. None if a backward or the engine reduces them.
+        shards: How the gradients are sharded over ranks. None if they are not sharded.
+        by_engine: Whether an engine reduces the gradients of shards, also those that not every rank reached.
+        devices: The devices of the gradients.
+
+    Attributes:
+        windows: The number of windows whose arguments were accepted.
+    """
+
+    def __init__(
+        self,
+        window: Window,
+        averaged: DataParallel | None,
+        shards: Shards | None,
+        by_engine: bool,
+        devices: Collection[torch.device],
+    ) -> None:
+        self._window, self._averaged, self._shards = window, averaged, shards
+        self._by_engine, self._devices = by_engine, devices
+        if shards is None:
+            assert averaged is not None  # one of the two makes the ranks depend on each other
+            self._over = SumOver(averaged.group)
+        else:
+            self._over = shards.over
+        self._device = window.retain.views[0].device
+        self.windows = 0
+
+    def check_call(self, call: Call) -> None:
+        """Raises unless the ranks synthesize with the same arguments.
+
+        The host waits for that comparison, so it is made in the windows 1, 2, 4, 8 and so on.
+        """
+        number = self.windows + 1
+        if number & (number - 1) == 0 and not is_capturing(self._devices):
+            advice = "Pass the same value on every rank. Average what a weight is computed from first."
+            self._over.check_equal(call.described(), self._device, advice)
+        self.windows = number
+
+    def check_captures(self, retain_captures: int) -> None:
+        """Raises if the ranks would divide their gradients by different numbers of captures."""
+        forget = self._window.forget
+        if not (forget.mean and self._window.allows(Action.REDUCE)) or is_capturing(self._devices):
+            return
+        counts = {"forget": forget.captures, "retain": retain_captures}
+        named = {f"The number of {side} captures with accumulation='mean'": n for side, n in counts.items()}
+        advice = "Make equally many on every rank, or divide the losses yourself with accumulation='sum'."
+        self._over.check_equal(named, self._device, advice)
+
+    def check_reached(self) -> None:
+        """Raises if a backward reached a sharded parameter on some ranks only. It compares once a window."""
+        window, shards = self._window, self._shards
+        if shards is None or self._by_engine or window.agreed or is_capturing(self._devices):
+            return
+        shards.over.check_same(shards.layout, self._device)
+        sides = window.forget, window.retain
+        same = shards.over.agree([t for side in sides for t in side.touched], self._device)
+        if not all(same):
+            side, i = divmod(same.index(False), len(window.params))
+            name, found = sides[side].name, window.names[i]
+            window.fail(f"{name} backwards reached `{found}` on some ranks only")
+            raise ValueError(
+                f"Parameter `{found}` should be reached by {name} backwards on every rank or on none, as "
+                "the ranks reduce their gradients together. Found that some ranks only reached it, so that "
+                "gradients may be mixed. On the other ranks, add 0 times its output to the loss."
+            )
+        window.agree()
+
+    def reduce(self, call: Call | None) -> None:
+        """Compares everything and averages the gradients, before they are synthesized or unscaled."""
+        retain = self._window.retain
+        if retain.keeps and isinstance(retain, RunningMean):
+            retain.check_same(self._over)
+        if call is not None:
+            self.check_call(call)
+        self.check_reached()
+        self.check_captures(retain.captures)
+        self._average()
+
+    def _average(self) -> None:
+        averaged, window = self._averaged, self._window
+        if averaged is None or not window.allows(Action.REDUCE):
+            return
+        sides = window.forget, window.retain
+        trained = [p.requires_grad for p in window.params]
+        averaged.check_reached(sides, window.names, trained)
+        with window.reducing():
+            averaged.average(sides, trained)
