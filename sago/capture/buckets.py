@@ -197,7 +197,7 @@ class GradientBuckets:
         others = Others((), ()) if engine is not None else Others(self._params, opened.sharded)
         self._registrations = others.registrations
         self._window = Window(chosen.names, self._params, others, opened.host, self._forget, self._retain)
-        self._averaged, self._shards = opened.averaged, opened.shards
+        self._data_parallel, self._shards = opened.data_parallel, opened.shards
         self._checked_at = -1  # the number of the last registration before the last search of `_check_around`
         self._engine = engine
         if engine is not None:
@@ -219,27 +219,28 @@ class GradientBuckets:
         self._memory = RuleMemory(next(iter(self._backends)))
         sizes = [p.numel() for p in self._params] if self._shards is None else self._shards.numel
         self._pipelines = Pipelines(
-            chosen.keys,
-            self._grouped,
-            self._forget,
-            self._retain,
-            self._updates,
-            written if not apart and not opened.padded else None,
-            sizes,
-            self._shards,
-            self._backends,
+            keys=chosen.keys,
+            grouped=self._grouped,
+            forget=self._forget,
+            retain=self._retain,
+            updates=self._updates,
+            written=written,
+            in_place=not apart and not opened.padded,
+            sizes=sizes,
+            shards=self._shards,
+            backends=self._backends,
         )
         # The sizes of whole gradients, so that all ranks synthesize the same gradients together.
         self._sizes = [n * v.element_size() for n, v in zip(sizes, self._forget.views, strict=True)]
         self._reduction: Reduction | None = None
-        if opened.averaged is not None or opened.shards is not None:
+        if opened.data_parallel is not None or opened.shards is not None:
             by_engine = engine is not None
             self._reduction = Reduction(
-                self._window, opened.averaged, opened.shards, by_engine, self._backends
+                self._window, opened.data_parallel, opened.shards, by_engine, self._backends
             )
-        if self._averaged is not None:
-            self._averaged.start()
-            watch_reduction(self._window, self._averaged.modules)
+        if self._data_parallel is not None:
+            self._data_parallel.start()
+            watch_reduction(self._window, self._data_parallel.modules)
 
     def forget(self) -> AbstractContextManager[None]:
         """Backwards inside `with buckets.forget():` accumulate the forget gradient, as minimised."""
@@ -431,9 +432,7 @@ class GradientBuckets:
         sharded = retain.fresh and self._shards is not None
         check_exact(call, rows, keys, unit, list(self._backends), sharded)
         if self._reduction is not None:
-            self._reduction.check_call(call)
-            self._reduction.check_reached()
-            self._reduction.check_captures(retain.captures + 1)
+            self._reduction.check(call, retain.captures + 1)
         if self._shards is not None and draw is not None and None in self._shards.offsets:
             raise ValueError(
                 "Parameters should be sharded along their first dimension for a rule with a random gate, "
@@ -593,12 +592,12 @@ class GradientBuckets:
 
     def _check_around(self) -> None:
         """Checks before a capture. Live objects are searched only if a module was registered meanwhile."""
-        if self._averaged is not None:
-            self._averaged.check_not_joined()
+        if self._data_parallel is not None:
+            self._data_parallel.check_not_joined()
         latest = self._registrations.latest()
         if self._engine is not None or self._checked_at >= latest:
             return
-        if self._averaged is None:
+        if self._data_parallel is None:
             ddp.check_not_wrapped(self._params)
         if self._checked_at < 0:  # it warns once
             check_hooks(self._window.names, self._params)

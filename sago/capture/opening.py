@@ -30,7 +30,8 @@ class Opened(NamedTuple):
 
     Attributes:
         host, forget, retain: See `sago.capture.host` and `sago.capture.side`.
-        averaged: Averages the gradients over ranks. None if there is one rank, or if the engine does this.
+        data_parallel: The ranks over which the gradients are averaged after the backwards. None if a backward
+            or the engine reduces them, or if there is one process without DistributedDataParallel.
         shards: How the gradients are sharded over ranks. None if they are not sharded.
         sharded: The FSDP2 modules that hold the parameters.
         dtypes: The dtype of each update.
@@ -40,7 +41,7 @@ class Opened(NamedTuple):
     host: Host
     forget: Side
     retain: Side
-    averaged: DataParallel | None
+    data_parallel: DataParallel | None
     shards: Shards | None
     sharded: Sequence[torch.nn.Module]
     dtypes: Sequence[torch.dtype]

@@ -1,4 +1,4 @@
-"""The pipelines of captured gradients: one for each set of parameters that have a gradient."""
+"""The pipelines of captured gradients. Windows in which the same parameters were reached share one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sago.core.pipeline import Pipeline
 from sago.ranks.dtensor import Shards
 from sago.rules import Rule
 
-_PATTERNS = 8  # pipelines that are kept: one for each set of parameters without a gradient
+_PATTERNS = 8  # pipelines that are kept for each buffer
 
 
 class Pipelines:
@@ -28,7 +28,8 @@ class Pipelines:
         grouped: Whether the user gave these groups. Otherwise a rule of global scope has one row.
         forget, retain: The two sides.
         updates: The memory of each update.
-        written: The side whose buffers hold the updates and nothing else. None if no side does.
+        written: The side over whose gradients the updates are written.
+        in_place: Whether the buffers of that side hold the updates and nothing else.
         sizes: The number of elements of each whole gradient.
         shards: How the gradients are sharded over ranks. None if they are not sharded.
         backends: The backend of each device.
@@ -39,19 +40,21 @@ class Pipelines:
 
     def __init__(
         self,
+        *,
         keys: Sequence[Hashable],
         grouped: bool,
         forget: Side,
         retain: Side,
         updates: Sequence[Tensor],
-        written: Side | None,
+        written: Side,
+        in_place: bool,
         sizes: Sequence[int],
         shards: Shards | None,
         backends: dict[torch.device, str],
     ) -> None:
         self._keys, self._grouped = keys, grouped
         self._forget, self._retain = forget, retain
-        self._updates, self._written = updates, written
+        self._updates, self._written, self._in_place = updates, written, in_place
         self._shards, self._backends = shards, backends
         self._before = [0, *itertools.accumulate(sizes)]
         owner = forget.owner
@@ -65,7 +68,12 @@ class Pipelines:
         return check_groups(self._keys if grouped else None, len(self._keys), rule)
 
     def of(self, call: Call, bucket: int | None = None) -> Pipeline:
-        """The pipeline of one buffer or of all, for the gradients that are present in this window."""
+        """The pipeline for the gradients that are present in this window, of all buffers or of one.
+
+        Args:
+            call: The synthesis.
+            bucket: The number of the buffer. None stands for all.
+        """
         positions = self.positions[bucket]
         forget = self._forget.touched
         retain = self._retain.reached if self._retain.keeps else self._retain.touched
@@ -74,7 +82,7 @@ class Pipelines:
         one_row = call.rule.scope == "global" and not self._grouped
         no_rows = call.rule.scope == "element" and call.sums == 0 and not call.by_row
         # If parameters need no rows of their own, their whole buffer is synthesized as one tensor.
-        whole = (one_row or no_rows) and self._written is not None and all(forget) and all(retain)
+        whole = (one_row or no_rows) and self._in_place and all(forget) and all(retain)
         # The zeros between parameters would count as elements, and shift the positions of the others.
         whole = whole and not call.rule.by_class and call.draw is None
         whole = whole and (one_row or call.state is None)
@@ -96,7 +104,15 @@ class Pipelines:
         members: Mapping[int, list[int]],
         units: Sequence[int],
     ) -> Pipeline:
-        """The pipeline of the gradients that a backward has just made. `views` are the forget gradients."""
+        """A new pipeline of gradients that a backward has just made.
+
+        Args:
+            of_rows: The result of `rows`.
+            views: The forget gradient of each parameter.
+            retain: The side with the new gradients, which it does not keep any longer.
+            members: For each unit, the positions of its parameters. A unit is synthesized at once.
+            units: The units whose gradients are complete.
+        """
         positions = [i for u in units for i in members[u]]
         rows, keys = of_rows
         own = {row: k for k, row in enumerate(dict.fromkeys(rows[i] for i in positions))}
@@ -138,7 +154,6 @@ class Pipelines:
         )
         numel, own = pairs.numel(), pairs.numel(everywhere=False)
         if whole:
-            assert self._written is not None  # see `of`
             owners = list(dict.fromkeys(self._retain.owner[i] for i in positions))
             pairs.forget = [self._forget.buffers[b] for b in owners]
             pairs.retain = [self._retain.buffers[b] for b in owners]

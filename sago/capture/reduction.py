@@ -16,45 +16,43 @@ from sago.ranks.sum_over import SumOver
 
 
 class Reduction:
-    """Makes sure that all ranks synthesize the same gradients with the same arguments.
+    """Compares what the ranks captured and the arguments of their synthesis, and averages the gradients.
 
-    Every comparison waits for the other ranks, and raises on all of them. While a CUDA graph is captured,
-    nothing is compared, because the host cannot wait.
+    The host waits for each comparison, which raises on all ranks. While a CUDA graph is captured, nothing is
+    compared, because the host cannot wait.
 
     Args:
         window: The window, with the gradients of this rank.
-        averaged: Averages the gradients over ranks. None if a backward or the engine reduces them.
+        data_parallel: The ranks over which the gradients are averaged. None if a backward or the engine
+            reduces them.
         shards: How the gradients are sharded over ranks. None if they are not sharded.
-        by_engine: Whether an engine reduces the gradients of shards, also those that not every rank reached.
+        by_engine: Whether an engine reduces the gradients. The ranks may then reach different parameters.
         devices: The devices of the gradients.
 
     Attributes:
-        windows: The number of windows whose arguments were accepted.
+        windows: The number of windows that passed `check_call`, which compares arguments in some of them.
     """
 
     def __init__(
         self,
         window: Window,
-        averaged: DataParallel | None,
+        data_parallel: DataParallel | None,
         shards: Shards | None,
         by_engine: bool,
         devices: Collection[torch.device],
     ) -> None:
-        self._window, self._averaged, self._shards = window, averaged, shards
+        self._window, self._data_parallel, self._shards = window, data_parallel, shards
         self._by_engine, self._devices = by_engine, devices
         if shards is None:
-            assert averaged is not None  # one of the two makes the ranks depend on each other
-            self._over = SumOver(averaged.group)
+            assert data_parallel is not None  # one of the two makes the ranks depend on each other
+            self._over = SumOver(data_parallel.group)
         else:
             self._over = shards.over
         self._device = window.retain.views[0].device
         self.windows = 0
 
     def check_call(self, call: Call) -> None:
-        """Raises unless the ranks synthesize with the same arguments.
-
-        The host waits for that comparison, so it is made in the windows 1, 2, 4, 8 and so on.
-        """
+        """Raises if the arguments of the ranks differ. Compares them in the windows 1, 2, 4, 8 and so on."""
         number = self.windows + 1
         if number & (number - 1) == 0 and not is_capturing(self._devices):
             advice = "Pass the same value on every rank. Average what a weight is computed from first."
@@ -90,23 +88,27 @@ class Reduction:
             )
         window.agree()
 
-    def reduce(self, call: Call | None) -> None:
-        """Compares everything and averages the gradients, before they are synthesized or unscaled."""
-        retain = self._window.retain
-        if retain.keeps and isinstance(retain, RunningMean):
-            retain.check_same(self._over)
+    def check(self, call: Call | None, retain_captures: int) -> None:
+        """Raises if the ranks differ in their arguments, reached parameters or numbers of captures."""
         if call is not None:
             self.check_call(call)
         self.check_reached()
-        self.check_captures(retain.captures)
+        self.check_captures(retain_captures)
+
+    def reduce(self, call: Call | None) -> None:
+        """Checks and averages the gradients before they are synthesized, or unscaled without a call."""
+        retain = self._window.retain
+        if retain.keeps and isinstance(retain, RunningMean):
+            retain.check_same(self._over)
+        self.check(call, retain.captures)
         self._average()
 
     def _average(self) -> None:
-        averaged, window = self._averaged, self._window
-        if averaged is None or not window.allows(Action.REDUCE):
+        data_parallel, window = self._data_parallel, self._window
+        if data_parallel is None or not window.allows(Action.REDUCE):
             return
         sides = window.forget, window.retain
         trained = [p.requires_grad for p in window.params]
-        averaged.check_reached(sides, window.names, trained)
+        data_parallel.check_reached(sides, window.names, trained)
         with window.reducing():
-            averaged.average(sides, trained)
+            data_parallel.average(sides, trained)

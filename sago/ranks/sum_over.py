@@ -86,9 +86,11 @@ class SumOver:
         self._checked = layout
 
     def agree(self, flags: Sequence[bool], device: torch.device) -> list[bool]:
-        """For each flag, whether it is the same on all ranks. The host waits for the answer."""
+        """For each flag, whether it is the same on all ranks. The host waits for the other ranks."""
         same = torch.ones(len(flags), dtype=torch.bool)
         for group in self._groups:
+            if dist.get_world_size(group) == 1:
+                continue
             found = torch.tensor([flags, [not flag for flag in flags]], dtype=torch.uint8)
             found = found.to(_reachable(device, group))
             all_reduce(found, group, dist.ReduceOp.MAX)()

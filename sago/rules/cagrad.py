@@ -10,7 +10,8 @@ than retain and nearly antiparallel to it, `<u,r>` is negative.
 
 The update is `(1 + radius)*m` for parallel and equal gradients, 0 for `f' = -r'`, and half of the weighted
 other gradient if one of them is 0, because no step serves a task without a gradient. With a radius above 1,
-the coefficients have a relative error of about `1e-16 * max(|f'|/|r'|, |r'|/|f'|)`.
+the coefficients have a relative error of about `1e-16 * max(|f'|/|r'|, |r'|/|f'|)`, and a larger one for
+nearly antiparallel gradients.
 
 Source: Algorithm 1 of CAGrad, Liu et al. 2021, arXiv 2110.14048. For two gradients `x` has a closed form.
 """

@@ -1,6 +1,6 @@
 """`mgda`: the shortest convex combination of the two gradients.
 
-    u = x*f' + (1-x)*r',   x = (<r',r'> - <f',r'>) / |f' - r'|^2, at least 0 and at most 1
+    u = x*f' + y*r',   x = (<r',r'> - <f',r'>) / |f' - r'|^2, at least 0 and at most 1,   y = 1 - x
     f' = gamma*f,  r' = alpha*r, over all tensors
 
 The gradients are first multiplied by `gamma` and `alpha`. A weight of 0 makes the update 0, because 0 is
@@ -22,12 +22,11 @@ from sago.rules.shared import weighted
 
 def coefficients(ff, fr, rr, gamma, alpha):
     ff, fr, rr = weighted(ff, fr, rr, gamma, alpha)
-    # The share of each gradient is a quotient of its own: 1 - x loses the share of a much longer gradient.
-    along_f, along_r = maximum(0.0, rr - fr), maximum(0.0, ff - fr)
-    square = along_f + along_r
-    return scaled(gamma, ratio(along_f, square)), scaled(
-        alpha, where(square > 0.0, ratio(along_r, square), 1.0)
-    )
+    # Both shares are quotients, because 1 - x cancels if r' is much longer than f'.
+    to_forget, to_retain = maximum(0.0, rr - fr), maximum(0.0, ff - fr)
+    square = to_forget + to_retain + 0.0 * fr  # NaN if the inner product overflowed
+    x, y = ratio(to_forget, square), where(square == 0.0, 1.0, ratio(to_retain, square))
+    return scaled(gamma, x), scaled(alpha, y)
 
 
 def reference(ff: float, fr: float, rr: float, gamma: float, alpha: float) -> tuple[float, ...]:

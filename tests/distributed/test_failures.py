@@ -246,6 +246,21 @@ def test_arguments_are_compared_less_and_less_often(ranks2, kind):
     assert ranks2(compared, kind) == [[1, 2, 4, 8, 16]] * 2
 
 
+def alone_in_its_group():
+    """The number of comparisons that a rank sends that is the only one of its group."""
+    groups = [dist.new_group([rank]) for rank in range(2)]
+    model = DistributedDataParallel(transformer(), process_group=groups[dist.get_rank()])
+    buckets, sent = sago.GradientBuckets(model, accumulation="mean"), []
+    window(model, buckets, Run("sago"), batches(0, 0, *share()))
+    with patch("sago.ranks.sum_over.all_reduce", lambda *arguments: sent.append(arguments)):
+        buckets.synthesize_("sago", gamma=1.0 + dist.get_rank())
+    return len(sent)
+
+
+def test_a_rank_alone_compares_nothing(ranks2):
+    assert ranks2(alone_in_its_group) == [0, 0]
+
+
 def misplaced():
     """What cannot be synthesized, wherever it lies."""
     mesh = mesh_of(shard=2, replicate=2)

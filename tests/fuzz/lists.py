@@ -260,10 +260,15 @@ def numbers(values: Values, i: int, numel: int) -> tuple[Tensor, Tensor]:
         "antiparallel": lambda: (f, -2 * f),
         "small": lambda: (1e-3 * f, 1e-3 * r),
         "large": lambda: (1e3 * f, 1e3 * r),
-        "extreme": lambda: (1e17 * f, 1e17 * r) if values.seed % 2 else (1e-17 * f, 1e-17 * r),
+        "extreme": lambda: (1e17 * f, 1e17 * r) if values.seed % 2 else (smallest(f), smallest(r)),
         "small retain": lambda: (f, 1e-3 * r),
         "zeros": lambda: (f * (values.seed % 2), r * (values.seed % 3 > 0)),
     }[kind]()
+
+
+def smallest(x: Tensor) -> Tensor:
+    """Numbers down to 1e-18. Squares of smaller ones lose digits in fp32, and no accuracy is promised."""
+    return 1e-17 * x.abs().clamp(min=0.1).copysign(x)
 
 
 class Surroundings:

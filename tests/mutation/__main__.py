@@ -62,6 +62,11 @@ NEAREST = {
         *("distributed/test_fsdp.py", "distributed/test_rules.py"),
     ),
 }
+# Files that the tests of other folders run, too.
+ELSEWHERE = {
+    "sago/capture/reduction.py": ("ranks",),
+    "sago/capture/pipelines.py": ("capture", "ranks"),
+}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -83,10 +88,10 @@ def main(arguments: Sequence[str]) -> int:
         copies: Queue[Path] = Queue()
         for k in range(given.jobs):
             copies.put(copy_of_project(Path(folder, str(k))))
-        for name in dict.fromkeys(nearest(change.path) for change in chosen):
-            failed = first_failure(name, copies.queue[0])
+        for names in dict.fromkeys(nearest(change.path) for change in chosen):
+            failed = first_failure(names, copies.queue[0])
             if failed:
-                print(f"Without a change, a test of {name} fails: {failed}")
+                print(f"Without a change, a test of {' and '.join(names)} fails: {failed}")
                 return 1
 
         def run(change: Change) -> str | None:
@@ -132,14 +137,15 @@ def test(change: Change, copy: Path) -> str | None:
         path.write_text(source)
 
 
-def nearest(path: str) -> str:
-    """The key of the tests in `NEAREST` that run the code of a file."""
-    return "ranks" if path == "sago/capture/reduction.py" else path.split("/")[1]
+def nearest(path: str) -> tuple[str, ...]:
+    """The keys of the tests in `NEAREST` that run the code of a file."""
+    return ELSEWHERE.get(path, (path.split("/")[1],))
 
 
-def first_failure(name: str, copy: Path) -> str | None:
+def first_failure(names: Sequence[str], copy: Path) -> str | None:
     """The first of the nearest tests that fails in a copy of the project. None if all pass."""
-    files = [str(copy / "tests" / file) for file in (*NEAREST[name], "test_private.py")]
+    nearest_tests = [file for name in names for file in NEAREST[name]]
+    files = [str(copy / "tests" / file) for file in (*nearest_tests, "test_private.py")]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files]
     environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
     try:

@@ -397,6 +397,18 @@ def test_references_of_sums_that_overflow(name):
             assert np.isnan(four(RULES[name], np.array([sums]))).any()
 
 
+@pytest.mark.parametrize(("position", "value"), [(0, np.inf), (1, np.inf), (1, -np.inf), (2, np.inf)])
+@pytest.mark.parametrize(("gamma", "alpha"), [(1.0, 1.0), (0.0, 1.0), (1.0, 0.0)])
+def test_mgda_hides_no_sum_that_is_not_finite(position, value, gamma, alpha):
+    used = (gamma * gamma, gamma * alpha, alpha * alpha)[position] != 0.0
+    weights = torch.tensor([gamma, alpha], dtype=DOUBLE)
+    for wrong in (value, np.nan):
+        sums = torch.tensor([1.0, 0.0, 1.0], dtype=DOUBLE)
+        sums[position] = wrong
+        found = torch.stack(RULES["mgda"].coefficients(*sums, *weights))
+        assert found[weights != 0.0].isnan().all() == used
+
+
 # What the files of the rules state.
 
 
