@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import cached_property
 
 import torch
 
@@ -43,13 +44,15 @@ class Reduction:
     ) -> None:
         self._window, self._data_parallel, self._shards = window, data_parallel, shards
         self._by_engine, self._devices = by_engine, devices
-        if shards is None:
-            assert data_parallel is not None  # one of the two makes the ranks depend on each other
-            self._over = SumOver(data_parallel.group)
-        else:
-            self._over = shards.over
         self._device = window.retain.views[0].device
         self.windows = 0
+
+    @cached_property
+    def _over(self) -> SumOver:
+        if self._shards is not None:
+            return self._shards.over
+        assert self._data_parallel is not None  # one of the two makes the ranks depend on each other
+        return SumOver(self._data_parallel.group)
 
     def check_call(self, call: Call) -> None:
         """Raises if the arguments of the ranks differ. Compares them in the windows 1, 2, 4, 8 and so on."""
