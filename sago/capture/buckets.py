@@ -234,9 +234,12 @@ class GradientBuckets:
         self._sizes = [n * v.element_size() for n, v in zip(sizes, self._forget.views, strict=True)]
         self._reduction: Reduction | None = None
         if opened.data_parallel is not None or opened.shards is not None:
-            by_engine = engine is not None
             self._reduction = Reduction(
-                self._window, opened.data_parallel, opened.shards, by_engine, self._backends
+                self._window,
+                opened.data_parallel,
+                opened.shards,
+                by_engine=engine is not None,
+                devices=self._backends,
             )
         if self._data_parallel is not None:
             self._data_parallel.start()

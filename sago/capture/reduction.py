@@ -31,7 +31,7 @@ class Reduction:
         devices: The devices of the gradients.
 
     Attributes:
-        windows: The number of windows that passed `check_call`, which compares arguments in some of them.
+        windows: The number of windows whose arguments were checked. They are compared in some of them only.
     """
 
     def __init__(
@@ -53,24 +53,6 @@ class Reduction:
             return self._shards.over
         assert self._data_parallel is not None  # one of the two makes the ranks depend on each other
         return SumOver(self._data_parallel.group)
-
-    def check_call(self, call: Call) -> None:
-        """Raises if the arguments of the ranks differ. Compares them in the windows 1, 2, 4, 8 and so on."""
-        number = self.windows + 1
-        if number & (number - 1) == 0 and not is_capturing(self._devices):
-            advice = "Pass the same value on every rank. Average what a weight is computed from first."
-            self._over.check_equal(call.described(), self._device, advice)
-        self.windows = number
-
-    def check_captures(self, retain_captures: int) -> None:
-        """Raises if the ranks would divide their gradients by different numbers of captures."""
-        forget = self._window.forget
-        if not (forget.mean and self._window.allows(Action.REDUCE)) or is_capturing(self._devices):
-            return
-        counts = {"forget": forget.captures, "retain": retain_captures}
-        named = {f"The number of {side} captures with accumulation='mean'": n for side, n in counts.items()}
-        advice = "Make equally many on every rank, or divide the losses yourself with accumulation='sum'."
-        self._over.check_equal(named, self._device, advice)
 
     def check_reached(self) -> None:
         """Raises if a backward reached a sharded parameter on some ranks only. It compares once a window."""
@@ -94,9 +76,9 @@ class Reduction:
     def check(self, call: Call | None, retain_captures: int) -> None:
         """Raises if the ranks differ in their arguments, reached parameters or numbers of captures."""
         if call is not None:
-            self.check_call(call)
+            self._check_call(call)
         self.check_reached()
-        self.check_captures(retain_captures)
+        self._check_captures(retain_captures)
 
     def reduce(self, call: Call | None) -> None:
         """Checks and averages the gradients before they are synthesized, or unscaled without a call."""
@@ -105,6 +87,24 @@ class Reduction:
             retain.check_same(self._over)
         self.check(call, retain.captures)
         self._average()
+
+    def _check_call(self, call: Call) -> None:
+        """Raises if the arguments of the ranks differ. Compares them in the windows 1, 2, 4, 8 and so on."""
+        number = self.windows + 1
+        if number & (number - 1) == 0 and not is_capturing(self._devices):
+            advice = "Pass the same value on every rank. Average what a weight is computed from first."
+            self._over.check_equal(call.described(), self._device, advice)
+        self.windows = number
+
+    def _check_captures(self, retain_captures: int) -> None:
+        """Raises if the ranks would divide their gradients by different numbers of captures."""
+        forget = self._window.forget
+        if not (forget.mean and self._window.allows(Action.REDUCE)) or is_capturing(self._devices):
+            return
+        counts = {"forget": forget.captures, "retain": retain_captures}
+        named = {f"The number of {side} captures with accumulation='mean'": n for side, n in counts.items()}
+        advice = "Make equally many on every rank, or divide the losses yourself with accumulation='sum'."
+        self._over.check_equal(named, self._device, advice)
 
     def _average(self) -> None:
         data_parallel, window = self._data_parallel, self._window

@@ -342,9 +342,9 @@ def test_aligned_mtl_against_the_reference_where_one_gradient_is_much_longer(row
 
 @pytest.mark.parametrize("length", [1e4, 1e8, 1e12])
 def test_mgda_gives_a_much_longer_gradient_its_share(length):
-    """A share has at most 5 roundings. The difference `1 - x` would have an error of 1e-16 instead.
+    """A share has 4 roundings: of two differences, their sum and the quotient. The expected value has one.
 
-    The longer gradient multiplies that error by its length.
+    The difference `1 - x` would have an error of 1e-16, which is multiplied by the length of the gradient.
     """
     for ff, rr in ((1.0, length * length), (length * length, 1.0)):
         fr = -0.5 * length
