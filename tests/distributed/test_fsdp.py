@@ -687,6 +687,29 @@ def test_unscale_finds_on_all_ranks_what_is_on_one(ranks2):
         assert all(torch.equal(after[name], p) for name, p in before.items())
 
 
+def comparisons_of_a_window():
+    """The all-reduces that compare flags, of `unscale_` and of the synthesis after it."""
+    model, _, part = laid_out("fsdp")
+    buckets, optimizer = sago.GradientBuckets(model), optimizer_of(model, Run("pcgrad", "sgd"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    losses = losses_of(model, Run("pcgrad"), batches(0, 0, *part))
+    for capture, loss in zip((buckets.forget, buckets.retain), losses, strict=True):
+        with capture():
+            scaler.scale(loss()).backward()
+    found = []
+    with mock.patch.object(SumOver, "agree", autospec=True, side_effect=SumOver.agree) as agree:
+        for call in (lambda: buckets.unscale_(scaler, optimizer), lambda: buckets.synthesize_("sago")):
+            agree.reset_mock()
+            call()
+            found.append(agree.call_count)
+    return found
+
+
+def test_reached_parameters_are_compared_once_a_window(ranks2):
+    """The synthesis of the first window compares its arguments."""
+    assert ranks2(comparisons_of_a_window) == [[1, 1]] * 2
+
+
 def of_fsdp1():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # FSDP1 is deprecated
