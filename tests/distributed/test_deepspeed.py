@@ -1,10 +1,13 @@
-"""DeepSpeed on two ranks against one process with the concatenated batches."""
+"""DeepSpeed on two and four ranks against one process with the concatenated batches."""
 
+import functools
 import importlib.util
 import inspect
 import os
+import time
 import warnings
 from contextlib import contextmanager
+from datetime import timedelta
 
 import pytest
 import torch
@@ -26,9 +29,12 @@ DRIFT = STEPS * LR / EPSILON * rounding_error(8, torch.float32)
 SUMS = {"rel": 10 * DRIFT, "abs": PROMISED}
 
 
+TIMEOUT = 30.0  # seconds, of a collective
+
+
 @pytest.fixture(scope="module")
 def two():
-    ranks = Ranks(2)
+    ranks = Ranks(2, TIMEOUT)
     yield ranks
     ranks.stop()
 
@@ -140,8 +146,10 @@ def config_of(stage, accumulation=1, **config):
 
 
 def start(*args, **config):
-    """An engine."""
-    with their_warnings():
+    """An engine. The process group that DeepSpeed makes would wait torch's default, 30 minutes."""
+    with their_warnings(), pytest.MonkeyPatch.context() as patch:
+        limited = functools.partial(dist.new_group, timeout=timedelta(seconds=TIMEOUT))
+        patch.setattr(dist, "new_group", limited)
         model = Net()
         deepspeed = load()
         return deepspeed.initialize(
@@ -150,7 +158,7 @@ def start(*args, **config):
 
 
 def mine(batch):
-    return tuple(t.chunk(2)[dist.get_rank()] for t in batch)
+    return tuple(t.chunk(dist.get_world_size())[dist.get_rank()] for t in batch)
 
 
 def whole(engine):
@@ -397,25 +405,35 @@ def after_a_failed_backward(stage):
 
 
 def other_arguments(stage):
-    """The error of another weight on one rank, and the report of a synthesis of the same window after it."""
+    """The errors of another weight and another rule on one rank, and the report of a synthesis after them."""
     engine = start(stage)
     with their_warnings():
         buckets = sago.GradientBuckets(engine)
         capture(buckets, engine, *batches(1)[0][0])
-        error = error_of(buckets.synthesize_, "pcgrad", gamma=0.7 + dist.get_rank(), alpha=1.3)
+        last = dist.get_rank() == dist.get_world_size() - 1
+        errors = [
+            error_of(buckets.synthesize_, "pcgrad", gamma=0.8 if last else 0.7, alpha=1.3),
+            error_of(buckets.synthesize_, "sago" if last else "pcgrad", gamma=0.7, alpha=1.3),
+        ]
         report = buckets.synthesize_("pcgrad", gamma=0.7, alpha=1.3).to_dict()
         engine.step()
-        return error, report
+        return errors, report
 
 
-def dies(stage):
-    """The second rank ends before the synthesis."""
+def fails(stage, how):
+    """The last rank dies or is late before the synthesis, or raises in the first capture."""
     engine = start(stage)
+    last = dist.get_rank() == dist.get_world_size() - 1
     with their_warnings():
         buckets = sago.GradientBuckets(engine)
+        if last and how == "raises":
+            with buckets.forget():
+                raise ZeroDivisionError
         capture(buckets, engine, *batches(1)[0][0])
-        if dist.get_rank() == 1:
+        if last and how == "dies":
             os._exit(3)
+        if last and how == "is late":
+            time.sleep(1.5 * TIMEOUT)
         buckets.synthesize_("pcgrad")
 
 
@@ -762,24 +780,36 @@ def test_zero_after_a_failed_backward(two, stage):
         assert report["rr"] == pytest.approx(expected["rr"], **SUMS)
 
 
+@pytest.fixture(scope="module", params=[2, 4])
+def several(request):
+    ranks = Ranks(request.param, TIMEOUT)
+    yield ranks
+    ranks.stop()
+
+
 @pytest.mark.parametrize("stage", [3, 0])
-def test_another_weight_on_a_rank_is_an_error_on_both(two, stage):
+def test_another_argument_on_a_rank_is_an_error_on_all(several, stage):
     _, (expected, *_) = alone("pcgrad")
-    for (error, text), report in two(other_arguments, stage):
-        assert error is ValueError
-        assert "Parameter `gamma` should be the same on every rank" in text
+    for errors, report in several(other_arguments, stage):
+        assert [error for error, _ in errors] == [ValueError, ValueError]
+        for argument, (_, text) in zip(("gamma", "rule"), errors, strict=True):
+            assert f"Parameter `{argument}` should be the same on every rank" in text
         for column in ("ff", "fr", "rr", "uu"):
             assert report[column] == pytest.approx(expected[column], **SUMS), column
 
 
+@pytest.mark.parametrize("how", ["dies", "is late", "raises"])
 @pytest.mark.parametrize("stage", [3, 0])
-def test_a_rank_that_dies_is_an_error_on_the_other(two, stage):
+def test_a_rank_that_fails_is_an_error_on_the_others(several, stage, how):
     with pytest.raises(RankError) as caught:
-        two(dies, stage)
-    first, second = caught.value.errors
-    assert second == "died, exit code 3"
-    assert "synthesize_" in first
-    assert first.splitlines()[-1].startswith("RuntimeError")
+        several(fails, stage, how)
+    *others, last = caught.value.errors
+    own = {"dies": "died, exit code 3", "is late": "RuntimeError", "raises": "ZeroDivisionError"}
+    assert own[how] in last
+    for error in others:
+        assert error.splitlines()[-1].startswith("RuntimeError")
+        assert "synthesize_" in error or how == "raises"
+    assert several(int) == [0] * several.world  # a new group
 
 
 @pytest.mark.parametrize("stage", [3, 0])
