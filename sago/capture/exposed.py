@@ -49,8 +49,8 @@ class Exposed:
         return [i for i in self._index if _metadata(self.grads[i]) != _metadata(self._views[i])]
 
     def is_moved(self, i: int) -> bool:
-        """Whether the alias at this position was moved to other memory."""
-        return i in self._index and self.grads[i].data_ptr() != self._addresses[self._index[i]]
+        """Whether the alias at this position was moved, resized, cast or transposed."""
+        return i in self._index and _metadata(self.grads[i]) != _metadata(self._views[i])
 
     def renew(self, positions: Collection[int] | None = None) -> None:
         """Replaces the aliases at these positions, or those that were moved, by aliases of the views."""

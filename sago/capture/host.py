@@ -236,6 +236,8 @@ class GradHost:
                 f"`{self._names[i]}.grad` should have shape {tuple(view.shape)}. Found {tuple(g.shape)}: "
                 "other code has replaced its data. Call zero_ and capture both sides again."
             )
+        if g.untyped_storage().data_ptr() == view.untyped_storage().data_ptr():
+            g = g.clone()  # the memory may overlap, for example if the gradient was transposed
         view.add_(g) if self._wider[i] else view.copy_(g)
 
     @torch.no_grad()
@@ -275,7 +277,7 @@ class GradHost:
             p.grad = None
         else:
             side = capture.side
-            moved = p.grad is side.grads[i] and side.exposed.is_moved(i)
+            moved = side.exposed.is_moved(i)
             if moved or p.grad is not side.grads[i]:
                 self._settle(side, i, p.grad)
             if moved:

@@ -12,20 +12,26 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from queue import Queue
+from typing import TypeVar
 
 from tests.mutation.operators import Change, apply, changes
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("rules", "core", "capture", "ranks")
 LIMIT = 900  # seconds: a change may make a loop endless
+# How pytest ends if a test fails, a test file or `conftest.py` cannot be imported, or the process crashes.
+ENDS = (1, 2, 4, -signal.SIGSEGV, -signal.SIGABRT)
+T = TypeVar("T")
 
 _LISTS = ("sago/test_synthesis.py", "sago/test_arguments.py", "sago/test_plan.py", "sago/test_report.py")
 _WINDOWS = (
@@ -88,22 +94,23 @@ def main(arguments: Sequence[str]) -> int:
         copies: Queue[Path] = Queue()
         for k in range(given.jobs):
             copies.put(copy_of_project(Path(folder, str(k))))
-        for names in dict.fromkeys(nearest(change.path) for change in chosen):
-            failed = first_failure(names, copies.queue[0])
-            if failed:
-                print(f"Without a change, a test of {' and '.join(names)} fails: {failed}")
-                return 1
 
-        def run(change: Change) -> str | None:
+        def run(test: Callable[[T, Path], str | None], subject: T) -> str | None:
             copy = copies.get()
             try:
-                return test(change, copy)
+                return test(subject, copy)
             finally:
                 copies.put(copy)
 
         with ThreadPoolExecutor(given.jobs) as pool:
             left = [change for change in chosen if change not in noticed]
-            for change, by in zip(left, pool.map(run, left), strict=True):
+            folders = sorted({name for change in left for name in nearest(change.path)})
+            unchanged = pool.map(partial(run, first_failure), [(name,) for name in folders])
+            for name, failed in zip(folders, unchanged, strict=True):
+                if failed:
+                    print(f"Without a change, a test of {name} fails: {failed}")
+                    return 1
+            for change, by in zip(left, pool.map(partial(run, test), left), strict=True):
                 noticed[change] = by
                 print(json.dumps([change, by]), file=record, flush=True)
                 print("noticed:" if by else "NOT noticed:", *change, by or "", flush=True)
@@ -156,7 +163,7 @@ def first_failure(names: Sequence[str], copy: Path) -> str | None:
         return "no end"
     if done.returncode == 0:
         return None
-    if done.returncode not in (1, 2):  # a test failed, or the changed module cannot be imported
+    if done.returncode not in ENDS:
         raise RuntimeError(f"pytest ended with {done.returncode}: {done.stdout[-500:]}{done.stderr[-500:]}")
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     return failed[0].split(" - ")[0] if failed else done.stdout[-200:] + done.stderr[-200:]

@@ -147,6 +147,31 @@ def test_a_gradient_that_is_moved_inside_a_capture_counts(move, form):
         trained.buckets.zero_()
 
 
+@pytest.mark.filterwarnings("ignore:grad and param do not obey the gradient layout contract")
+@pytest.mark.parametrize("cleared", [False, True])
+@pytest.mark.parametrize(
+    "move", [replaced, on_other_memory, transposed, lambda t: setattr(t.w, "grad", t.w.grad.t())]
+)
+def test_a_gradient_that_is_moved_before_its_synthesis_in_backward(move, cleared, monkeypatch):
+    monkeypatch.setitem(SHAPES, "w", (5, 5))
+    trained = Trained()
+    for seed in range(3):
+        forget, retain = trained.gradients(2 * seed), trained.gradients(2 * seed + 1)
+        with trained.buckets.forget():
+            trained.backward(2 * seed)
+        with trained.buckets.synthesize_in_backward(gamma=GAMMA, alpha=ALPHA):
+            move(trained)
+            for n, p in trained.params.items():
+                retain[n] = retain[n] if cleared else p.grad + retain[n]
+                p.grad = None if cleared else p.grad
+            trained.backward(2 * seed + 1)
+        both = [list(side.values()) for side in (forget, retain)]
+        updates, _ = sago.reference.synthesize(*both, gamma=GAMMA, alpha=ALPHA)
+        for p, update in zip(trained.params.values(), updates, strict=True):
+            assert torch.equal(p.grad, update)
+        trained.buckets.zero_()
+
+
 @pytest.mark.parametrize("form", ["two copies", "one copy"])
 def test_a_gradient_that_was_kept_and_is_moved_after_its_capture(form):
     trained, kept = Trained(**FORMS[form]), []
