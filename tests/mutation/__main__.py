@@ -49,6 +49,7 @@ NEAREST = {
             "sago/test_testing.py",
             "sago/test_synthesis.py",
             "kernels/test_formula.py",
+            "sago/test_running_mean.py",
         ),
     ),
     "core": (
@@ -56,6 +57,7 @@ NEAREST = {
         "sago/test_seen.py",
         "sago/test_cache.py",
         "sago/test_sizes.py",
+        "sago/test_retain_floor.py",
         "sago/test_buckets.py",
     ),
     "capture": (

@@ -332,6 +332,13 @@ def test_projections_against_the_reference_where_one_square_absorbs_the_other(na
     np.testing.assert_allclose(four(RULES[name], gram, gamma, alpha), expected, rtol=10 * 1.1e-16, atol=0)
 
 
+def test_dualproj_of_opposite_gradients_is_zero():
+    """With `f = -r` the update is `(a - b) * f`. Rounding may give a cosine below -1."""
+    row = 1.0, -1.0 - 2.0**-50, 1.0
+    for a, b, *_ in (REFERENCES["dualproj"](*row, 1.0, 1.0), four(RULES["dualproj"], np.array([row]))[0]):
+        assert a == b
+
+
 @pytest.mark.parametrize(("gamma", "alpha"), [(0.0, 1.0), (1.0, 0.0)])
 @pytest.mark.parametrize("row", [(1e-5, 4e-7, 2.0), (2.0, -4e-7, 1e-5)])
 def test_aligned_mtl_against_the_reference_where_one_gradient_is_much_longer(row, gamma, alpha):
