@@ -588,7 +588,7 @@ def moved_in_a_wrapper(dtype, scale, own):
 
 
 def sent():
-    """The collectives of a window at stage 0: of its captures, and of its synthesis."""
+    """The collectives of three windows at stage 0: of the captures, and of the synthesis."""
     engine = start(0, accumulation=2)
     counts, all_reduce = [], dist.all_reduce
 
@@ -599,12 +599,14 @@ def sent():
     with their_warnings(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "all_reduce", count)
         buckets = sago.GradientBuckets(engine)
-        counts.append(0)
-        for forget, retain in batches(2)[0]:
-            capture(buckets, engine, forget, retain)
-        counts.append(0)
-        buckets.synthesize_("pcgrad", stats=False)
-        engine.step()
+        for step in batches(2):
+            counts.append(0)
+            for forget, retain in step:
+                capture(buckets, engine, forget, retain)
+            counts.append(0)
+            buckets.synthesize_("pcgrad", stats=False)
+            engine.step()
+            buckets.zero_()
     return counts
 
 
@@ -902,5 +904,8 @@ def test_deepspeed_recognises_an_engine(two):
 
 
 def test_stage_0_sends_once_a_window(two):
-    """Two buffers and which parameters were reached. Inner products are then the same everywhere."""
-    assert two(sent) == [[0, 3], [0, 3]]
+    """Two buffers, which parameters were reached and, in windows 1 and 2, the arguments.
+
+    The inner products are then the same on every rank.
+    """
+    assert two(sent) == [[0, 4, 0, 4, 0, 3]] * 2
