@@ -93,10 +93,11 @@ class GradientBuckets:
             window `k` steps ago weighs `retain_decay ** k`. GRU and MUDMAN work on such a mean. It is divided
             by the sum of the weights, like the first moment of Adam. The mean lives in the retain
             accumulator, which `zero_` multiplies by `retain_decay` instead of clearing it. The update is
-            written over the forget gradient, so no memory is added. Save the mean with `state_dict`. An
-            element that is NaN or inf counts as 0 in later windows. The weighted sum is up to `1 / (1 -
-            retain_decay)` times as large as a gradient: use `accumulate_dtype` for fp16, and for long means
-            in bf16. Losses must not be scaled, which the buckets cannot notice.
+            written over the forget gradient, so no memory is added. Save the mean with `state_dict`. The mean
+            of an element that is NaN or inf begins again at 0, but the weights of its lost windows stay: `n`
+            windows later, a long mean is too small by the factor `1 - retain_decay ** n`. The weighted sum is
+            up to `1 / (1 - retain_decay)` times as large as a gradient: use `accumulate_dtype` for fp16, and
+            for long means in bf16. Losses must not be scaled, which the buckets cannot notice.
         one_copy: Whether the retain side has no accumulators, which halves the memory. The only retain
             backward of a window then runs in `synthesize_in_backward`, after all forget backwards. The update
             is written over the forget gradient. Besides the accumulators, the largest gradient is held, or
@@ -596,7 +597,7 @@ class GradientBuckets:
     def _check_around(self) -> None:
         """Checks before a capture. Live objects are searched only if a module was registered meanwhile."""
         if self._data_parallel is not None:
-            self._data_parallel.check_not_joined()
+            self._data_parallel.check()
         latest = self._registrations.latest()
         if self._engine is not None or self._checked_at >= latest:
             return

@@ -50,9 +50,10 @@ class DataParallel:
         for ddp in self.modules:
             reduce_in_backward(ddp, False)
 
-    def check_not_joined(self) -> None:
-        """Raises if `ddp.join()` was called and not ended."""
+    def check(self) -> None:
+        """Raises if a module began to need its own reduction, for example for an active `ddp.join()`."""
         for ddp in self.modules:
+            _check_replaceable(ddp)
             if ddp._join_config.enable:
                 raise ValueError(
                     "join() of DistributedDataParallel should not be active, because it relies on DDP's own "
@@ -110,7 +111,7 @@ def reduces_in_backward(ddp: Any) -> bool:
 
 
 def take_over(source: Any, params: Sequence[Tensor], names: Sequence[str]) -> DataParallel | None:
-    """Replaces the reduction of the DistributedDataParallel module that has these parameters.
+    """Replaces the reduction of the DistributedDataParallel modules that have these parameters.
 
     DDP reduces only the first backward after a forward. After two forwards and two backwards the second
     gradient would not be reduced. Returns None if there is no such module.
@@ -118,37 +119,49 @@ def take_over(source: Any, params: Sequence[Tensor], names: Sequence[str]) -> Da
     if not (dist.is_available() and dist.is_initialized()):
         return None
     found = owners(source, params, torch.nn.parallel.DistributedDataParallel)
-    for ddp in found:
-        require(ddp, _DDP, "DistributedDataParallel", _TESTED)
-        reduced = {id(p) for n, p in ddp.module.named_parameters() if n not in ddp.parameters_to_ignore}
-        left = {id(p): n for n, p in ddp.module.named_parameters() if p.requires_grad}
-        for name, p in zip(names, params, strict=True):
-            left.pop(id(p), None)
-            if id(p) not in reduced:
-                raise ValueError(
-                    f"Parameter `{name}` should be reduced by DistributedDataParallel as the others are. "
-                    "Found that it is not: freeze it, or move it into the module that is wrapped."
-                )
-        if left:
-            raise ValueError(
-                "All trainable parameters of a DistributedDataParallel module should be given, because its "
-                f"own reduction is switched off. Found `{next(iter(left.values()))}` left out: freeze it "
-                "with requires_grad_(False), or give it, too."
-            )
-        if ddp.static_graph:
-            raise ValueError(
-                "DistributedDataParallel should be without static_graph, which needs DDP's own reduction. "
-                "Found static_graph=True: leave it out."
-            )
-        if ddp._comm_hooks:
-            raise ValueError(
-                "DistributedDataParallel should be without a communication hook, because gradients are "
-                "reduced in flat buffers and the hook would not run. Found one: do not register it."
-            )
     if not found:
         return None
+    reduced: set[int] = set()
+    left: dict[int, str] = {}
+    for ddp in found:
+        require(ddp, _DDP, "DistributedDataParallel", _TESTED)
+        _check_replaceable(ddp)
+        reduced |= {id(p) for n, p in ddp.module.named_parameters() if n not in ddp.parameters_to_ignore}
+        left |= {id(p): n for n, p in ddp.module.named_parameters() if p.requires_grad}
+    for name, p in zip(names, params, strict=True):
+        left.pop(id(p), None)
+        if id(p) not in reduced:
+            raise ValueError(
+                f"Parameter `{name}` should be reduced by DistributedDataParallel as the others are. "
+                "Found that it is not: freeze it, or move it into a module that is wrapped."
+            )
+    if left:
+        raise ValueError(
+            "All trainable parameters of a DistributedDataParallel module should be given, because its "
+            f"own reduction is switched off. Found `{next(iter(left.values()))}` left out: freeze it "
+            "with requires_grad_(False), or give it, too."
+        )
+    if len({ddp.process_group for ddp in found}) > 1:
+        raise ValueError(
+            "All DistributedDataParallel modules of the parameters should have the same process group. Found "
+            "several groups. Wrap the modules with the same `process_group`."
+        )
     partial = any(ddp.find_unused_parameters for ddp in found)
     return DataParallel(found[0].process_group, partial, found)
+
+
+def _check_replaceable(ddp: Any) -> None:
+    """Raises if the module's own reduction does more than average gradients."""
+    if ddp.static_graph:
+        raise ValueError(
+            "DistributedDataParallel should be without static_graph, which needs DDP's own reduction. "
+            "Found static_graph=True: leave it out."
+        )
+    if ddp._comm_hooks:
+        raise ValueError(
+            "DistributedDataParallel should be without a communication hook, because gradients are "
+            "reduced in flat buffers and the hook would not run. Found one: do not register it."
+        )
 
 
 def check_not_wrapped(params: Sequence[Tensor]) -> None:

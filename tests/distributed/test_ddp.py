@@ -334,6 +334,57 @@ def refused():
     yield ddp.require_backward_grad_sync  # as it was
 
 
+def changed_later():
+    """Captures after the module was given a communication hook or a static graph."""
+    hook = lambda state, bucket: bucket.get_future()  # noqa: E731
+    for change in (lambda ddp: ddp.register_comm_hook(None, hook), lambda ddp: ddp._set_static_graph()):
+        ddp = replicated()
+        buckets = sago.GradientBuckets(ddp)
+        change(ddp)
+        yield error_of(buckets.forget)
+
+
+def test_what_ddp_is_asked_for_later_is_refused(ranks2):
+    for found in ranks2(listed, changed_later):
+        for (error, text), expected in zip(found, ("communication hook", "static_graph"), strict=True):
+            assert error is ValueError
+            assert expected in text
+
+
+def in_parts(on_ranks):
+    """The update of a model of which two parts are wrapped."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x = torch.randn(2, 4, 3, dtype=torch.float64)
+    if on_ranks:
+        model[0], model[2] = DistributedDataParallel(model[0]), DistributedDataParallel(model[2])
+        x = x.chunk(dist.get_world_size(), 1)[dist.get_rank()]
+    buckets = sago.GradientBuckets(model)
+    with buckets.forget():
+        model(x[0]).square().mean().backward()
+    with buckets.retain():
+        model(x[1]).sin().mean().backward()
+    buckets.synthesize_("pcgrad")
+    return {f"{i}": p.grad for i, p in enumerate(model.parameters())}
+
+
+def test_parts_that_are_wrapped_are_as_on_one_process(ranks2):
+    for found in ranks2(in_parts, True):
+        assert_equal_tensors(found, in_parts(False))
+
+
+def other_groups():
+    groups = None, dist.new_group([0, 1])
+    parts = [DistributedDataParallel(nn.Linear(2, 2), process_group=group) for group in groups]
+    return error_of(sago.GradientBuckets, nn.Sequential(*parts))
+
+
+def test_parts_in_other_groups_are_refused(ranks2):
+    for error, text in ranks2(other_groups):
+        assert error is ValueError
+        assert "the same process group" in text
+
+
 def joined():
     """Captures while uneven inputs are allowed for, and when they no longer are."""
     ddp = replicated()

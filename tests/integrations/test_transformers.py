@@ -962,6 +962,20 @@ def test_says_which_loss_it_did_not_find(form, tmp_path):
     assert_unmoved(trainer)
 
 
+class Probing(transformers.TrainerCallback):
+    """Computes a gradient, and leaves it there."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        next(model.parameters()).sum().backward()
+
+
+def test_says_that_a_callback_left_a_gradient(tmp_path):
+    trainer = make(with_mixin(GradDiff), tmp_path, data=Pairs(2), callbacks=[Probing()])
+    with pytest.raises(ValueError, match=r"another backward, as of a callback.*set it to None"):
+        trainer.train()
+    assert_unmoved(trainer)
+
+
 def test_refuses_weights_that_are_no_numbers(tmp_path):
     trainer = make(with_mixin(GradDiff), tmp_path)
     trainer.alpha = torch.tensor(1.0)

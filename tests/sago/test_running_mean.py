@@ -115,8 +115,13 @@ def test_nan_is_dropped_after_its_window():
     buckets.zero_()
     assert buckets._retain.views[0][3] == 0
     assert buckets._retain.views[1][4] == 0
-    for update in step(buckets, params, "sum", 3):
-        assert update.isfinite().all()
+    weight = (1.0 + DECAY) * DECAY  # of the windows 0 and 1, which these two elements have lost
+    of_forget, of_retain = gradients(3), gradients(3 + 50)
+    for i, (u, at) in enumerate(zip(step(buckets, params, "sum", 3), (3, 4), strict=True)):
+        # Five roundings of numbers below 8: of the weight, the factor, the product and the sum, and of r.
+        expected = of_forget[i][at] + of_retain[i][at] / (weight + 1.0)
+        torch.testing.assert_close(u[at], expected, rtol=0.0, atol=5 * 2**-24 * 8)
+        assert u.isfinite().all()
 
 
 def fail(side, params):

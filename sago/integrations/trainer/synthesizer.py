@@ -290,7 +290,9 @@ class Synthesizer:
     def _check_nothing_else(self) -> None:
         for name, p in self._named:
             if p.grad is not None:
-                raise _another_term(name)
+                raise _another_term(
+                    name, ", or another backward, as of a callback, has left a gradient there: set it to None"
+                )
 
 
 class _Engineless:
@@ -315,10 +317,10 @@ class _Engineless:
         loss.backward()
 
 
-def _another_term(name: str) -> ValueError:
+def _another_term(name: str, otherwise: str = "") -> ValueError:
     return ValueError(
         "The loss should be `self.gamma * forget_loss + self.alpha * retain_loss` and nothing else. Found "
-        f"another term, which reaches parameter `{name}`."
+        f"another term, which reaches parameter `{name}`{otherwise}."
     )
 
 
