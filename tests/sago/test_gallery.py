@@ -404,6 +404,14 @@ def test_references_of_sums_that_overflow(name):
             assert np.isnan(four(RULES[name], np.array([sums]))).any()
 
 
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
+@pytest.mark.parametrize("name", GRAM)
+def test_references_show_the_sums_that_are_not_finite_where_the_rules_do(name, weights):
+    for sums in ([np.inf, 1.0, 1.0], [1.0, 1.0, np.inf], [np.inf] * 3, [np.nan] * 3):
+        found = np.isnan(four(RULES[name], np.array([sums]), *weights)).any()
+        assert found == np.isnan(REFERENCES[name](*sums, *weights)).any()
+
+
 @pytest.mark.parametrize(("position", "value"), [(0, np.inf), (1, np.inf), (1, -np.inf), (2, np.inf)])
 @pytest.mark.parametrize(("gamma", "alpha"), [(1.0, 1.0), (0.0, 1.0), (1.0, 0.0)])
 def test_mgda_hides_no_sum_that_is_not_finite(position, value, gamma, alpha):
