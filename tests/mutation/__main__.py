@@ -57,7 +57,7 @@ NEAREST = {
         "sago/test_seen.py",
         "sago/test_cache.py",
         "sago/test_sizes.py",
-        *("sago/test_retain_floor.py", "sago/test_draws.py"),
+        *("sago/test_retain_floor.py", "sago/test_draws.py", "sago/test_capture_cost.py"),
         "sago/test_buckets.py",
     ),
     "capture": (
@@ -73,9 +73,10 @@ NEAREST = {
 # Files that the tests of other folders run, too.
 ELSEWHERE = {
     "sago/capture/reduction.py": ("ranks",),
+    "sago/core/pipeline.py": ("core", "ranks"),
     **{
         f"sago/capture/{name}.py": ("capture", "ranks")
-        for name in ("host", "mean", "opening", "pipelines", "steps")
+        for name in ("buckets", "host", "mean", "opening", "pipelines", "steps")
     },
 }
 

@@ -36,6 +36,10 @@ def size_of_a_selection(ff, fr, rr, gamma, alpha):
     return gamma, alpha * float(fr[fr < 0.0].shape[0])
 
 
+def filled_with_a_sum(ff, fr, rr, gamma, alpha):
+    return torch.full_like(ff, fr.sum()) * gamma, alpha
+
+
 def ones_like_a_selection(ff, fr, rr, gamma, alpha):
     return gamma, torch.ones_like(fr[fr < 0.0]).sum() * alpha
 
@@ -76,6 +80,7 @@ EXPECTED = {
     held: (NOTHING, NOTHING),
     views: ({"ff", "fr"}, {"rr"}),
     autograd_function: ({"rr"}, NOTHING),
+    filled_with_a_sum: ({"fr"}, NOTHING),
     ones_like_a_selection: (NOTHING, {"fr"}),
     # Where it cannot be determined.
     item: (ALL, ALL),
