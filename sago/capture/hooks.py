@@ -47,6 +47,16 @@ def check_hooks(names: Sequence[str], params: Sequence[Any]) -> None:
         )
 
 
+def check_not_taken(name: str, p: Any) -> None:
+    """Raises if a hook of other code may have taken the gradient before the only hook of the buckets."""
+    require(p, [HOOKS], "torch", _TESTED)
+    if len(getattr(p, HOOKS) or ()) > 1:
+        raise ValueError(
+            f"`{name}.grad` should be the gradient that the backward has just made. Found None: another hook "
+            "has taken it. Make the buckets without `one_copy`."
+        )
+
+
 def _where(hook: Any) -> str:
     """The module and the name of the function of a hook, or of the class of a hook without a name."""
     function = hook.func if isinstance(hook, partial) else hook

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sago.capture.flat import clear
 from sago.capture.fresh import FreshGradients
+from sago.capture.hooks import check_not_taken
 from sago.capture.side import Capture, Side
 from sago.core.guards import Guards
 from sago.ranks import fsdp
@@ -247,7 +248,7 @@ class GradHost:
             capture.side.views[i].add_(_arrived_shard(p))
             p.grad = None
 
-    def _put_back(self, capture: Capture, i: int, g: Tensor) -> None:
+    def _put_back(self, capture: Capture, i: int, g: Tensor | None) -> None:
         """Mounts a running mean again that zero_grad(set_to_none=True) took away."""
         if self._mounted is capture and self._params[i].grad is None:
             self._check_begun(capture, i)
@@ -266,24 +267,25 @@ class GradHost:
         )
 
     def _arrive(self, capture: Capture, arrived: Arrived, i: int, p: Tensor) -> None:
-        if isinstance(capture.side, FreshGradients):
+        """Takes the gradient of a parameter. Autograd also calls this if it has none for the parameter."""
+        side = capture.side
+        if isinstance(side, FreshGradients):
             if p.grad is None:
-                raise ValueError(
-                    f"`{self._names[i]}.grad` should be the gradient that the backward has just made. Found "
-                    "None: another hook has taken it. Make the buckets without `one_copy`."
-                )
+                check_not_taken(self._names[i], p)
+                return
             _refuse_sparse(self._names[i], p.grad)
-            capture.side.add(i, _arrived_shard(p))
+            side.add(i, _arrived_shard(p))
             p.grad = None
         else:
-            side = capture.side
             moved = side.exposed.is_moved(i)
             if moved or p.grad is not side.grads[i]:
                 self._settle(side, i, p.grad)
             if moved:
                 side.exposed.renew([i])
             p.grad = None if self._wider[i] else side.grads[i]
-        capture.side.touched[i] = capture.reached = capture.side.written = True
+            if side.version(i) == capture.versions[i]:
+                return
+        side.touched[i] = capture.reached = side.written = True
         arrived(i, p.device)
 
 
@@ -295,8 +297,9 @@ def _arrived_shard(p: Tensor) -> Tensor:
     return shard
 
 
-def _refuse_sparse(name: str, g: Tensor) -> None:
-    if g.layout != torch.strided:
+def _refuse_sparse(name: str, g: Tensor | None) -> None:
+    # Autograd passes None to a hook if a function returns no gradient for the parameter.
+    if g is not None and g.layout != torch.strided:
         raise TypeError(
             f"The gradient of parameter `{name}` should be dense. Found layout {g.layout}: make its "
             "embedding with sparse=False."

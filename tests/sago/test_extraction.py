@@ -453,6 +453,44 @@ def test_sparse_gradients(form, side):
         model["dense"](torch.ones(1, 2, dtype=dtype)).sum().backward()
 
 
+class Copies(torch.autograd.Function):
+    """Copies of the inputs. If a loss uses one of them only, autograd has no gradient for the others."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        ctx.set_materialize_grads(False)
+        return tuple(x.clone() for x in inputs)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return gradients
+
+
+@pytest.mark.parametrize(
+    ("options", "in_backward"),
+    [
+        *(({}, x) for x in (False, True)),
+        *(({"accumulate_dtype": FP64}, x) for x in (False, True)),
+        *(({"retain_decay": 0.5}, x) for x in (False, True)),
+        ({"one_copy": True}, True),
+    ],
+)
+def test_a_parameter_for_which_autograd_has_no_gradient_is_not_reached(options, in_backward):
+    p, q, neither = params = [torch.ones(3, requires_grad=True) for _ in range(3)]
+    buckets = sago.GradientBuckets(params, **options)
+    for _ in range(2):
+        with buckets.forget():
+            Copies.apply(*params)[0].sum().backward()
+        with buckets.synthesize_in_backward("sago") if in_backward else buckets.retain():
+            Copies.apply(*params)[1].sum().backward()
+        if not in_backward:
+            buckets.synthesize_("sago")
+        assert torch.equal(p.grad, torch.ones(3))
+        assert torch.equal(q.grad, torch.zeros(3))  # sago leaves out r where f is 0
+        assert neither.grad is None
+        buckets.zero_()
+
+
 def test_one_buffer_for_all_of_a_kind():
     window = Window(bucket_cap_mb=float("inf"))
     window.finish()
