@@ -94,10 +94,11 @@ class GradientBuckets:
             by the sum of the weights, like the first moment of Adam. The mean lives in the retain
             accumulator, which `zero_` multiplies by `retain_decay` instead of clearing it. The update is
             written over the forget gradient, so no memory is added. Save the mean with `state_dict`. The mean
-            of an element that is NaN or inf begins again at 0, but the weights of its lost windows stay: `n`
-            windows later, a long mean is too small by the factor `1 - retain_decay ** n`. The weighted sum is
-            up to `1 / (1 - retain_decay)` times as large as a gradient: use `accumulate_dtype` for fp16, and
-            for long means in bf16. Losses must not be scaled, which the buckets cannot notice.
+            of an element that is NaN or inf begins again at 0, but the weights of its lost windows stay:
+            after a long training, `n` windows later, it is `1 - retain_decay ** n` times what it should be.
+            The weighted sum is up to `1 / (1 - retain_decay)` times as large as a gradient: use
+            `accumulate_dtype` for fp16, and for long means in bf16. Losses must not be scaled, which the
+            buckets cannot notice.
         one_copy: Whether the retain side has no accumulators, which halves the memory. The only retain
             backward of a window then runs in `synthesize_in_backward`, after all forget backwards. The update
             is written over the forget gradient. Besides the accumulators, the largest gradient is held, or
@@ -111,7 +112,7 @@ class GradientBuckets:
     compare the arguments, with DistributedDataParallel as well, and raise if they differ. Of a rule, they
     compare the coefficients for an example. The host waits for these comparisons.
 
-    The gradients of a DistributedDataParallel module are averaged over its ranks once a window, in the flat
+    The gradients of DistributedDataParallel modules are averaged over their ranks once a window, in the flat
     accumulators, at the start of `synthesize_` or `unscale_`. DDP's own reduction would miss the second of
     two backwards, so it is switched off permanently. Make the buckets after the model was wrapped and before
     the first forward.

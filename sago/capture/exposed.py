@@ -49,8 +49,12 @@ class Exposed:
         return [i for i in self._index if _metadata(self.grads[i]) != _metadata(self._views[i])]
 
     def is_moved(self, i: int) -> bool:
-        """Whether the alias at this position was moved, resized, cast or transposed."""
-        return i in self._index and _metadata(self.grads[i]) != _metadata(self._views[i])
+        """Whether the alias at this position was moved, resized or transposed. A cast moves it."""
+        if i not in self._index:
+            return False
+        grad, view = self.grads[i], self._views[i]
+        moved = grad.data_ptr() != self._addresses[self._index[i]]
+        return moved or grad.stride() != view.stride() or grad.shape != view.shape
 
     def renew(self, positions: Collection[int] | None = None) -> None:
         """Replaces the aliases at these positions, or those that were moved, by aliases of the views."""

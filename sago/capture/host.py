@@ -241,6 +241,17 @@ class GradHost:
             g = g.clone()  # the memory may overlap, for example if the gradient was transposed
         view.add_(g) if self._wider[i] else view.copy_(g)
 
+    def _check_own(self, side: Side, i: int, g: Tensor | None) -> None:
+        """Raises if a gradient lies in the accumulator of another parameter, which it would then change."""
+        memory = {b.untyped_storage().data_ptr() for b in side.buffers}
+        g, view = local(g), side.views[i]
+        if g is None or g.untyped_storage().data_ptr() not in memory or g.data_ptr() == view.data_ptr():
+            return
+        raise ValueError(
+            f"`{self._names[i]}.grad` should have memory of its own in synthesize_in_backward. Found that it "
+            "shares memory with the gradient of another parameter. Assign a copy of that gradient."
+        )
+
     @torch.no_grad()
     def _widen(self, capture: Capture, i: int, p: Tensor) -> None:
         """Adds `p.grad`, which autograd has written, to the wider accumulator."""
@@ -277,8 +288,9 @@ class GradHost:
             side.add(i, _arrived_shard(p))
             p.grad = None
         else:
-            moved = side.exposed.is_moved(i)
+            moved = not self._wider[i] and side.exposed.is_moved(i)
             if moved or p.grad is not side.grads[i]:
+                self._check_own(side, i, p.grad)
                 self._settle(side, i, p.grad)
             if moved:
                 side.exposed.renew([i])

@@ -395,8 +395,10 @@ class Window:
         except BaseException as other:
             for ended in closed:
                 ended.side.written = True  # `collect` has not recorded it
-            self.fail(f"a {side.name} capture ended in {other!r}")
-            raise
+            self.fail(f"a {side.name} capture ended in {error or other!r}")
+            if error is None or not isinstance(other, Exception):
+                raise
+            return  # the caller raises `error`, the cause
         if error is not None and capture.reached:
             self.fail(f"a {side.name} capture ended in {error!r}", side)
         if len(closed) > 1:

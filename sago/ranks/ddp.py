@@ -51,7 +51,7 @@ class DataParallel:
             reduce_in_backward(ddp, False)
 
     def check(self) -> None:
-        """Raises if a module began to need its own reduction, for example for an active `ddp.join()`."""
+        """Raises if a module has a communication hook, a static graph or an active `join()`."""
         for ddp in self.modules:
             _check_replaceable(ddp)
             if ddp._join_config.enable:
@@ -127,7 +127,8 @@ def take_over(source: Any, params: Sequence[Tensor], names: Sequence[str]) -> Da
         require(ddp, _DDP, "DistributedDataParallel", _TESTED)
         _check_replaceable(ddp)
         reduced |= {id(p) for n, p in ddp.module.named_parameters() if n not in ddp.parameters_to_ignore}
-        left |= {id(p): n for n, p in ddp.module.named_parameters() if p.requires_grad}
+        inside = type(ddp.module).__name__
+        left |= {id(p): f"`{n}` of {inside}" for n, p in ddp.module.named_parameters() if p.requires_grad}
     for name, p in zip(names, params, strict=True):
         left.pop(id(p), None)
         if id(p) not in reduced:
@@ -138,13 +139,13 @@ def take_over(source: Any, params: Sequence[Tensor], names: Sequence[str]) -> Da
     if left:
         raise ValueError(
             "All trainable parameters of a DistributedDataParallel module should be given, because its "
-            f"own reduction is switched off. Found `{next(iter(left.values()))}` left out: freeze it "
+            f"own reduction is switched off. Found that {next(iter(left.values()))} was left out: freeze it "
             "with requires_grad_(False), or give it, too."
         )
     if len({ddp.process_group for ddp in found}) > 1:
         raise ValueError(
             "All DistributedDataParallel modules of the parameters should have the same process group. Found "
-            "several groups. Wrap the modules with the same `process_group`."
+            "several groups. Wrap the modules with the same `process_group`, and delete earlier wrappers."
         )
     partial = any(ddp.find_unused_parameters for ddp in found)
     return DataParallel(found[0].process_group, partial, found)
@@ -155,12 +156,13 @@ def _check_replaceable(ddp: Any) -> None:
     if ddp.static_graph:
         raise ValueError(
             "DistributedDataParallel should be without static_graph, which needs DDP's own reduction. "
-            "Found static_graph=True: leave it out."
+            "Found static_graph=True: leave it out, and make new GradientBuckets."
         )
     if ddp._comm_hooks:
         raise ValueError(
             "DistributedDataParallel should be without a communication hook, because gradients are "
-            "reduced in flat buffers and the hook would not run. Found one: do not register it."
+            "reduced in flat buffers and the hook would not run. Found one: wrap the module without it, and "
+            "make new GradientBuckets."
         )
 
 

@@ -344,7 +344,7 @@ def changed_later():
         yield error_of(buckets.forget)
 
 
-def test_what_ddp_is_asked_for_later_is_refused(ranks2):
+def test_a_hook_or_a_static_graph_that_is_set_later_is_refused(ranks2):
     for found in ranks2(listed, changed_later):
         for (error, text), expected in zip(found, ("communication hook", "static_graph"), strict=True):
             assert error is ValueError

@@ -29,12 +29,12 @@ DRIFT = STEPS * LR / EPSILON * rounding_error(8, torch.float32)
 SUMS = {"rel": 10 * DRIFT, "abs": PROMISED}
 
 
-TIMEOUT = 30.0  # seconds, of a collective
+LATE = 20.0  # seconds that a collective waits for a rank that fails
 
 
 @pytest.fixture(scope="module")
 def two():
-    ranks = Ranks(2, TIMEOUT)
+    ranks = Ranks(2)
     yield ranks
     ranks.stop()
 
@@ -146,15 +146,21 @@ def config_of(stage, accumulation=1, **config):
 
 
 def start(*args, **config):
-    """An engine. The process group that DeepSpeed makes would wait torch's default, 30 minutes."""
-    with their_warnings(), pytest.MonkeyPatch.context() as patch:
-        limited = functools.partial(dist.new_group, timeout=timedelta(seconds=TIMEOUT))
-        patch.setattr(dist, "new_group", limited)
+    """An engine."""
+    with their_warnings():
         model = Net()
         deepspeed = load()
         return deepspeed.initialize(
             model=model, optimizer=optimizer_of(model), config=config_of(*args, **config)
         )[0]
+
+
+def start_with_a_limit(stage):
+    """An engine. torch would give the process group that DeepSpeed makes a timeout of 30 minutes."""
+    with pytest.MonkeyPatch.context() as patch:
+        limited = functools.partial(dist.new_group, timeout=timedelta(seconds=LATE))
+        patch.setattr(dist, "new_group", limited)
+        return start(stage)
 
 
 def mine(batch):
@@ -406,7 +412,7 @@ def after_a_failed_backward(stage):
 
 def other_arguments(stage):
     """The errors of another weight and another rule on one rank, and the report of a synthesis after them."""
-    engine = start(stage)
+    engine = start_with_a_limit(stage)
     with their_warnings():
         buckets = sago.GradientBuckets(engine)
         capture(buckets, engine, *batches(1)[0][0])
@@ -422,7 +428,7 @@ def other_arguments(stage):
 
 def fails(stage, how):
     """The last rank dies or is late before the synthesis, or raises in the first capture."""
-    engine = start(stage)
+    engine = start_with_a_limit(stage)
     last = dist.get_rank() == dist.get_world_size() - 1
     with their_warnings():
         buckets = sago.GradientBuckets(engine)
@@ -433,7 +439,7 @@ def fails(stage, how):
         if last and how == "dies":
             os._exit(3)
         if last and how == "is late":
-            time.sleep(1.5 * TIMEOUT)
+            time.sleep(1.5 * LATE)
         buckets.synthesize_("pcgrad")
 
 
@@ -784,7 +790,7 @@ def test_zero_after_a_failed_backward(two, stage):
 
 @pytest.fixture(scope="module", params=[2, 4])
 def several(request):
-    ranks = Ranks(request.param, TIMEOUT)
+    ranks = Ranks(request.param, LATE)
     yield ranks
     ranks.stop()
 

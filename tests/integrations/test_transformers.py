@@ -938,13 +938,16 @@ NOT_SEEN = {
     ),
     "regularised": (
         lambda self, f, r: self.gamma * f + self.alpha * r + next(self.model.parameters()).square().sum(),
-        r"nothing else. Found another term.*embed_tokens",
+        r"embed_tokens.*should be None.*Either the loss has another term",
     ),
     "weight inside": (
         lambda self, f, r: self.gamma * (f + self.gamma * f * f) + self.alpha * r,
         r"inside a loss, which cuts its gradient off",
     ),
-    "third task": (lambda self, f, r: self.gamma * f + self.alpha * r + 0.5 * r, r"Found another term"),
+    "third task": (
+        lambda self, f, r: self.gamma * f + self.alpha * r + 0.5 * r,
+        r"Either the loss has another term",
+    ),
     "no parameter": (
         lambda self, f, r: self.gamma * torch.ones((), requires_grad=True) + self.alpha * r,
         r"A forget capture should have a backward in it that reaches a parameter",
@@ -971,7 +974,7 @@ class Probing(transformers.TrainerCallback):
 
 def test_says_that_a_callback_left_a_gradient(tmp_path):
     trainer = make(with_mixin(GradDiff), tmp_path, data=Pairs(2), callbacks=[Probing()])
-    with pytest.raises(ValueError, match=r"another backward, as of a callback.*set it to None"):
+    with pytest.raises(ValueError, match=r"or other code ran a backward, for example a callback"):
         trainer.train()
     assert_unmoved(trainer)
 

@@ -29,46 +29,25 @@ from tests.mutation.operators import Change, apply, changes
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("rules", "core", "capture", "ranks")
 LIMIT = 900  # seconds: a change may make a loop endless
-# How pytest ends if a test fails, a test file or `conftest.py` cannot be imported, or the process crashes.
-ENDS = (1, 2, 4, -signal.SIGSEGV, -signal.SIGABRT)
 T = TypeVar("T")
 
-_LISTS = ("sago/test_synthesis.py", "sago/test_arguments.py", "sago/test_plan.py", "sago/test_report.py")
-_WINDOWS = (
-    "sago/test_window.py",
-    "sago/test_buckets.py",
-    "sago/test_stale_state.py",
-    "sago/test_arguments.py",
-)
 # The tests of each folder, the quickest ones first.
 NEAREST = {
-    "rules": (
-        *("sago/test_rules.py", "sago/test_gallery.py", "sago/test_reads.py", "sago/test_draws.py"),
-        *(
-            "sago/test_reference.py",
-            "sago/test_testing.py",
-            "sago/test_synthesis.py",
-            "kernels/test_formula.py",
-            "sago/test_running_mean.py",
-        ),
-    ),
-    "core": (
-        *_LISTS,
-        "sago/test_seen.py",
-        "sago/test_cache.py",
-        "sago/test_sizes.py",
-        *("sago/test_retain_floor.py", "sago/test_draws.py", "sago/test_capture_cost.py"),
-        "sago/test_buckets.py",
-    ),
-    "capture": (
-        *_WINDOWS,
-        *("sago/test_hooks.py", "sago/test_in_backward.py", "sago/test_running_mean.py"),
-        *("sago/test_surroundings.py", "sago/test_grad_scaler.py", "sago/test_extraction.py"),
-    ),
-    "ranks": (
-        *("distributed/test_reduce_gram.py", "distributed/test_failures.py", "distributed/test_ddp.py"),
-        *("distributed/test_fsdp.py", "distributed/test_rules.py"),
-    ),
+    "rules": [
+        *(f"sago/test_{name}.py" for name in ("rules", "gallery", "reads", "draws", "reference", "testing")),
+        *(f"sago/test_{name}.py" for name in ("synthesis", "running_mean")),
+        "kernels/test_formula.py",
+    ],
+    "core": [
+        *(f"sago/test_{name}.py" for name in ("synthesis", "arguments", "plan", "report", "seen", "cache")),
+        *(f"sago/test_{name}.py" for name in ("sizes", "retain_floor", "draws", "capture_cost", "buckets")),
+    ],
+    "capture": [
+        *(f"sago/test_{name}.py" for name in ("window", "buckets", "stale_state", "arguments", "hooks")),
+        *(f"sago/test_{name}.py" for name in ("in_backward", "running_mean", "surroundings")),
+        *(f"sago/test_{name}.py" for name in ("grad_scaler", "extraction")),
+    ],
+    "ranks": [f"distributed/test_{name}.py" for name in ("reduce_gram", "failures", "ddp", "fsdp", "rules")],
 }
 # Files that the tests of other folders run, too.
 ELSEWHERE = {
@@ -101,10 +80,10 @@ def main(arguments: Sequence[str]) -> int:
         for k in range(given.jobs):
             copies.put(copy_of_project(Path(folder, str(k))))
 
-        def run(test: Callable[[T, Path], str | None], subject: T) -> str | None:
+        def run(check: Callable[[T, Path], str | None], subject: T) -> str | None:
             copy = copies.get()
             try:
-                return test(subject, copy)
+                return check(subject, copy)
             finally:
                 copies.put(copy)
 
@@ -169,7 +148,8 @@ def first_failure(names: Sequence[str], copy: Path) -> str | None:
         return "no end"
     if done.returncode == 0:
         return None
-    if done.returncode not in ENDS:
+    # A test failed, a test file or `conftest.py` cannot be imported, or the process crashed.
+    if done.returncode not in (1, 2, 4) and (done.returncode > 0 or done.returncode == -signal.SIGKILL):
         raise RuntimeError(f"pytest ended with {done.returncode}: {done.stdout[-500:]}{done.stderr[-500:]}")
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     return failed[0].split(" - ")[0] if failed else done.stdout[-200:] + done.stderr[-200:]

@@ -27,7 +27,7 @@ GRAM = (
 )
 GALLERY = ("and_mask", *GRAM)
 CLOSURES = ("cagrad", "gradvac")  # their parameter makes them closures, which torch evaluates
-WEIGHTS = [(1.0, 1.0), (2.0, 3.0), (0.1, 5.0), (0.0, 1.0), (0.75, 0.0), (0.0, 0.0)]
+WEIGHTS = [(1.0, 1.0), (2.0, 3.0), (0.1, 5.0), (0.0, 1.5), (0.0, 1.0), (0.75, 0.0), (0.0, 0.0)]
 
 
 def pair(angle, f_norm=1.0, r_norm=1.0, size=40, seed=0):

@@ -118,7 +118,7 @@ def test_nan_is_dropped_after_its_window():
     weight = (1.0 + DECAY) * DECAY  # of the windows 0 and 1, which these two elements have lost
     of_forget, of_retain = gradients(3), gradients(3 + 50)
     for i, (u, at) in enumerate(zip(step(buckets, params, "sum", 3), (3, 4), strict=True)):
-        # Five roundings of numbers below 8: of the weight, the factor, the product and the sum, and of r.
+        # Five roundings of numbers below 8: factor, product and sum there, quotient and sum here.
         expected = of_forget[i][at] + of_retain[i][at] / (weight + 1.0)
         torch.testing.assert_close(u[at], expected, rtol=0.0, atol=5 * 2**-24 * 8)
         assert u.isfinite().all()

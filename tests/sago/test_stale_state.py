@@ -147,10 +147,14 @@ def test_a_gradient_that_is_moved_inside_a_capture_counts(move, form):
         trained.buckets.zero_()
 
 
+def transposed_by_a_view(t):
+    t.w.grad = t.w.grad.t()
+
+
 @pytest.mark.filterwarnings("ignore:grad and param do not obey the gradient layout contract")
 @pytest.mark.parametrize("cleared", [False, True])
 @pytest.mark.parametrize(
-    "move", [replaced, on_other_memory, transposed, lambda t: setattr(t.w, "grad", t.w.grad.t())]
+    "move", [replaced, on_other_memory, transposed, transposed_by_a_view], ids=lambda m: m.__name__
 )
 def test_a_gradient_that_is_moved_before_its_synthesis_in_backward(move, cleared, monkeypatch):
     monkeypatch.setitem(SHAPES, "w", (5, 5))
@@ -170,6 +174,24 @@ def test_a_gradient_that_is_moved_before_its_synthesis_in_backward(move, cleared
         for p, update in zip(trained.params.values(), updates, strict=True):
             assert torch.equal(p.grad, update)
         trained.buckets.zero_()
+
+
+def exchanged(t):
+    t.w.grad, t.v.grad = t.v.grad, t.w.grad
+
+
+@pytest.mark.parametrize("move", [exchanged, of_another], ids=lambda m: m.__name__)
+def test_gradients_that_share_memory_before_their_synthesis_in_backward(move):
+    """A hook could not copy one before autograd has written the other."""
+    trained = Trained()
+    with trained.buckets.forget():
+        trained.backward(0)
+    step = trained.buckets.synthesize_in_backward()
+    with pytest.raises(ValueError, match="shares memory with the gradient of another"), step:  # noqa: PT012
+        move(trained)
+        trained.backward(1)
+    trained.buckets.zero_()
+    assert trained.window(2)
 
 
 @pytest.mark.parametrize("form", ["two copies", "one copy"])

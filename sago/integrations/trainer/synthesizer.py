@@ -290,8 +290,11 @@ class Synthesizer:
     def _check_nothing_else(self) -> None:
         for name, p in self._named:
             if p.grad is not None:
-                raise _another_term(
-                    name, ", or another backward, as of a callback, has left a gradient there: set it to None"
+                raise ValueError(
+                    f"`{name}.grad` should be None before the backwards of the two losses. Found a gradient. "
+                    "Either the loss has another term than `self.gamma * forget_loss + self.alpha * "
+                    "retain_loss`, or other code ran a backward, for example a callback. Remove the term, or "
+                    "set the gradient to None after that backward."
                 )
 
 
@@ -317,10 +320,10 @@ class _Engineless:
         loss.backward()
 
 
-def _another_term(name: str, otherwise: str = "") -> ValueError:
+def _another_term(name: str) -> ValueError:
     return ValueError(
         "The loss should be `self.gamma * forget_loss + self.alpha * retain_loss` and nothing else. Found "
-        f"another term, which reaches parameter `{name}`{otherwise}."
+        f"another term, which reaches parameter `{name}`."
     )
 
 
