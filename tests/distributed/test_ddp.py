@@ -373,6 +373,37 @@ def test_parts_that_are_wrapped_are_as_on_one_process(ranks2):
         assert_equal_tensors(found, in_parts(False))
 
 
+class TwoOutputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(3, 3).double(), nn.Linear(3, 3).double()
+
+    def forward(self, x):
+        return self.first(x), self.second(x)
+
+
+def one_output_each(on_ranks):
+    """The update where each loss uses one output. DDP then has no gradient for the other part."""
+    model, x = TwoOutputs(), torch.arange(12, dtype=torch.float64).view(4, 3) / 12
+    if on_ranks:
+        model = DistributedDataParallel(model, find_unused_parameters=True)
+        x = x.chunk(dist.get_world_size())[dist.get_rank()]
+    buckets = sago.GradientBuckets(model)
+    with buckets.forget():
+        model(x)[0].square().mean().backward()
+    with buckets.retain():
+        model(x)[1].sin().mean().backward()
+    report = buckets.synthesize_("pcgrad")
+    assert report.cos_forget_retain.isnan().all()  # no parameter has both gradients
+    return {f"{i}": p.grad for i, p in enumerate(model.parameters())}
+
+
+def test_outputs_that_a_loss_does_not_use(ranks2):
+    for found in ranks2(one_output_each, True):
+        assert_equal_tensors(found, one_output_each(False))
+
+
 def other_groups():
     groups = None, dist.new_group([0, 1])
     parts = [DistributedDataParallel(nn.Linear(2, 2), process_group=group) for group in groups]

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.distributed import checkpoint
 
 import sago
 from sago.rules import graddrop, gradvac, where
@@ -399,6 +400,27 @@ def test_a_run_that_is_continued_from_a_checkpoint(when):
         runs[interrupted] = [step(buckets, params, rule, seed) for seed in (200, 300)]
     for found, expected in zip(runs[True], runs[False], strict=True):
         assert_equal_bits(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [(gradvac(decay=0.8), {}), (gradvac(decay=0.8), {"retain_decay": DECAY}), ("graddrop", {})],
+    ids=["numbers", "mean", "step"],
+)
+def test_a_state_that_a_distributed_checkpoint_loads_after_a_first_window(rule, options, tmp_path):
+    """It loads only into the entries that the new state has, and new buckets have none."""
+    params, buckets = made(**options)
+    for seed in (0, 100):
+        step(buckets, params, rule, seed)
+    checkpoint.save({"buckets": buckets.state_dict()}, checkpoint_id=tmp_path)
+    expected = step(buckets, params, rule, 200)
+    params, buckets = made(**options)
+    step(buckets, params, rule, 300)
+    state = {"buckets": buckets.state_dict()}
+    checkpoint.load(state, checkpoint_id=tmp_path)
+    buckets.load_state_dict(state["buckets"])
+    assert_equal_bits(step(buckets, params, rule, 200), expected)
 
 
 def test_a_state_is_loaded_where_it_comes_from():
