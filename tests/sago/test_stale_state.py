@@ -154,7 +154,7 @@ def transposed_by_a_view(t):
 @pytest.mark.filterwarnings("ignore:grad and param do not obey the gradient layout contract")
 @pytest.mark.parametrize("cleared", [False, True])
 @pytest.mark.parametrize(
-    "move", [replaced, on_other_memory, transposed, transposed_by_a_view], ids=lambda m: m.__name__
+    "move", [replaced, on_other_memory, cast, transposed, transposed_by_a_view], ids=lambda m: m.__name__
 )
 def test_a_gradient_that_is_moved_before_its_synthesis_in_backward(move, cleared, monkeypatch):
     monkeypatch.setitem(SHAPES, "w", (5, 5))
@@ -166,8 +166,9 @@ def test_a_gradient_that_is_moved_before_its_synthesis_in_backward(move, cleared
         with trained.buckets.synthesize_in_backward(gamma=GAMMA, alpha=ALPHA):
             move(trained)
             for n, p in trained.params.items():
-                retain[n] = retain[n] if cleared else p.grad + retain[n]
-                p.grad = None if cleared else p.grad
+                retain[n] = retain[n] if cleared else retain[n] + p.grad.to(p.dtype)
+                if cleared:
+                    p.grad = None
             trained.backward(2 * seed + 1)
         both = [list(side.values()) for side in (forget, retain)]
         updates, _ = sago.reference.synthesize(*both, gamma=GAMMA, alpha=ALPHA)
