@@ -298,6 +298,21 @@ def test_the_transforms_of_this_torch_are_known():
 
 
 @pytest.mark.parametrize(
+    ("module", "name", "value"),
+    [
+        ("torch.autograd.forward_ad", "_current_level", 0),
+        ("torch._C._functorch", "TransformType", SimpleNamespace(Grad=0)),
+    ],
+)
+def test_names_of_transforms_with_other_values(module, name, value, monkeypatch, caplog):
+    monkeypatch.setattr(importlib.import_module(module), name, value)
+    with caplog.at_level(logging.WARNING, "sago"):
+        innermost, _ = transforms._private_names()
+    assert "its names have other values" in caplog.text
+    assert innermost() is None
+
+
+@pytest.mark.parametrize(
     ("module", "name"),
     [
         ("torch._C._functorch", "peek_interpreter_stack"),

@@ -1,6 +1,7 @@
 """Random gates: the numbers that they draw, alike on every backend, and their steps in buckets."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -171,8 +172,10 @@ def test_what_is_refused(device):
     f, r = torch.randn(2, 20)
     with pytest.raises(ValueError, match="`seed` should be None for a rule without a `gate`"):
         sago.Rule("wrong", two, "element", gated=True, seed=1)
-    with pytest.raises(ValueError, match="`seed` should be None or an int of 64 bits"):
-        sago.Rule("wrong", two, "element", gate=of_three, seed=2**63)
+    for seed, fits in ((-(2**63) - 1, False), (-(2**63), True), (2**63 - 1, True), (2**63, False)):
+        says = pytest.raises(ValueError, match="`seed` should be None or an int of 64 bits")
+        with nullcontext() if fits else says:
+            sago.Rule("seeded", two, "element", gate=of_three, seed=seed)
     with pytest.raises(ValueError, match=r"`gate` should take `\(f, r, u\)`"):
         sago.Rule("wrong", two, "element", gate=divides, seed=0)
     with pytest.raises(ValueError, match="`reduce_gram` should be None for a rule with a random gate"):

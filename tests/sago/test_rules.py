@@ -310,3 +310,27 @@ def test_a_sum_that_a_rule_began_to_read_later_is_nan(backend):
     late.append(True)
     (update,), _ = backend(tensors([1.0, 2.0]), tensors([3.0, 4.0]), rule)
     assert update.isnan().all()
+
+
+def by_signs(f, r):
+    return where(f > 0.0, where(r < 0.0, 1.0, 0.0), 2.0)
+
+
+def by_size(f, r):
+    return where(f > r, 1.0, 0.0)
+
+
+def by_tiny_elements(f, r):
+    return where(f * f < 1e-12, 1.0, 0.0)
+
+
+def by_large_elements(f, r):
+    return where(r * r < 1e12, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("gate", [by_signs, by_size, by_tiny_elements, by_large_elements])
+def test_a_gate_that_reads_only_signs_is_recognised(gate):
+    """Such a gate has the same classes if gradients are scaled, as in a mean."""
+    classes = 3 if gate is by_signs else 2
+    rule = sago.Rule("gate", lambda *numbers: (numbers[3],) * (2 * classes), "element", gate=gate)
+    assert rule.by_sign == (gate is by_signs)
