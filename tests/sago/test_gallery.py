@@ -333,7 +333,7 @@ def test_projections_against_the_reference_where_one_square_absorbs_the_other(na
 
 
 def test_dualproj_of_opposite_gradients_is_zero():
-    """With `f = -r` the update is `(a - b) * f`. Rounding may give a cosine below -1."""
+    """For `f = -r` the update is `(a - b) * f`. The rounded sums of this row have a cosine below -1."""
     row = 1.0, -1.0 - 2.0**-50, 1.0
     for a, b, *_ in (REFERENCES["dualproj"](*row, 1.0, 1.0), four(RULES["dualproj"], np.array([row]))[0]):
         assert a == b
